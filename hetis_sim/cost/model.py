@@ -1,0 +1,139 @@
+"""The interface of the cost room: how long each part of an iteration takes.
+
+Every duration is in seconds on an idle device or link. One method per named part of an
+iteration, so that a record can keep the parts apart: dense modules, prefill attention,
+decode attention (tau), head transfer (rho), tensor-parallel collectives, host overhead.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetis_sim.spec.cluster import LinkSpec
+from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCost:
+    """Decode attention of one layer on one device: tau = a*h + b*g + c (Hetis, SC '25).
+
+    Attributes:
+        a_s_per_head: cost of one query head; h sums the query heads of all requests in the batch.
+        b_s_per_byte: cost of one byte of KV cache; g sums the bytes of this one layer that are read.
+        c_s: fixed cost of the kernel, paid only when there is work.
+    """
+
+    a_s_per_head: float
+    b_s_per_byte: float
+    c_s: float
+
+    def seconds(self, query_heads: float, kv_bytes: float) -> float:
+        """Duration for ``query_heads`` heads over ``kv_bytes`` of cache; 0 without heads."""
+        if query_heads <= 0:
+            return 0.0
+        return self.a_s_per_head * query_heads + self.b_s_per_byte * kv_bytes + self.c_s
+
+
+@dataclass(frozen=True, slots=True)
+class TransferCost:
+    """Time of a message on a link: rho = gamma*d + beta (Hetis, SC '25).
+
+    Attributes:
+        gamma_s_per_byte: inverse of the bandwidth that is reached.
+        beta_s: time of an empty message, software included.
+    """
+
+    gamma_s_per_byte: float
+    beta_s: float
+
+    def seconds(self, size_bytes: float) -> float:
+        """Duration of a message of ``size_bytes``; 0 for nothing to send."""
+        if size_bytes <= 0:
+            return 0.0
+        return self.gamma_s_per_byte * size_bytes + self.beta_s
+
+
+@dataclass(frozen=True, slots=True)
+class ProvenanceRow:
+    """Where the durations of one module on one device or link come from.
+
+    Attributes:
+        module: ``gemm``, ``elementwise``, ``prefill_attention``, ``decode_attention``,
+            ``all_reduce``, ``transfer`` or ``host_overhead``.
+        subject: the GPU or link.
+        kind: ``measured`` (fitted to timings of this device), ``derived`` (from timings of a
+            relative or of another precision, reasoning in the profile), ``roofline``
+            (datasheet and stated assumptions) or ``setting`` (given by the user).
+        profile: name of the profile, empty for none.
+        source: the data or datasheet.
+        median_error: median absolute relative error on rows that the fit did not see; None without.
+        p95_error: 95th percentile of the same.
+        note: the reasoning behind a derived or assumed value.
+    """
+
+    module: str
+    subject: str
+    kind: str
+    profile: str
+    source: str
+    median_error: float | None = None
+    p95_error: float | None = None
+    note: str = ""
+
+
+class CostModel(ABC):
+    """Durations of the parts of an iteration, in seconds.
+
+    Implementations are deterministic, never return less than the physical floor (FLOPs over
+    the peak, weight, KV or message bytes over the bandwidth) and answer repeated questions
+    from memory.
+    """
+
+    @abstractmethod
+    def dense_layer_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        """Dense work of one layer for a batch of ``tokens`` on one of ``tp`` equal shards.
+
+        QKV and output projections, MLP (of a mixture: the expected number of distinct experts
+        that ``tokens`` touch), norms, rotary embedding, residuals and the KV write. No collectives.
+        """
+
+    @abstractmethod
+    def head_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        """Embedding, final norm, LM head and sampling for ``tokens`` sequences on one of ``tp`` shards."""
+
+    @abstractmethod
+    def prefill_attention_layer_s(self, gpu: GpuSpec, model: ModelSpec, query_heads: int,
+                                  new_tokens: int, context_tokens: int) -> float:
+        """Causal attention of one layer and one request for ``query_heads`` heads.
+
+        ``new_tokens`` queries see ``context_tokens`` cached tokens and the new ones before them.
+        """
+
+    @abstractmethod
+    def decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        """Coefficients of decode attention of one layer on one device."""
+
+    @abstractmethod
+    def transfer(self, link: LinkSpec) -> TransferCost:
+        """Coefficients of a point-to-point message on a link."""
+
+    @abstractmethod
+    def all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
+        """All-reduce of ``size_bytes`` per rank over ``ranks`` cards joined by ``link``; 0 for one rank."""
+
+    @abstractmethod
+    def host_overhead_s(self, sequences: int) -> float:
+        """Host time of one engine iteration that the devices wait for (scheduling, input, output)."""
+
+    @abstractmethod
+    def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
+                   links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
+        """Where each module's durations come from, for the run's output."""
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was asked outside the range that a profile was fitted on, each once, in order."""
+        return ()
