@@ -1,0 +1,110 @@
+"""The interface of a policy: a handful of decisions, each a pure function of what it sees."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from hetis_sim.cost.model import CostModel
+from hetis_sim.policies.plan import Placement, Plan
+from hetis_sim.policies.view import InstanceView, Move, RequestView
+from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.model import ModelSpec
+
+PreemptionMode = Literal["recompute", "swap"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Settings of the serving engine that bound a batch and its memory.
+
+    Attributes:
+        block_tokens: tokens of one cache block.
+        max_batch_requests: running requests in one micro-batch.
+        max_batch_tokens: tokens of one prefill step.
+        memory_utilization: share of device memory that the engine may use.
+    """
+
+    block_tokens: int = 16
+    max_batch_requests: int = 256
+    max_batch_tokens: int = 4096
+    memory_utilization: float = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class PlanningProblem:
+    """All that a policy may use to place a model on a cluster.
+
+    ``prompt_tokens`` and ``output_tokens`` are the workload's mean lengths and
+    ``rate_per_s`` its mean rate (None when unknown): what an operator would know.
+    """
+
+    cluster: ClusterSpec
+    model: ModelSpec
+    cost: CostModel
+    limits: EngineLimits
+    prompt_tokens: float
+    output_tokens: float
+    rate_per_s: float | None = None
+
+
+class Policy(ABC):
+    """A serving system's decisions.
+
+    Implementations keep no state between calls that would make a decision depend on
+    anything but its arguments; they read no clock and draw no random numbers.
+    """
+
+    name: ClassVar[str]
+    preemption: PreemptionMode = "recompute"
+
+    @abstractmethod
+    def plan(self, problem: PlanningProblem) -> Plan:
+        """Place the model on the cluster.
+
+        Raises:
+            InfeasibleError: no placement exists; the text says why.
+        """
+
+    def route(self, request: RequestView, instances: Sequence[InstanceView]) -> int:
+        """Index (into ``instances``) of the replica that serves the request.
+
+        The default joins the replica with the least outstanding tokens per unit of cache.
+        """
+        return min(range(len(instances)), key=lambda i: (_pressure(instances[i]), i))
+
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
+        """Placements for the longest prefix of ``requests`` that fits now, in order.
+
+        The default keeps every head at the rank that holds its weights.
+        """
+        placed: list[Placement] = []
+        free = dict(view.free_units)
+        placement = view.plan.local_placement
+        for request in requests:
+            need = view.units_needed(placement, request.context_tokens + 1)
+            if any(units > free[device] for device, units in need.items()):
+                break
+            for device, units in need.items():
+                free[device] -= units
+            placed.append(placement)
+        return placed
+
+    def rebalance(self, view: InstanceView, running: Sequence[RequestView]) -> Move | None:
+        """A move that shortens decode attention, or None. Asked at intervals."""
+        return None
+
+    def relieve(self, view: InstanceView, device: int, running: Sequence[RequestView]) -> Move | None:
+        """A move that frees cache on ``device``, which is about to run out, or None."""
+        return None
+
+    def victim(self, device: int, candidates: Sequence[RequestView]) -> RequestView:
+        """The request to preempt when ``device`` is full; the default takes the latest arrival."""
+        return max(candidates, key=lambda r: (r.arrival_s, r.request_id))
+
+
+def _pressure(view: InstanceView) -> float:
+    capacity = sum(view.capacity_units.values())
+    return (view.context_tokens + view.waiting_tokens) / max(capacity, 1)

@@ -1,0 +1,76 @@
+"""How much of each device is left for the cache once weights and activations are in."""
+
+from __future__ import annotations
+
+from hetis_sim.policies.base import EngineLimits
+from hetis_sim.policies.plan import InstancePlan, StagePlan
+from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.model import ModelSpec
+
+RUNTIME_BYTES = 512 * 1024**2
+"""Context, kernels and communication buffers of one process on a GPU (ours; CUDA
+contexts with NCCL take 0.4 to 0.7 GB)."""
+
+
+def stage_weight_bytes(model: ModelSpec, stage: StagePlan, rank: int, first: bool, last: bool) -> int:
+    """Bytes of weights on one rank: its share of the layers, embedding and LM head."""
+    attention = model.attention_weights_per_layer * stage.owned_groups[rank] / model.kv_heads
+    rest = (model.weights_per_layer - model.attention_weights_per_layer - model.norm_weights_per_layer) / stage.tp
+    weights = stage.layers * (attention + rest + model.norm_weights_per_layer)
+    if first:
+        weights += model.embedding_weights / stage.tp
+    if last:
+        head = model.vocab * model.hidden if model.tied_embeddings and not first else model.lm_head_weights
+        weights += head / stage.tp + model.hidden
+    return int(weights * model.weight_bytes)
+
+
+def activation_bytes(model: ModelSpec, limits: EngineLimits, tp: int, last: bool) -> int:
+    """Peak of the temporaries of one step with a full token budget.
+
+    The residual stream and its copy, QKV, the wider of attention output and MLP inner
+    tensors, and the logits of one micro-batch on the last stage.
+    """
+    tokens = limits.max_batch_tokens
+    qkv = (model.query_heads + 2 * model.kv_heads) * model.head_dim / tp
+    inner = (2 if model.gated_mlp else 1) * model.ffn_hidden * model.experts_per_token / tp
+    peak = tokens * (3 * model.hidden + max(qkv, inner)) * model.weight_bytes
+    if last:
+        peak += 4 * min(limits.max_batch_requests, tokens) * model.vocab / tp
+    return int(peak)
+
+
+def unit_bytes(model: ModelSpec, limits: EngineLimits) -> int:
+    """Bytes of one ledger unit: block_tokens of one KV group in one layer."""
+    return limits.block_tokens * model.kv_bytes_per_token_per_layer_per_group
+
+
+def attention_worker_reserve_bytes(model: ModelSpec, limits: EngineLimits) -> int:
+    """Queries, keys, values and outputs of one full micro-batch, twice for overlap."""
+    per_token = (2 * model.query_heads + 2 * model.kv_heads) * model.head_dim * model.kv_bytes
+    return 2 * limits.max_batch_requests * per_token
+
+
+def cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
+                instance: InstancePlan) -> dict[int, int]:
+    """Bytes left for cache on each device of an instance; negative where weights do not fit."""
+    left: dict[int, int] = {}
+    last_stage = len(instance.stages) - 1
+    for s, stage in enumerate(instance.stages):
+        for rank, device in enumerate(stage.devices):
+            budget = cluster.devices[device].gpu.memory_bytes * limits.memory_utilization
+            weights = stage_weight_bytes(model, stage, rank, s == 0, s == last_stage)
+            left[device] = int(budget) - weights - RUNTIME_BYTES - activation_bytes(
+                model, limits, stage.tp, s == last_stage)
+    for device in instance.attention_workers:
+        budget = cluster.devices[device].gpu.memory_bytes * limits.memory_utilization
+        left[device] = int(budget) - RUNTIME_BYTES - attention_worker_reserve_bytes(model, limits)
+    return left
+
+
+def cache_units(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
+                instance: InstancePlan) -> dict[int, int]:
+    """Ledger units on each device of an instance, 0 where nothing is left."""
+    size = unit_bytes(model, limits)
+    return {device: max(0, left) // size
+            for device, left in cache_bytes(cluster, model, limits, instance).items()}

@@ -1,0 +1,130 @@
+"""What a policy sees: a read-only picture of an instance and its requests.
+
+The oracle boundary runs here. Nothing in this module knows how many tokens a request
+will generate; a policy that wants a length brings a predictor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hetis_sim.policies.plan import InstancePlan, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """A request as a policy may know it.
+
+    Attributes:
+        request_id, arrival_s, prompt_tokens: as submitted.
+        context_tokens: tokens whose cache must exist now: the prompt, plus what has been
+            generated (a preempted request starts again with both).
+        generated_tokens: tokens made so far.
+        placement: groups at each position, None while it waits.
+        preemptions: how often it lost its cache.
+        movable: its heads may move now (it decodes and no move of its is under way).
+    """
+
+    request_id: int
+    arrival_s: float
+    prompt_tokens: int
+    context_tokens: int
+    generated_tokens: int = 0
+    placement: Placement | None = None
+    preemptions: int = 0
+    movable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PositionCost:
+    """Durations of decode attention at one position, for one layer, in KV groups.
+
+    ``a*h + b*g + c`` of the device with h and g counted in groups and group-tokens, and
+    for a remote position the transfer ``gamma*d + beta`` with d in groups. ``wire`` already
+    counts the attention workers behind the same network interface, which share it.
+    """
+
+    a_s_per_group: float
+    b_s_per_group_token: float
+    c_s: float
+    wire_s_per_group: float = 0.0
+    wire_fixed_s: float = 0.0
+
+    def seconds(self, groups: float, group_tokens: float) -> float:
+        """Completion time of the position's share; 0 when it has none."""
+        if groups <= 0:
+            return 0.0
+        return ((self.a_s_per_group + self.wire_s_per_group) * groups
+                + self.b_s_per_group_token * group_tokens + self.c_s + self.wire_fixed_s)
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """The state of one instance at one moment. Sequences are read-only.
+
+    Memory is counted in units of (block_tokens x one KV group x one layer); a block of a
+    group at a position takes ``layers`` units of that stage.
+
+    Attributes:
+        index: number of the instance in the plan.
+        plan: its stages and attention workers.
+        costs: one :class:`PositionCost` per position.
+        groups, group_tokens: per position, over all requests that hold cache there: KV
+            groups, and KV groups times context tokens.
+        lanes: micro-batches that share the load (equal to the number of stages).
+        free_units, capacity_units: per device id.
+        block_tokens: tokens of one block.
+        running, waiting: numbers of requests.
+        waiting_tokens: prompt tokens not yet prefilled.
+        context_tokens: tokens in cache, summed over the running requests.
+    """
+
+    index: int
+    plan: InstancePlan
+    costs: Sequence[PositionCost]
+    groups: Sequence[int]
+    group_tokens: Sequence[int]
+    lanes: int
+    free_units: dict[int, int]
+    capacity_units: dict[int, int]
+    block_tokens: int
+    running: int
+    waiting: int
+    waiting_tokens: int
+    context_tokens: int
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that ``tokens`` positions of one group take."""
+        return -(-tokens // self.block_tokens)
+
+    def units_needed(self, placement: Placement, tokens: int) -> dict[int, int]:
+        """Units per device id for ``tokens`` of cache under a placement."""
+        blocks = self.blocks(tokens)
+        need: dict[int, int] = {}
+        for position, groups in zip(self.plan.positions, placement, strict=True):
+            if groups:
+                need[position.device] = need.get(position.device, 0) + groups * blocks * position.layers
+        return need
+
+    def fits(self, placement: Placement, tokens: int) -> bool:
+        """Whether every device has room for the placement."""
+        free = self.free_units
+        return all(units <= free[device] for device, units in self.units_needed(placement, tokens).items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types in a fixed order, hashed into the decision log."""
+        return {
+            "index": self.index, "groups": list(self.groups), "group_tokens": list(self.group_tokens),
+            "free_units": sorted(self.free_units.items()), "running": self.running,
+            "waiting": self.waiting, "waiting_tokens": self.waiting_tokens,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Give one running request a new placement; only the difference travels."""
+
+    request_id: int
+    placement: Placement
