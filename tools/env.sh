@@ -40,7 +40,7 @@ ensure_env() {
     fi
     supported_python .venv/bin/python || make_venv || return 1
     echo "installing ${extra:-run-time} dependencies into .venv ..." >&2
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+    .venv/bin/python -m pip install -qq --disable-pip-version-check \
         --constraint constraints.txt --editable ".${extra:+[$extra]}" >&2 || return 1
     # Every extra brings the run-time dependencies with it.
     echo "$inputs" | tee .venv/.installed-run >"$stamp"

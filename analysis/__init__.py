@@ -1,0 +1,1 @@
+"""Reports and figures, made from run folders alone."""
