@@ -1,0 +1,182 @@
+"""The cache of one instance: who holds what where, on top of the ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hetis_sim.control.lane import Lane
+from hetis_sim.control.ledger import KvLedger, LedgerError, Units
+from hetis_sim.control.placement import PlacementShape, PlacementShapes
+from hetis_sim.control.state import PendingMove, RequestState
+from hetis_sim.control.step import Transfer
+from hetis_sim.policies.plan import InstancePlan, Placement
+from hetis_sim.policies.view import Move
+
+
+class CacheBooks:
+    """Takes and gives the ledger's units for whole requests.
+
+    A request outside a lane holds ``held_blocks`` blocks of every group of its shape;
+    inside a lane the lane's growth keeps the ledger, and the request holds the blocks of
+    its cached tokens. ``extra_groups`` and ``extra_tokens`` sum the former per position,
+    ``extra_context`` their tokens.
+    """
+
+    def __init__(self, plan: InstancePlan, kv_heads: int, capacity_units: dict[int, int],
+                 block_tokens: int) -> None:
+        self.plan = plan
+        self.block_tokens = block_tokens
+        self.shapes = PlacementShapes(plan, kv_heads)
+        self.ledger = KvLedger([capacity_units[device] for device in plan.devices])
+        self.extra_groups = [0] * len(plan.positions)
+        self.extra_tokens = [0] * len(plan.positions)
+        self.extra_context = 0
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks of one group that ``tokens`` take."""
+        return -(-tokens // self.block_tokens)
+
+    def accept(self, state: RequestState, placement: Placement, tokens: int, staged: bool) -> None:
+        """Hold cache for ``tokens`` of a request under a placement.
+
+        ``staged`` also holds the remote groups at the primaries, until they are pushed.
+
+        Raises:
+            PlacementError: the placement is malformed.
+            LedgerError: it does not fit.
+        """
+        shape = self.shapes.shape(placement)
+        blocks = self.blocks(tokens)
+        self.ledger.take(shape.block_units, blocks)
+        if staged and shape.staged_units:
+            self.ledger.take(shape.staged_units, blocks)
+            state.staged_blocks = blocks
+        state.shape, state.held_blocks, state.cached_tokens = shape, blocks, tokens
+        state.remote_share = shape.remote_share
+        self._count_extra(shape, tokens, 1)
+
+    def fits(self, placement: Placement, tokens: int, staged: bool) -> bool:
+        """Whether :meth:`accept` would succeed."""
+        shape = self.shapes.shape(placement)
+        blocks = self.blocks(tokens)
+        if not staged or not shape.staged_units:
+            return self.ledger.fits(shape.block_units, blocks)
+        both = dict(shape.block_units)
+        for d, u in shape.staged_units:
+            both[d] = both.get(d, 0) + u
+        return self.ledger.fits(both.items(), blocks)
+
+    def _count_extra(self, shape: PlacementShape, tokens: int, sign: int) -> None:
+        self.extra_context += sign * tokens
+        for p, g in shape.pairs:
+            self.extra_groups[p] += sign * g
+            self.extra_tokens[p] += sign * g * tokens
+
+    def unstage(self, state: RequestState) -> None:
+        """Give back the staging copy, if there is one."""
+        if state.staged_blocks:
+            assert state.shape is not None
+            self.ledger.give(state.shape.staged_units, state.staged_blocks)
+            state.staged_blocks = 0
+
+    def join(self, state: RequestState, lane: Lane) -> None:
+        """Hand the request's books over to a lane."""
+        assert state.shape is not None
+        self.unstage(state)
+        self._count_extra(state.shape, state.cached_tokens, -1)
+        lane.join(state)
+
+    def leave(self, state: RequestState, lane: Lane) -> None:
+        """Take the request's books back from a lane; its blocks stay held."""
+        lane.leave(state)
+        self.after_leaving(state)
+
+    def after_leaving(self, state: RequestState) -> None:
+        """The part of :meth:`leave` for a request that its lane has let go already."""
+        assert state.shape is not None
+        self.cancel_move(state)
+        state.held_blocks = self.blocks(state.cached_tokens)
+        self._count_extra(state.shape, state.cached_tokens, 1)
+
+    def release(self, state: RequestState) -> None:
+        """Give back all that a request outside a lane holds."""
+        assert state.shape is not None
+        self.unstage(state)
+        self.ledger.give(state.shape.block_units, state.held_blocks)
+        self._count_extra(state.shape, state.cached_tokens, -1)
+        state.shape = None
+        state.held_blocks = 0
+
+    def begin_move(self, state: RequestState, lane: Lane, move: Move, transfer: Transfer) -> bool:
+        """Reserve room for the heads that a move brings in; False if there is none."""
+        assert state.shape is not None
+        shape = self.shapes.shape(move.placement)
+        gained, lost = _difference(self.plan, state.shape, shape)
+        blocks = self.blocks(lane.cached_tokens(state))
+        if not self.ledger.fits(gained, blocks):
+            return False
+        self.ledger.take(gained, blocks)
+        state.move = PendingMove(shape, gained, lost, blocks, transfer)
+        return True
+
+    def cancel_move(self, state: RequestState) -> None:
+        """Give back what a move under way has reserved."""
+        if state.move is not None:
+            self.ledger.give(state.move.gained_units, state.move.blocks)
+            state.move = None
+
+    def finish_move(self, state: RequestState, lane: Lane) -> bool:
+        """Switch a member to where its heads have arrived; False if its growth found no room."""
+        move = state.move
+        assert move is not None
+        blocks = self.blocks(lane.cached_tokens(state))
+        grown = blocks - move.blocks
+        if not self.ledger.fits(move.gained_units, grown):
+            self.cancel_move(state)
+            return False
+        self.ledger.take(move.gained_units, grown)
+        self.ledger.give(move.lost_units, blocks)
+        lane.swap_shape(state, move.shape)
+        state.remote_share = move.shape.remote_share
+        state.move = None
+        return True
+
+    def check(self, lanes: Sequence[Lane], others: Sequence[RequestState]) -> None:
+        """Recount everything held and compare with the ledger (invariant 3).
+
+        Raises:
+            LedgerError: the books do not balance.
+        """
+        want = [0] * len(self.ledger.used)
+
+        def add(units: Units, times: int) -> None:
+            for d, u in units:
+                want[d] += u * times
+
+        for lane in lanes:
+            for state in lane.members.values():
+                assert state.shape is not None
+                add(state.shape.block_units, self.blocks(lane.cached_tokens(state)))
+                if state.move is not None:
+                    add(state.move.gained_units, state.move.blocks)
+        for state in others:
+            if state.shape is not None:
+                add(state.shape.block_units, state.held_blocks)
+                add(state.shape.staged_units, state.staged_blocks)
+        if want != self.ledger.used:
+            raise LedgerError(f"the ledger says {self.ledger.used} units are used, the requests hold {want}")
+
+
+def _difference(plan: InstancePlan, old: PlacementShape,
+                new: PlacementShape) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Units per block that a move gains and loses, per local device."""
+    local = {device: index for index, device in enumerate(plan.devices)}
+    gained: dict[int, int] = {}
+    lost: dict[int, int] = {}
+    for position in plan.positions:
+        change = (new.placement[position.index] - old.placement[position.index]) * position.layers
+        if change:
+            side = gained if change > 0 else lost
+            d = local[position.device]
+            side[d] = side.get(d, 0) + abs(change)
+    return tuple(sorted(gained.items())), tuple(sorted(lost.items()))

@@ -1,0 +1,124 @@
+"""The control plane: everything that decides, above the clock.
+
+A driver (the simulator or an executor) hands in requests, asks for steps, and reports what
+has ended. Times are arguments; nothing here waits, computes tensors or reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hetis_sim.control.decisions import DecisionLog
+from hetis_sim.control.engine import Engine
+from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.control.state import RequestState, Status
+from hetis_sim.control.step import Outcome, Step, Transfer
+from hetis_sim.control.swap import HostMemory
+from hetis_sim.control.timing import InstanceTimer
+from hetis_sim.policies.base import Policy
+from hetis_sim.policies.memory import cache_units
+from hetis_sim.policies.plan import Plan
+from hetis_sim.policies.view import InstanceView, RequestView
+from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.errors import InfeasibleError
+from hetis_sim.spec.model import ModelSpec
+from hetis_sim.spec.request import Request
+
+
+class Controller:
+    """Routes requests to instances and passes the verbs of the seam on to their engines.
+
+    Raises:
+        InfeasibleError: an instance of the plan has no room for any cache.
+    """
+
+    def __init__(self, cluster: ClusterSpec, model: ModelSpec, policy: Policy, plan: Plan,
+                 timers: Sequence[InstanceTimer], settings: SchedulerSettings,
+                 log: DecisionLog | None = None) -> None:
+        self.model = model
+        self.policy = policy
+        self.plan = plan
+        self.log = log or DecisionLog()
+        self.states: dict[int, RequestState] = {}
+        host_memory = HostMemory(cluster)
+        self.engines = [
+            Engine(index, model, policy, timer, settings,
+                   cache_units(cluster, model, settings.limits, timer.plan), host_memory, self.log)
+            for index, timer in enumerate(timers)]
+        self.context_limits = [_longest_context(engine) for engine in self.engines]
+        if not any(self.context_limits):
+            raise InfeasibleError(f"no instance of the plan has cache for a single token of {model.name}; "
+                                  "use more or larger GPUs, or a smaller model")
+
+    def submit(self, request: Request, now_s: float) -> RequestState:
+        """Take a request in. It is queued, or rejected at once with a reason.
+
+        Reasons: ``context_limit`` (longer than the model allows) and ``cache_capacity``
+        (longer than an empty instance can hold).
+        """
+        state = RequestState(request)
+        self.states[request.request_id] = state
+        needed = request.prompt_tokens + request.output_tokens
+        if needed > self.model.context_limit_tokens:
+            return _reject(state, "context_limit", now_s)
+        able = [engine for engine, most in zip(self.engines, self.context_limits, strict=True) if needed <= most]
+        if not able:
+            return _reject(state, "cache_capacity", now_s)
+        engine = able[self._route(state, able)] if len(able) > 1 else able[0]
+        engine.submit(state, now_s)
+        return state
+
+    def _route(self, state: RequestState, able: list[Engine]) -> int:
+        for engine in able:
+            engine.sync()
+        views = [engine.view() for engine in able]
+        request = RequestView(state.request_id, state.request.arrival_s, state.request.prompt_tokens,
+                              state.request.prompt_tokens)
+        choice = self.policy.route(request, views)
+        self.log.record("route", views[choice], [request], choice)
+        return choice
+
+    def next_step(self, instance: int, now_s: float) -> Step | None:
+        """The next step for an instance whose first stage is free."""
+        return self.engines[instance].next_step(now_s)
+
+    def complete(self, step: Step, now_s: float) -> Outcome:
+        """Report that the issued iterations of a step have been executed."""
+        return self.engines[step.instance].complete(step, now_s)
+
+    def arrived(self, transfer: Transfer, now_s: float) -> Outcome:
+        """Report that all flows of a transfer have ended."""
+        return self.engines[transfer.instance].arrived(transfer, now_s)
+
+    def news(self, instance: int) -> Outcome:
+        """What :meth:`next_step` or :meth:`submit` has set off."""
+        return self.engines[instance].take_news()
+
+    def counts(self) -> dict[str, int]:
+        """Requests by station: the terms of the conservation law (invariant 1)."""
+        running = sum(len(engine.active) for engine in self.engines)
+        waiting = sum(len(engine.waiting) for engine in self.engines)
+        ended = [state.status for state in self.states.values() if state.status >= Status.FINISHED]
+        finished = sum(status == Status.FINISHED for status in ended)
+        return {"submitted": len(self.states), "running": running, "waiting": waiting,
+                "finished": finished, "rejected": len(ended) - finished}
+
+
+def _reject(state: RequestState, reason: str, now_s: float) -> RequestState:
+    state.status, state.reason, state.finish_s = Status.REJECTED, reason, now_s
+    return state
+
+
+def _longest_context(engine: Engine) -> int:
+    """Tokens that a request may reach on the empty instance, by bisection over its policy."""
+    view: InstanceView = engine.view()
+
+    def fits(tokens: int) -> bool:
+        placed = engine.policy.dispatch([RequestView(0, 0.0, tokens, tokens)], view)
+        return bool(placed) and engine.books.fits(placed[0], tokens, engine.settings.chunked_prefill)
+
+    low, high = 0, engine.model.context_limit_tokens + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

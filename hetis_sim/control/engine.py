@@ -1,0 +1,425 @@
+"""The scheduler of one instance: continuous batching over its micro-batches.
+
+Story of a request here: it waits; a prefill step computes its prompt while heads meant for
+attention workers stream to them; once its cache is in place it joins the lane; every
+iteration gives it a token; after its last token it leaves. Whatever cannot be carried on
+with the cache at hand is relieved, preempted or made to wait (:mod:`.pressure`).
+
+Drivers call the four public verbs: :meth:`submit`, :meth:`next_step`, :meth:`complete` and
+:meth:`arrived`. No clock is read here: times are handed in.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from hetis_sim.control.books import CacheBooks
+from hetis_sim.control.decisions import DecisionLog
+from hetis_sim.control.lane import Lane
+from hetis_sim.control.placement import PlacementError
+from hetis_sim.control.pressure import Pressure
+from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.control.state import RequestState, Status
+from hetis_sim.control.step import Chunk, Flow, Outcome, Step, StepKind, Transfer
+from hetis_sim.control.swap import HostMemory
+from hetis_sim.control.timing import InstanceTimer
+from hetis_sim.policies.base import Policy
+from hetis_sim.policies.plan import Placement
+from hetis_sim.policies.view import InstanceView, RequestView
+from hetis_sim.spec.model import ModelSpec
+
+
+class Engine:
+    """Requests, lanes and cache of one instance."""
+
+    def __init__(self, index: int, model: ModelSpec, policy: Policy, timer: InstanceTimer,
+                 settings: SchedulerSettings, capacity_units: dict[int, int],
+                 host_memory: HostMemory, log: DecisionLog) -> None:
+        self.index = index
+        self.plan = timer.plan
+        self.model = model
+        self.policy = policy
+        self.timer = timer
+        self.settings = settings
+        self.log = log
+        self.capacity_units = capacity_units
+        self.books = CacheBooks(self.plan, model.kv_heads, capacity_units, settings.limits.block_tokens)
+        self.lanes = [Lane(n, len(self.plan.positions), len(self.plan.devices), settings.limits.block_tokens)
+                      for n in range(len(self.plan.stages))]
+        self.waiting: deque[RequestState] = deque()
+        self.waiting_tokens = 0
+        self.active: dict[int, RequestState] = {}
+        self.blocked = False
+        self.news = Outcome()
+        self.pressure = Pressure(self, host_memory)
+        self.bytes_per_group_token = model.kv_bytes_per_token_per_layer_per_group
+
+    # -- the verbs of the seam ---------------------------------------------------------
+
+    def submit(self, state: RequestState, now_s: float) -> None:
+        """Queue a request for prefill."""
+        self.sync()
+        state.instance = self.index
+        state.context_tokens = state.request.prompt_tokens
+        self.waiting.append(state)
+        self.waiting_tokens += state.context_tokens
+        if not self.blocked:
+            self.interrupt()
+
+    def next_step(self, now_s: float) -> Step | None:
+        """The next step to enter the pipeline, or None while there is nothing to do.
+
+        Lanes that are between steps take turns in the order in which they became ready;
+        whole-prompt prefill goes first, to the lane with the least load.
+        """
+        self.sync()
+        ready = [lane for lane in self.lanes if lane.step is None]
+        if not ready:
+            return None
+        ready.sort(key=lambda lane: (lane.ready_at_s, lane.index))
+        if self._admits:
+            for lane in ready:
+                self._reach_boundary(lane)
+            self.pressure.swap_in(ready)
+            if not self.settings.chunked_prefill:
+                step = self._prefill_step(min(ready, key=lambda lane: (lane.load, lane.index)), now_s)
+                if step is not None:
+                    return step
+        begin = self._mixed_step if self.settings.chunked_prefill else self._decode_step
+        for lane in ready:
+            self._reach_boundary(lane)
+            step = begin(lane, now_s)
+            if step is not None:
+                return step
+        return None
+
+    def next_turn(self) -> tuple[float, int] | None:
+        """When the first lane between steps, among those that may have work, became ready.
+
+        A driver asks :meth:`next_step` at that lane's turn; None while there is none.
+        """
+        admits = self._admits
+        turns = [(lane.ready_at_s, lane.index) for lane in self.lanes
+                 if lane.step is None and (admits or lane.has_work)]
+        return min(turns, default=None)
+
+    @property
+    def _admits(self) -> bool:
+        return bool(self.waiting or self.pressure.swapped) and not self.blocked
+
+    def complete(self, step: Step, now_s: float) -> Outcome:
+        """Book the end of a step; all its issued iterations have been executed."""
+        self.sync()
+        lane = self.lanes[step.lane]
+        lane.step = None
+        lane.ready_at_s = now_s
+        before = len(self.news.finished)
+        if step.decoding:
+            for state in lane.pop_finished():
+                self.books.after_leaving(state)
+                self._finish(state, now_s)
+        for chunk in step.chunks:
+            self._complete_chunk(chunk, lane, now_s)
+        if len(self.news.finished) > before:
+            self.membership_changed()
+        return self.take_news()
+
+    def arrived(self, transfer: Transfer, now_s: float) -> Outcome:
+        """Book the end of a transfer."""
+        self.sync()
+        state = self.active.get(transfer.request_id)
+        if transfer.kind == "move":
+            self.pressure.moves -= 1
+        if state is not None:
+            if transfer.kind == "move":
+                self._move_arrived(state, transfer)
+            elif transfer.kind == "swap_out":
+                self.pressure.swapped_out(state)
+            else:
+                state.in_flight_transfers -= 1
+                self._join_when_ready(state)
+        return self.take_news()
+
+    # -- state that policies and drivers may look at -------------------------------------
+
+    def sync(self) -> None:
+        """Account for iterations that the driver has begun since the last call."""
+        for lane in self.lanes:
+            step = lane.step
+            if step is not None and step.accounted < step.issued:
+                if step.decoding:
+                    lane.advance(step.issued - step.accounted, self.books.ledger)
+                step.accounted = step.issued
+
+    def view(self) -> InstanceView:
+        """A picture of the instance for its policy."""
+        groups, tokens = list(self.books.extra_groups), list(self.books.extra_tokens)
+        for lane in self.lanes:
+            if lane.members:
+                n = lane.issued
+                for p, g in enumerate(lane.groups):
+                    if g:
+                        groups[p] += g
+                        tokens[p] += lane.base[p] + g * n
+        ledger = self.books.ledger
+        free = {device: ledger.capacity[d] - ledger.used[d] for d, device in enumerate(self.plan.devices)}
+        return InstanceView(self.index, self.plan, self.timer.costs, groups, tokens, len(self.lanes), free,
+                            self.capacity_units, self.settings.limits.block_tokens, len(self.active),
+                            len(self.waiting), self.waiting_tokens, self.context_tokens())
+
+    def context_tokens(self) -> int:
+        """Tokens in cache, summed over the requests that hold any."""
+        lanes = sum(lane.offset_sum + lane.issued * len(lane.members) for lane in self.lanes)
+        return lanes + self.books.extra_context
+
+    def request_view(self, state: RequestState) -> RequestView:
+        """A request as its policy may see it."""
+        if state.status != Status.DECODE:
+            return state.view(state.generated_base)
+        lane = self.lanes[state.lane]
+        generated = state.generated_base + lane.issued - state.joined_at
+        return state.view(generated, movable=state.move is None)
+
+    def interrupt(self, lanes: Sequence[Lane] | None = None) -> None:
+        """Have open steps end at their next iteration boundary: something may be decided there."""
+        for lane in self.lanes if lanes is None else lanes:
+            if lane.step is not None:
+                lane.step.limit = lane.step.issued
+
+    def membership_changed(self) -> None:
+        """Cache was given back or a batch has changed: ask again whatever was refused."""
+        self.blocked = False
+        self.pressure.refusals.clear()
+        if self.timer.shares_workers:
+            self.timer.refresh_contention(self.lanes)
+            self.interrupt()
+        elif self.waiting or self.pressure.swapped:
+            self.interrupt()
+
+    def take_news(self) -> Outcome:
+        """What has happened since the last call: ends, first tokens, transfers to carry out."""
+        news, self.news = self.news, Outcome()
+        return news
+
+    # -- prefill -----------------------------------------------------------------------
+
+    def _prefill_step(self, lane: Lane, now_s: float) -> Step | None:
+        if not self.waiting or self.blocked:
+            return None
+        limits = self.settings.limits
+        batch: list[RequestState] = []
+        tokens = 0
+        for state in self.waiting:
+            tokens += state.context_tokens
+            if len(batch) + lane.load >= limits.max_batch_requests or (batch and tokens > limits.max_batch_tokens):
+                break
+            batch.append(state)
+        admitted = self._admit(batch, lane, now_s)
+        if not admitted:
+            return None
+        chunks = tuple(Chunk(state, state.context_tokens, 0, True) for state in admitted)
+        step = Step(self.index, lane.index, StepKind.PREFILL, chunks, issued=1, accounted=1)
+        step.transfers = [t for state in admitted if (t := self._push(state, streamed=True))]
+        lane.step = step
+        return step
+
+    def _admit(self, batch: list[RequestState], lane: Lane, now_s: float) -> list[RequestState]:
+        """Give cache to the longest prefix of ``batch`` that fits, and take it off the queue."""
+        if not batch:
+            return []
+        view = self.view()
+        requests = [self.request_view(state) for state in batch]
+        placements = self.policy.dispatch(requests, view)
+        self.log.record("dispatch", view, requests, placements)
+        admitted = [state for state, placement in zip(batch, placements, strict=False)
+                    if self._accept(state, placement, lane, now_s)]
+        if len(admitted) < len(batch):
+            self.blocked = True
+        if not admitted and not self.active:
+            raise PlacementError(f"policy {self.policy.name!r} places request {batch[0].request_id} "
+                                 f"({batch[0].context_tokens} tokens) nowhere on the empty instance {self.index}")
+        return admitted
+
+    def _accept(self, state: RequestState, placement: Placement, lane: Lane, now_s: float) -> bool:
+        if self.waiting[0] is not state:
+            return False
+        staged = self.settings.chunked_prefill and state.context_tokens > self.settings.chunk_tokens
+        if staged and not self.books.fits(placement, state.context_tokens, staged):
+            return False
+        self.books.accept(state, placement, state.context_tokens, staged)
+        self.waiting.popleft()
+        self.waiting_tokens -= state.context_tokens
+        self.active[state.request_id] = state
+        state.status, state.lane, state.prefilled_tokens = Status.PREFILL, lane.index, 0
+        if state.first_scheduled_s != state.first_scheduled_s:
+            state.first_scheduled_s = now_s
+        lane.prefilling += 1
+        return True
+
+    def _push(self, state: RequestState, *, streamed: bool) -> Transfer | None:
+        """Send a prompt's remote heads to their workers.
+
+        All layers but the last of each stage stream while the prefill computes; the last
+        one can only follow it.
+        """
+        assert state.shape is not None
+        size = self.bytes_per_group_token * state.context_tokens
+        flows = []
+        for source, target, group_layers, layers in state.shape.pushes:
+            share = (layers - 1) / layers if streamed else 1 / layers
+            if share:
+                flows.append(Flow(source, target, size * group_layers * share))
+        if not flows:
+            return None
+        state.in_flight_transfers += 1
+        return Transfer(state.request_id, self.index, "push", tuple(flows))
+
+    def _complete_chunk(self, chunk: Chunk, lane: Lane, now_s: float) -> None:
+        state = chunk.state
+        state.prefilled_tokens += chunk.new_tokens
+        if not chunk.last:
+            return
+        state.generated_base += 1
+        state.last_token_s = now_s
+        if state.first_token_s != state.first_token_s:
+            state.first_token_s = now_s
+            self.news.first_tokens.append(state)
+        state.status = Status.TRANSFER
+        if state.generated_base >= state.request.output_tokens:
+            lane.prefilling -= 1
+            self._finish(state, now_s)
+            return
+        tail = self._push(state, streamed=False)
+        if tail is not None:
+            self.news.transfers.append(tail)
+        self._join_when_ready(state)
+
+    def _join_when_ready(self, state: RequestState) -> None:
+        if state.status != Status.TRANSFER or state.in_flight_transfers:
+            return
+        lane = self.lanes[state.lane]
+        lane.joins.append(state)
+        self.interrupt([lane])
+
+    def _reach_boundary(self, lane: Lane) -> None:
+        """Between two iterations: requests join, moved heads switch over."""
+        if not lane.joins and not lane.switches:
+            return
+        for state in lane.joins:
+            lane.prefilling -= 1
+            state.status = Status.DECODE
+            self.books.join(state, lane)
+        for state in lane.switches:
+            if state.move is not None and self.books.finish_move(state, lane):
+                state.moves += 1
+        lane.joins, lane.switches = [], []
+        self.membership_changed()
+
+    # -- decode ------------------------------------------------------------------------
+
+    def _decode_step(self, lane: Lane, now_s: float) -> Step | None:
+        if not lane.members or not self.pressure.make_room(lane, now_s):
+            return None
+        self._rebalance(lane)
+        step = Step(self.index, lane.index, StepKind.DECODE, decoding=len(lane.members), issued=1)
+        step.limit = self._iterations(lane)
+        lane.step = step
+        self.sync()
+        return step
+
+    def _iterations(self, lane: Lane) -> int:
+        """Iterations in which nothing the controller knows of can change a decision."""
+        if not self.settings.collapse:
+            return 1
+        safe = self._safe_iterations()
+        for other in self.lanes:
+            if other.step is not None:
+                other.step.limit = min(other.step.limit, other.step.issued + safe)
+        limit = min(lane.next_finish(), safe)
+        if self._rebalances:
+            limit = min(limit, max(1, lane.rebalance_at - lane.issued))
+        return max(1, limit)
+
+    def _safe_iterations(self) -> int:
+        """Iterations that every lane can take with the cache that is free now.
+
+        ``c`` times block_tokens iterations open ``c`` blocks for every group there is.
+        """
+        ledger = self.books.ledger
+        cycles = 1 << 30
+        for d, used in enumerate(ledger.used):
+            growth = sum(lane.cycle_units[d] for lane in self.lanes)
+            if growth:
+                cycles = min(cycles, (ledger.capacity[d] - used) // growth)
+        return cycles * self.settings.limits.block_tokens
+
+    @property
+    def _rebalances(self) -> bool:
+        return bool(self.plan.attention_workers) and self.settings.moves_max > 0
+
+    def _rebalance(self, lane: Lane) -> None:
+        if not self._rebalances or lane.issued < lane.rebalance_at:
+            return
+        lane.rebalance_at = lane.issued + self.settings.rebalance_interval
+        self.pressure.look_ahead()
+
+    # -- chunked prefill -----------------------------------------------------------------
+
+    def _mixed_step(self, lane: Lane, now_s: float) -> Step | None:
+        """One iteration of the lane's decodes with as many prompt tokens as the budget leaves."""
+        decoding = len(lane.members) if lane.members and self.pressure.make_room(lane, now_s) else 0
+        chunks = self._chunks(lane, self.settings.chunk_tokens - decoding, now_s)
+        if not chunks:
+            return self._decode_step(lane, now_s) if decoding else None
+        kind = StepKind.MIXED if decoding else StepKind.PREFILL
+        step = Step(self.index, lane.index, kind, tuple(chunks), decoding=decoding, issued=1)
+        step.transfers = [t for c in chunks if c.last and (t := self._push(c.state, streamed=True))]
+        lane.step = step
+        self.sync()
+        return step
+
+    def _chunks(self, lane: Lane, budget: int, now_s: float) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for state in lane.partial:
+            if budget > 0:
+                chunks.append(self._chunk(state, budget))
+                budget -= chunks[-1].new_tokens
+        while (budget > 0 and self.waiting and not self.blocked
+               and lane.load < self.settings.limits.max_batch_requests):
+            state = self.waiting[0]
+            if not self._admit([state], lane, now_s):
+                break
+            lane.partial.append(state)
+            chunks.append(self._chunk(state, budget))
+            budget -= chunks[-1].new_tokens
+        lane.partial = [c.state for c in chunks if not c.last] + lane.partial[len(chunks):]
+        return chunks
+
+    @staticmethod
+    def _chunk(state: RequestState, budget: int) -> Chunk:
+        left = state.context_tokens - state.prefilled_tokens
+        new = min(left, budget)
+        return Chunk(state, new, state.prefilled_tokens, new == left)
+
+    # -- ends ----------------------------------------------------------------------------
+
+    def _move_arrived(self, state: RequestState, transfer: Transfer) -> None:
+        if state.move is None or state.move.transfer is not transfer:
+            return
+        state.moved_bytes += transfer.size_bytes
+        lane = self.lanes[state.lane]
+        lane.switches.append(state)
+        self.interrupt([lane])
+
+    def drop(self, state: RequestState, reason: str, now_s: float) -> None:
+        """Give up a request that holds no cache; it is counted with its reason."""
+        state.status, state.reason, state.finish_s = Status.REJECTED, reason, now_s
+        self.news.rejected.append(state)
+
+    def _finish(self, state: RequestState, now_s: float) -> None:
+        self.books.release(state)
+        del self.active[state.request_id]
+        state.status = Status.FINISHED
+        state.finish_s = state.last_token_s = now_s
+        self.news.finished.append(state)

@@ -1,0 +1,153 @@
+"""A micro-batch: the requests that decode together, and their sums.
+
+The sums make an iteration cost the same whatever the batch holds. With n iterations
+issued, a member's cached tokens are ``offset + n``; hence the KV group-tokens at a position
+are ``base + groups * n``, and the members whose next token opens a new block are those with
+``offset % block_tokens == -n % block_tokens``.
+"""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+
+from hetis_sim.control.ledger import KvLedger
+from hetis_sim.control.placement import PlacementShape
+from hetis_sim.control.state import RequestState
+from hetis_sim.control.step import Step
+
+
+class Lane:
+    """One micro-batch of an instance.
+
+    Attributes:
+        members: decoding requests by id, in order of joining.
+        issued: iterations begun; the cache of their tokens is accounted for.
+        step: the step under way, None between steps.
+        ready_at_s: when the last step ended; the order in which lanes take turns.
+        joins: requests whose cache is ready, waiting for the next iteration boundary.
+        partial: requests whose prompt is only in part prefilled (chunked prefill).
+        prefilling: requests of the prefill under way, or between prefill and decode.
+        groups, base: per position, see above.
+        switches: requests whose moved heads have arrived, waiting for the same.
+        offset_sum: sum of the members' offsets.
+        rebalance_at: iterations issued at which the policy is asked again.
+        version: changes with membership.
+    """
+
+    def __init__(self, index: int, positions: int, devices: int, block_tokens: int) -> None:
+        self.index = index
+        self.members: dict[int, RequestState] = {}
+        self.issued = 0
+        self.step: Step | None = None
+        self.ready_at_s = 0.0
+        self.joins: list[RequestState] = []
+        self.switches: list[RequestState] = []
+        self.partial: list[RequestState] = []
+        self.prefilling = 0
+        self.groups = [0] * positions
+        self.base = [0] * positions
+        self.offset_sum = 0
+        self.version = 0
+        self.rebalance_at = 0
+        self._block_tokens = block_tokens
+        self._crossing: list[list[int]] = [[0] * devices for _ in range(block_tokens)]
+        self._crossing_members = [0] * block_tokens
+        self.cycle_units = [0] * devices
+        self._finishes: list[tuple[int, int]] = []
+
+    @property
+    def load(self) -> int:
+        """Requests that belong to this lane, decoding or about to."""
+        return len(self.members) + self.prefilling
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could be made without admitting anybody."""
+        return bool(self.members or self.joins or self.partial)
+
+    def cached_tokens(self, state: RequestState) -> int:
+        """Tokens of a member in cache, the iteration under way included."""
+        return state.offset + self.issued
+
+    def join(self, state: RequestState) -> None:
+        """Make a request, whose cache is complete, a member from the next iteration on."""
+        state.lane = self.index
+        state.joined_at = self.issued
+        state.offset = state.cached_tokens - self.issued
+        self.members[state.request_id] = state
+        assert state.shape is not None
+        self._add(state.shape, state.offset, 1)
+        remaining = state.request.output_tokens - state.generated_base
+        heappush(self._finishes, (self.issued + remaining, state.request_id))
+
+    def leave(self, state: RequestState) -> None:
+        """Take a member out; its books go back to the state."""
+        del self.members[state.request_id]
+        assert state.shape is not None
+        self._add(state.shape, state.offset, -1)
+        state.cached_tokens = self.cached_tokens(state)
+        state.generated_base += self.issued - state.joined_at
+
+    def swap_shape(self, state: RequestState, shape: PlacementShape) -> None:
+        """Account for a member under another placement."""
+        assert state.shape is not None
+        self._add(state.shape, state.offset, -1)
+        state.shape = shape
+        self._add(shape, state.offset, 1)
+
+    def _add(self, shape: PlacementShape, offset: int, sign: int) -> None:
+        groups, base = self.groups, self.base
+        for p, g in shape.pairs:
+            groups[p] += sign * g
+            base[p] += sign * g * offset
+        self.offset_sum += sign * offset
+        key = offset % self._block_tokens
+        self._crossing_members[key] += sign
+        crossing = self._crossing[key]
+        cycle = self.cycle_units
+        for d, u in shape.block_units:
+            crossing[d] += sign * u
+            cycle[d] += sign * u
+        self.version += 1
+
+    def next_units(self) -> list[int] | None:
+        """Units per local device that the next iteration needs, None where it needs none."""
+        key = -self.issued % self._block_tokens
+        return self._crossing[key] if self._crossing_members[key] else None
+
+    def advance(self, iterations: int, ledger: KvLedger) -> None:
+        """Begin iterations: take the blocks that their tokens open.
+
+        Raises:
+            LedgerError: there is no room; callers check before.
+        """
+        full, rest = divmod(iterations, self._block_tokens)
+        if full:
+            ledger.take(enumerate(self.cycle_units), full)
+        for _ in range(rest):
+            need = self.next_units()
+            if need is not None:
+                ledger.take(enumerate(need))
+            self.issued += 1
+        self.issued += full * self._block_tokens
+
+    def next_finish(self) -> int:
+        """Iterations that may be issued before a member has its last token; large if none."""
+        finishes = self._finishes
+        while finishes:
+            at, request_id = finishes[0]
+            state = self.members.get(request_id)
+            if state is not None and at == state.joined_at + state.request.output_tokens - state.generated_base:
+                return at - self.issued
+            heappop(finishes)
+        return 1 << 40
+
+    def pop_finished(self) -> list[RequestState]:
+        """Members that have all their tokens, taken out of the lane."""
+        done: list[RequestState] = []
+        while self._finishes and self.next_finish() <= 0 and self._finishes:
+            _, request_id = heappop(self._finishes)
+            state = self.members[request_id]
+            self.leave(state)
+            done.append(state)
+        return done

@@ -1,0 +1,105 @@
+"""The life of a request inside the control plane."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+
+from hetis_sim.control.placement import PlacementShape
+from hetis_sim.control.step import Transfer
+from hetis_sim.policies.view import RequestView
+from hetis_sim.spec.request import Request
+
+
+class Status(IntEnum):
+    """Stations of a request; see ``docs/structure.md`` for the moves between them."""
+
+    WAITING = 0
+    PREFILL = 1
+    TRANSFER = 2
+    DECODE = 3
+    SWAPPED = 4
+    FINISHED = 5
+    REJECTED = 6
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PendingMove:
+    """A move under way: where it leads, and what is reserved for it."""
+
+    shape: PlacementShape
+    gained_units: tuple[tuple[int, int], ...]
+    lost_units: tuple[tuple[int, int], ...]
+    blocks: int
+    transfer: Transfer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SwappedCache:
+    """Cache parked in host memory: the placement it had and the bytes in each host."""
+
+    shape: PlacementShape
+    host_bytes: tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True, eq=False)
+class RequestState:
+    """One request as the controller keeps it.
+
+    While it decodes, its cached tokens are ``offset`` plus the iterations its lane has
+    issued, so that an iteration costs nothing per request.
+
+    Attributes:
+        request: as submitted.
+        status: where it is.
+        context_tokens: tokens to prefill before it can decode: the prompt, after a
+            recompute also the tokens generated so far.
+        prefilled_tokens: of those, computed in this attempt.
+        generated_base: tokens generated when it last joined a lane (or now, outside one).
+        offset: cached tokens minus iterations issued by its lane, at joining.
+        shape: its placement and what follows from it.
+        held_blocks: blocks of every group that the ledger holds for it, outside a lane.
+        staged_blocks: blocks held at primaries until a chunked prompt has been pushed.
+        in_flight_transfers: transfers it waits for before it decodes.
+        move: the move under way, if any.
+        swap: its cache in host memory, if any.
+    """
+
+    request: Request
+    status: Status = Status.WAITING
+    instance: int = -1
+    lane: int = -1
+    context_tokens: int = 0
+    prefilled_tokens: int = 0
+    generated_base: int = 0
+    joined_at: int = 0
+    offset: int = 0
+    cached_tokens: int = 0
+    shape: PlacementShape | None = None
+    in_flight_transfers: int = 0
+    held_blocks: int = 0
+    staged_blocks: int = 0
+    move: PendingMove | None = None
+    swap: SwappedCache | None = None
+    first_scheduled_s: float = math.nan
+    first_token_s: float = math.nan
+    finish_s: float = math.nan
+    last_token_s: float = math.nan
+    preemptions: int = 0
+    moves: int = 0
+    moved_bytes: float = 0.0
+    reason: str = ""
+    remote_share: float = 0.0
+
+    @property
+    def request_id(self) -> int:
+        """Id of the request."""
+        return self.request.request_id
+
+    def view(self, generated: int, movable: bool = False) -> RequestView:
+        """What a policy may see of it."""
+        request = self.request
+        context = self.context_tokens if self.status != Status.DECODE else request.prompt_tokens + generated
+        return RequestView(request.request_id, request.arrival_s, request.prompt_tokens, context, generated,
+                           self.shape.placement if self.shape else None, self.preemptions, movable)

@@ -1,0 +1,98 @@
+"""What the controller hands to a driver: steps to execute and transfers to carry out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from hetis_sim.control.state import RequestState
+
+
+class StepKind(IntEnum):
+    """Phases that a step computes."""
+
+    PREFILL = 0
+    DECODE = 1
+    MIXED = 2
+
+
+class Chunk(NamedTuple):
+    """A piece of one request's prefill: ``new_tokens`` after ``context_tokens`` cached ones."""
+
+    state: RequestState
+    new_tokens: int
+    context_tokens: int
+    last: bool
+
+
+class Flow(NamedTuple):
+    """Bytes from one place to another. Places are device ids; host h's memory is ``-1 - h``."""
+
+    source: int
+    target: int
+    size_bytes: float
+
+
+TransferKind = Literal["push", "move", "swap_out", "swap_in", "handoff"]
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """Cache of one request on its way. The driver reports it once all its flows have ended."""
+
+    request_id: int
+    instance: int
+    kind: TransferKind
+    flows: tuple[Flow, ...]
+
+    @property
+    def size_bytes(self) -> float:
+        """Bytes over all flows."""
+        return sum(flow.size_bytes for flow in self.flows)
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """Work for one micro-batch, through all stages of its instance.
+
+    A decode step may stand for several iterations. The controller guarantees that nothing
+    it knows of could change a decision before ``limit`` of them; it may lower the limit
+    while the step is under way, and then the driver stops at the next iteration boundary.
+
+    Attributes:
+        instance, lane: which micro-batch.
+        kind: prefill, decode, or both together (chunked prefill).
+        chunks: pieces of prompts to prefill.
+        decoding: requests that get a token in every iteration.
+        limit: iterations at most.
+        issued: iterations begun, counted by the driver.
+        accounted: of those, the ones whose cache the controller has booked.
+        transfers: cache pushes that stream alongside, layer by layer.
+    """
+
+    instance: int
+    lane: int
+    kind: StepKind
+    chunks: tuple[Chunk, ...] = ()
+    decoding: int = 0
+    limit: int = 1
+    issued: int = 0
+    accounted: int = 0
+    transfers: list[Transfer] = field(default_factory=list)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens computed in this step."""
+        return sum(chunk.new_tokens for chunk in self.chunks)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What happened at the end of a step or a transfer, for the driver to act on and record."""
+
+    finished: list[RequestState] = field(default_factory=list)
+    rejected: list[RequestState] = field(default_factory=list)
+    first_tokens: list[RequestState] = field(default_factory=list)
+    transfers: list[Transfer] = field(default_factory=list)
