@@ -18,15 +18,19 @@ class LinkSpec:
         name: kind of the link (``nvlink3``, ``pcie4x16``, ``ethernet-100g``); the key
             under which measured profiles are stored.
         bandwidth_bytes_per_s: peak of one direction.
-        latency_s: time of an empty message.
+        latency_s: time of an empty message on the wire and in the adapters, without the
+            software that sends it.
+        source: where the numbers come from.
     """
 
     name: str
     bandwidth_bytes_per_s: float
     latency_s: float
+    source: str = ""
 
     def __post_init__(self) -> None:
-        require_finite(f"link.{self.name}.bandwidth_bytes_per_s", self.bandwidth_bytes_per_s, 0.0, open_low=True)
+        require_finite(f"link.{self.name}.bandwidth_bytes_per_s", self.bandwidth_bytes_per_s, 0.0,
+                       open_low=True)
         require_finite(f"link.{self.name}.latency_s", self.latency_s, 0.0)
 
 
@@ -59,14 +63,29 @@ class HostSpec:
 
 @dataclass(frozen=True)
 class ClusterSpec:
-    """Hosts and the network between them."""
+    """Hosts and the network between them.
+
+    Attributes:
+        name: how users call it.
+        hosts: in the order that numbers hosts and devices.
+        network: the link between any two hosts.
+        host_links: (host, host, link) for pairs that another link joins, each pair once.
+    """
 
     name: str
     hosts: tuple[HostSpec, ...]
     network: LinkSpec
+    host_links: tuple[tuple[int, int, LinkSpec], ...] = ()
 
     def __post_init__(self) -> None:
         require(len(self.hosts) >= 1, "cluster.hosts", self.hosts, "at least one host")
+        seen: set[tuple[int, int]] = set()
+        for a, b, _ in self.host_links:
+            pair = (min(a, b), max(a, b))
+            require(0 <= pair[0] < pair[1] < len(self.hosts), "cluster.links.hosts", [a, b],
+                    f"two different hosts of 0..{len(self.hosts) - 1}")
+            require(pair not in seen, "cluster.links.hosts", [a, b], "named once")
+            seen.add(pair)
 
     @cached_property
     def devices(self) -> tuple[Device, ...]:
@@ -79,10 +98,14 @@ class ClusterSpec:
 
     def link(self, source: int, target: int) -> LinkSpec:
         """The link between two different devices, by device id."""
-        a, b = self.devices[source], self.devices[target]
-        if a.host_id != b.host_id:
-            return self.network
-        return self.hosts[a.host_id].link
+        a, b = self.devices[source].host_id, self.devices[target].host_id
+        if a == b:
+            return self.hosts[a].link
+        return self._link_of_pair.get((a, b), self.network) if self.host_links else self.network
+
+    @cached_property
+    def _link_of_pair(self) -> dict[tuple[int, int], LinkSpec]:
+        return {pair: link for a, b, link in self.host_links for pair in ((a, b), (b, a))}
 
     def slowest_link(self, device_ids: Sequence[int]) -> LinkSpec | None:
         """The link that bounds a collective over these devices; None for a single device."""
