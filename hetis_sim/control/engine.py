@@ -52,6 +52,7 @@ class Engine:
         self.active: dict[int, RequestState] = {}
         self.blocked = False
         self.news = Outcome()
+        self.changes = 0
         self.pressure = Pressure(self, host_memory)
         self.bytes_per_group_token = model.kv_bytes_per_token_per_layer_per_group
 
@@ -190,6 +191,7 @@ class Engine:
     def membership_changed(self) -> None:
         """Cache was given back or a batch has changed: ask again whatever was refused."""
         self.blocked = False
+        self.changes += 1
         self.pressure.refusals.clear()
         if self.timer.shares_workers:
             self.timer.refresh_contention(self.lanes)
@@ -215,6 +217,8 @@ class Engine:
             if len(batch) + lane.load >= limits.max_batch_requests or (batch and tokens > limits.max_batch_tokens):
                 break
             batch.append(state)
+        if not batch:
+            self.blocked = all(other.load >= limits.max_batch_requests for other in self.lanes)
         admitted = self._admit(batch, lane, now_s)
         if not admitted:
             return None
@@ -281,6 +285,8 @@ class Engine:
         if not chunk.last:
             return
         state.generated_base += 1
+        if state.generated_base > 1:
+            self.news.gaps_s.append(now_s - state.last_token_s)
         state.last_token_s = now_s
         if state.first_token_s != state.first_token_s:
             state.first_token_s = now_s
@@ -319,27 +325,36 @@ class Engine:
     # -- decode ------------------------------------------------------------------------
 
     def _decode_step(self, lane: Lane, now_s: float) -> Step | None:
-        if not lane.members or not self.pressure.make_room(lane, now_s):
+        if not self._begin_iteration(lane, now_s):
             return None
+        return self._long_decode(lane)
+
+    def _begin_iteration(self, lane: Lane, now_s: float) -> int:
+        """Book one iteration of the lane's decodes; returns how many requests take part."""
+        if not lane.members or not self.pressure.make_room(lane, now_s):
+            return 0
         self._rebalance(lane)
-        step = Step(self.index, lane.index, StepKind.DECODE, decoding=len(lane.members), issued=1)
-        step.limit = self._iterations(lane)
+        lane.advance(1, self.books.ledger)
+        return len(lane.members)
+
+    def _long_decode(self, lane: Lane) -> Step:
+        """A decode step whose first iteration is booked already."""
+        step = Step(self.index, lane.index, StepKind.DECODE, decoding=len(lane.members), issued=1, accounted=1)
+        if self.settings.collapse:
+            step.limit = 1 + self._iterations_left(lane)
         lane.step = step
-        self.sync()
         return step
 
-    def _iterations(self, lane: Lane) -> int:
-        """Iterations in which nothing the controller knows of can change a decision."""
-        if not self.settings.collapse:
-            return 1
+    def _iterations_left(self, lane: Lane) -> int:
+        """Further iterations in which nothing the controller knows of can change a decision."""
+        if self._admits:
+            return 0
         safe = self._safe_iterations()
         for other in self.lanes:
             if other.step is not None:
                 other.step.limit = min(other.step.limit, other.step.issued + safe)
-        limit = min(lane.next_finish(), safe)
-        if self._rebalances:
-            limit = min(limit, max(1, lane.rebalance_at - lane.issued))
-        return max(1, limit)
+        left = min(lane.next_finish(), safe)
+        return min(left, lane.rebalance_at - lane.issued) if self._rebalances else left
 
     def _safe_iterations(self) -> int:
         """Iterations that every lane can take with the cache that is free now.
@@ -368,15 +383,14 @@ class Engine:
 
     def _mixed_step(self, lane: Lane, now_s: float) -> Step | None:
         """One iteration of the lane's decodes with as many prompt tokens as the budget leaves."""
-        decoding = len(lane.members) if lane.members and self.pressure.make_room(lane, now_s) else 0
+        decoding = self._begin_iteration(lane, now_s)
         chunks = self._chunks(lane, self.settings.chunk_tokens - decoding, now_s)
         if not chunks:
-            return self._decode_step(lane, now_s) if decoding else None
+            return self._long_decode(lane) if decoding else None
         kind = StepKind.MIXED if decoding else StepKind.PREFILL
-        step = Step(self.index, lane.index, kind, tuple(chunks), decoding=decoding, issued=1)
+        step = Step(self.index, lane.index, kind, tuple(chunks), decoding=decoding, issued=1, accounted=1)
         step.transfers = [t for c in chunks if c.last and (t := self._push(c.state, streamed=True))]
         lane.step = step
-        self.sync()
         return step
 
     def _chunks(self, lane: Lane, budget: int, now_s: float) -> list[Chunk]:

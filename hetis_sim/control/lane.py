@@ -29,6 +29,7 @@ class Lane:
         prefilling: requests of the prefill under way, or between prefill and decode.
         groups, base: per position, see above.
         switches: requests whose moved heads have arrived, waiting for the same.
+        fresh: members that have had no token in this lane yet; the driver empties it.
         offset_sum: sum of the members' offsets.
         rebalance_at: iterations issued at which the policy is asked again.
         version: changes with membership.
@@ -42,6 +43,7 @@ class Lane:
         self.ready_at_s = 0.0
         self.joins: list[RequestState] = []
         self.switches: list[RequestState] = []
+        self.fresh: list[RequestState] = []
         self.partial: list[RequestState] = []
         self.prefilling = 0
         self.groups = [0] * positions
@@ -75,6 +77,7 @@ class Lane:
         state.joined_at = self.issued
         state.offset = state.cached_tokens - self.issued
         self.members[state.request_id] = state
+        self.fresh.append(state)
         assert state.shape is not None
         self._add(state.shape, state.offset, 1)
         remaining = state.request.output_tokens - state.generated_base

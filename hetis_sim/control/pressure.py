@@ -186,6 +186,7 @@ class Pressure:
         engine = self._engine
         engine.books.leave(state, lane)
         state.preemptions += 1
+        state.last_token_s = lane.ready_at_s
         state.context_tokens = state.request.prompt_tokens + state.generated_base
         swapped = engine.policy.preemption == "swap" and len(engine.active) > 1 and self._swap_out(state)
         if not swapped:
@@ -234,6 +235,8 @@ class Pressure:
         self.swapped.append(state)
         if not self._somebody_runs():
             self._engine.blocked = False
+        if not self._engine.blocked:
+            self._engine.interrupt()
 
     def swap_in(self, ready: Sequence[Lane]) -> None:
         """Bring back swapped requests, first out first in, as far as the policy places them."""

@@ -90,9 +90,13 @@ class Step:
 
 @dataclass(slots=True)
 class Outcome:
-    """What happened at the end of a step or a transfer, for the driver to act on and record."""
+    """What happened at the end of a step or a transfer, for the driver to act on and record.
+
+    ``gaps_s`` are times between two tokens of requests that had lost their cache meanwhile.
+    """
 
     finished: list[RequestState] = field(default_factory=list)
     rejected: list[RequestState] = field(default_factory=list)
     first_tokens: list[RequestState] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)

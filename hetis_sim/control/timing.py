@@ -64,6 +64,9 @@ class InstanceTimer:
         self._cost = cost
         self._fixed: dict[tuple[int, int], tuple[FixedParts, ...]] = {}
         self._workers = self._worker_positions()
+        heads = model.heads_per_group
+        unit = model.head_dim * model.kv_bytes
+        self.wire_bytes_per_group = ((heads + 2) * unit, heads * unit)
         self.contention_s = [0.0] * len(plan.positions)
 
     def _worker_positions(self) -> list[list[int]]:

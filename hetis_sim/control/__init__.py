@@ -1,0 +1,1 @@
+"""Everything that decides, above the clock: scheduler, ledger, request life cycle."""

@@ -1,0 +1,48 @@
+"""Checks of the control plane's invariants (see ``docs/invariants.md``), for debugging runs."""
+
+from __future__ import annotations
+
+from hetis_sim.control.controller import Controller
+from hetis_sim.control.engine import Engine
+from hetis_sim.control.state import Status
+from hetis_sim.spec.errors import HetisError
+
+
+class InvariantError(HetisError):
+    """An invariant does not hold: a defect of the program."""
+
+
+def check_controller(controller: Controller) -> None:
+    """Check invariants 1, 3 and 4 at this instant.
+
+    Raises:
+        InvariantError: requests are lost or doubled, or heads do not sum up.
+        LedgerError: cache is lost or doubled.
+    """
+    counts = controller.counts()
+    accounted = counts["running"] + counts["waiting"] + counts["finished"] + counts["rejected"]
+    if counts["submitted"] != accounted:
+        raise InvariantError(f"invariant 1 (requests): {counts}")
+    for engine in controller.engines:
+        engine.sync()
+        check_engine(engine)
+
+
+def check_engine(engine: Engine) -> None:
+    """Check the books and the head counts of one instance."""
+    outside = [s for s in engine.active.values() if s.status != Status.DECODE]
+    engine.books.check(engine.lanes, outside)
+    members = sum(len(lane.members) for lane in engine.lanes)
+    if members + len(outside) != len(engine.active):
+        raise InvariantError(f"invariant 1 (requests): {members} decode, {len(outside)} are elsewhere, "
+                             f"{len(engine.active)} are active in instance {engine.index}")
+    for state in engine.active.values():
+        if state.shape is None:
+            continue
+        for stage, positions in enumerate(engine.plan.stage_positions):
+            groups = sum(state.shape.placement[p] for p in positions)
+            if groups != engine.model.kv_heads:
+                raise InvariantError(f"invariant 4 (heads): request {state.request_id} has {groups} of "
+                                     f"{engine.model.kv_heads} KV groups in stage {stage}")
+    if not engine.active and any(engine.books.ledger.used):
+        raise InvariantError(f"invariant 3 (cache): nobody is active, {engine.books.ledger.used} units are used")

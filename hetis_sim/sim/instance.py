@@ -1,0 +1,205 @@
+"""One instance in simulated time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING
+
+import simpy
+
+from hetis_sim.control.controller import Controller
+from hetis_sim.control.lane import Lane
+from hetis_sim.control.state import RequestState
+from hetis_sim.control.step import Outcome, Step
+from hetis_sim.control.timing import InstanceTimer, envelope_sum
+from hetis_sim.metrics.recorder import Recorder
+from hetis_sim.sim.clock import LAST, Clock
+from hetis_sim.sim.network import Wire
+from hetis_sim.sim.pipeline import LaneRun, Pipeline
+from hetis_sim.spec.errors import HetisError
+
+if TYPE_CHECKING:
+    from hetis_sim.control.engine import Engine
+
+
+class StuckError(HetisError):
+    """A driver or scheduler makes no progress: a defect of the program."""
+
+
+class Instance:
+    """Asks its engine for steps, sends them through the pipeline and reports their ends.
+
+    Args:
+        news: called with what each verb of the controller has set off.
+        horizon: the earliest time at which anything outside may happen.
+        path: the wires between two devices.
+    """
+
+    def __init__(self, clock: Clock, controller: Controller, engine: Engine, timer: InstanceTimer,
+                 recorder: Recorder, news: Callable[[Outcome], None], horizon: Callable[[], float],
+                 path: Callable[[int, int], tuple[Wire, ...]]) -> None:
+        self._clock = clock
+        self._controller = controller
+        self._engine = engine
+        self._timer = timer
+        self._recorder = recorder
+        self._news = news
+        self._horizon = horizon
+        self._path = path
+        self.pipeline = Pipeline(len(timer.plan.stages), recorder)
+        self.worker_busy_s = dict.fromkeys(timer.plan.attention_workers, 0.0)
+        self._runs: dict[int, LaneRun] = {}
+        self._last_token_s = [0.0] * len(engine.lanes)
+        self._bell = simpy.Event(clock)
+        self._alarm_s = math.inf
+        self._gap_s = [math.nan] * len(engine.lanes)
+        self._declined = False
+        clock.process(self.serve())
+
+    def serve(self) -> Generator[simpy.Event, None, None]:
+        """Work while there is any; otherwise wait for the alarm or the bell."""
+        while True:
+            self.finish_steps()
+            self.begin_steps()
+            self._set_alarm(self.run_ahead())
+            yield self._bell
+            self._bell = simpy.Event(self._clock)
+
+    def ring(self) -> None:
+        """Something has changed: look again, after everything else that happens now."""
+        self._declined = False
+        self._set_alarm(self._clock.now)
+
+    def _set_alarm(self, time_s: float) -> None:
+        if time_s >= self._alarm_s or time_s == math.inf:
+            return
+        self._alarm_s = time_s
+        event = self._clock.at(time_s, LAST)
+        assert event.callbacks is not None
+        event.callbacks.append(lambda _: self._alarm(time_s))
+
+    def _alarm(self, time_s: float) -> None:
+        if time_s == self._alarm_s:
+            self._alarm_s = math.inf
+            self._bell.succeed()
+
+    # -- steps -----------------------------------------------------------------------------
+
+    def finish_steps(self) -> None:
+        """Report the steps that have ended, in the order in which they did."""
+        now = self._clock.now
+        while True:
+            ended = [run for run in self._runs.values() if not run.open and run.ready_s <= now]
+            if not ended:
+                return
+            run = min(ended, key=lambda run: (run.ready_s, run.step.lane))
+            lane = run.step.lane
+            del self._runs[lane]
+            self._record(run)
+            self._last_token_s[lane], self._gap_s[lane] = run.last_token_s, run.gap_s
+            self._declined = False
+            self._news(self._controller.complete(run.step, run.ready_s))
+
+    def begin_steps(self) -> None:
+        """While the first stage is free and a lane's turn has come, ask for its step."""
+        now = self._clock.now
+        for _ in range(10_000):
+            turn = self._turn()
+            if turn is None or self.pipeline.free_s[0] > now:
+                return
+            first_open = min(((run.ready_s, lane) for lane, run in self._runs.items() if run.open), default=turn)
+            if first_open < turn:
+                return
+            step = self._controller.next_step(self._engine.index, now)
+            self._news(self._controller.news(self._engine.index))
+            if step is None:
+                self._declined = True
+            else:
+                self._enter(step, now)
+            self.finish_steps()
+        raise StuckError(f"instance {self._engine.index} begins steps without end at {now} s")
+
+    def _turn(self) -> tuple[float, int] | None:
+        """The place in line of the lane that waits for a step; none once the engine has declined."""
+        return None if self._declined else self._engine.next_turn()
+
+    def _enter(self, step: Step, now: float) -> None:
+        lane = self._engine.lanes[step.lane]
+        stages = self._timer.prefill(step, lane) if step.chunks else self._timer.decode(lane)
+        fresh: list[RequestState] = []
+        if step.decoding:
+            fresh, lane.fresh = lane.fresh, fresh
+        run = LaneRun(step, stages, lane.issued - (1 if step.decoding else 0), self._last_token_s[step.lane],
+                      step.decoding - len(fresh))
+        self.pipeline.enter(run, now)
+        for state in fresh:
+            gap = run.ready_s - state.last_token_s
+            self._recorder.itl(gap, gap, 1, 1)
+        self._runs[step.lane] = run
+        if step.transfers:
+            self._news(Outcome(transfers=step.transfers))
+
+    def run_ahead(self) -> float:
+        """Run what cannot be influenced any more; returns when to look again."""
+        runs = list(self._runs.values())
+        turn = self._turn()
+        if not runs and turn is None:
+            return math.inf
+        return self.pipeline.run_ahead(runs, self._clock.now, self._horizon(), turn)
+
+    # -- records -----------------------------------------------------------------------------
+
+    def _record(self, run: LaneRun) -> None:
+        step, count = run.step, run.step.issued
+        host = dense = collective = hop = local = exposed = 0.0
+        for stage in run.stages:
+            fixed = stage.fixed
+            host += fixed.host_s
+            dense += fixed.dense_s
+            collective += fixed.collective_s
+            hop += fixed.hop_s
+            own = envelope_sum(stage.local, run.first_n, count)
+            both = envelope_sum(stage.local + stage.remote, run.first_n, count) if stage.remote else own
+            local += own + count * stage.attention_s
+            exposed += both - own
+        lane = self._engine.lanes[step.lane]
+        if step.decoding:
+            self._record_workers(lane, run.first_n, count)
+        parts = (host * count, dense * count, collective * count, local, exposed, hop * count)
+        self._recorder.step(self._engine.index, step.lane, int(step.kind), run.begun_s, run.ready_s, count,
+                            step.decoding, step.prefill_tokens, step.decoding * count, *parts,
+                            run.ready_s - run.begun_s - sum(parts))
+
+    def _record_workers(self, lane: Lane, first_n: int, count: int) -> None:
+        for p in self._timer.plan.positions:
+            groups = lane.groups[p.index] if p.remote else 0
+            if groups:
+                cost = self._timer.costs[p.index]
+                middle = lane.base[p.index] + groups * (first_n + (count + 1) / 2)
+                self.worker_busy_s[p.device] += count * p.layers * (
+                    cost.a_s_per_group * groups + cost.b_s_per_group_token * middle + cost.c_s)
+
+    def foreground(self) -> dict[Wire, float]:
+        """Bytes per second that decode's head traffic puts on each wire at the moment.
+
+        Queries, keys and values go out and the outputs come back, once per layer and
+        iteration of every lane; the time of a round is that of the slowest lane's latest.
+        """
+        lanes = self._engine.lanes
+        gaps = [self._runs[n].gap_s if n in self._runs else self._gap_s[n] for n in range(len(lanes))]
+        period_s = max((gap for gap in gaps if gap == gap), default=0.0)
+        rates: dict[Wire, float] = {}
+        if period_s <= 0:
+            return rates
+        out_bytes, back_bytes = self._timer.wire_bytes_per_group
+        for p in self._timer.plan.positions:
+            groups = sum(lane.groups[p.index] for lane in lanes) if p.remote else 0
+            if groups:
+                sender = self._timer.plan.stages[p.stage].devices[0]
+                per_s = groups * p.layers / period_s
+                for wire in self._path(sender, p.device):
+                    rates[wire] = rates.get(wire, 0.0) + per_s * out_bytes
+                for wire in self._path(p.device, sender):
+                    rates[wire] = rates.get(wire, 0.0) + per_s * back_bytes
+        return rates

@@ -1,0 +1,176 @@
+"""Links as shared resources: cache transfers as fluid flows over the wires they cross.
+
+Flows of cache have low priority: decode's head traffic takes what it needs first, and the
+flows of a wire share the rest evenly. A flow runs at the rate of its tightest wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hetis_sim.control.step import Flow, Transfer
+from hetis_sim.cost.model import CostModel
+from hetis_sim.sim.clock import Clock
+from hetis_sim.spec.cluster import ClusterSpec, LinkSpec
+
+Wire = tuple[str, int]
+"""(kind, device or host id); the two directions of a link are two wires."""
+
+# However busy decode keeps a wire, transfers get this share: they must end.
+BACKGROUND_SHARE = 0.05
+
+
+@dataclass(slots=True, eq=False)
+class _Stream:
+    """One flow under way."""
+
+    wires: tuple[Wire, ...]
+    left_bytes: float
+    latency_s: float
+    transfer: _Pending
+    flow: Flow
+    rate: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A transfer and the number of its flows that have not ended."""
+
+    transfer: Transfer
+    flows_left: int
+    begun_s: float
+
+
+class Network:
+    """Carries out transfers.
+
+    Args:
+        foreground: bytes per second that decode puts on each wire at the moment.
+        arrived: called with each transfer, and when it began, once its last flow has ended.
+    """
+
+    def __init__(self, clock: Clock, cluster: ClusterSpec, cost: CostModel,
+                 foreground: Callable[[], dict[Wire, float]],
+                 arrived: Callable[[Transfer, float], None]) -> None:
+        self._clock = clock
+        self._cluster = cluster
+        self._cost = cost
+        self._foreground = foreground
+        self._arrived = arrived
+        self._streams: list[_Stream] = []
+        self._updated_s = 0.0
+        self._generation = 0
+        self._paths: dict[tuple[int, int], tuple[tuple[Wire, ...], float]] = {}
+        self._bandwidth: dict[Wire, float] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether any flow is under way."""
+        return bool(self._streams)
+
+    def start(self, transfer: Transfer) -> None:
+        """Begin a transfer now."""
+        self._progress()
+        pending = _Pending(transfer, len(transfer.flows), self._clock.now)
+        for flow in transfer.flows:
+            wires, latency = self.path(flow.source, flow.target)
+            self._streams.append(_Stream(wires, flow.size_bytes, latency, pending, flow))
+        self.update_rates()
+
+    def update_rates(self) -> None:
+        """Share the wires anew; called when flows begin or end and when decode's traffic changes."""
+        if not self._streams:
+            return
+        self._progress()
+        flows: dict[Wire, int] = {}
+        for stream in self._streams:
+            for wire in stream.wires:
+                flows[wire] = flows.get(wire, 0) + 1
+        taken = self._foreground()
+        for stream in self._streams:
+            stream.rate = min(self._residual(wire, taken.get(wire, 0.0)) / flows[wire] for wire in stream.wires)
+        self._schedule()
+
+    def _residual(self, wire: Wire, taken: float) -> float:
+        bandwidth = self._bandwidth[wire]
+        return max(bandwidth - taken, BACKGROUND_SHARE * bandwidth)
+
+    def _progress(self) -> None:
+        elapsed = self._clock.now - self._updated_s
+        self._updated_s = self._clock.now
+        if elapsed > 0:
+            for stream in self._streams:
+                stream.left_bytes -= stream.rate * elapsed
+
+    def _schedule(self) -> None:
+        self._generation += 1
+        generation = self._generation
+        first = min(self._clock.now + max(0.0, s.left_bytes) / s.rate for s in self._streams)
+        event = self._clock.at(first)
+        assert event.callbacks is not None
+        event.callbacks.append(lambda _: self._end_flows(generation))
+
+    def _end_flows(self, generation: int) -> None:
+        if generation != self._generation:
+            return
+        self._progress()
+        # A byte's worth of rounding is nothing to wait for.
+        ended = [s for s in self._streams if s.left_bytes <= 1.0]
+        self._streams = [s for s in self._streams if s.left_bytes > 1.0]
+        for stream in ended:
+            event = self._clock.at(self._clock.now + stream.latency_s)
+            assert event.callbacks is not None
+            event.callbacks.append(lambda _, stream=stream: self._flow_arrived(stream))
+        if self._streams:
+            self.update_rates()
+
+    def _flow_arrived(self, stream: _Stream) -> None:
+        pending = stream.transfer
+        pending.flows_left -= 1
+        if pending.flows_left == 0:
+            self._arrived(pending.transfer, pending.begun_s)
+
+    # -- wires -----------------------------------------------------------------------------
+
+    def path(self, source: int, target: int) -> tuple[tuple[Wire, ...], float]:
+        """Wires that a flow crosses, and the latency of its last byte."""
+        key = (source, target)
+        if key not in self._paths:
+            self._paths[key] = self._make_path(source, target)
+        return self._paths[key]
+
+    def _make_path(self, source: int, target: int) -> tuple[tuple[Wire, ...], float]:
+        devices, hosts = self._cluster.devices, self._cluster.hosts
+        source_host = -1 - source if source < 0 else devices[source].host_id
+        target_host = -1 - target if target < 0 else devices[target].host_id
+        if source_host == target_host and source >= 0 and target >= 0:
+            link = hosts[source_host].link
+            return ((self._wire("peer_out", source, link), self._wire("peer_in", target, link)),
+                    self._cost.transfer(link).beta_s)
+        wires: list[Wire] = []
+        latency = 0.0
+        if source >= 0:
+            wires.append(self._host_wire("out", source))
+        if source_host != target_host:
+            network = self._cluster.network
+            wires += [self._wire("nic_out", source_host, network), self._wire("nic_in", target_host, network)]
+            latency = self._cost.transfer(network).beta_s
+        if target >= 0:
+            wires.append(self._host_wire("in", target))
+        return tuple(wires), latency
+
+    def _wire(self, kind: str, index: int, link: LinkSpec) -> Wire:
+        wire = (kind, index)
+        self._bandwidth[wire] = 1.0 / self._cost.transfer(link).gamma_s_per_byte
+        return wire
+
+    def _host_wire(self, direction: str, device: int) -> Wire:
+        """The wire between a GPU and its host; the peer wire itself where peers talk over PCIe."""
+        spec = self._cluster.devices[device]
+        link = self._cluster.hosts[spec.host_id].link
+        if link.name.startswith("pcie"):
+            return self._wire(f"peer_{direction}", device, link)
+        wire = (f"host_{direction}", device)
+        self._bandwidth[wire] = spec.gpu.host_bandwidth_bytes_per_s
+        return wire

@@ -1,0 +1,177 @@
+"""A run in simulated time: arrivals, instances and the network around one controller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hetis_sim.control.controller import Controller
+from hetis_sim.control.decisions import DecisionLog
+from hetis_sim.control.invariants import check_controller
+from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.control.state import RequestState, Status
+from hetis_sim.control.step import Outcome, Transfer
+from hetis_sim.control.timing import InstanceTimer
+from hetis_sim.cost.model import CostModel
+from hetis_sim.metrics.recorder import Recorder
+from hetis_sim.policies.base import Policy
+from hetis_sim.policies.memory import unit_bytes
+from hetis_sim.policies.plan import Plan
+from hetis_sim.sim.arrivals import ClosedArrivals, OpenArrivals, UserLoop
+from hetis_sim.sim.clock import Clock
+from hetis_sim.sim.instance import Instance, StuckError
+from hetis_sim.sim.network import Network, Wire
+from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.model import ModelSpec
+from hetis_sim.spec.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class SimulationInput:
+    """All that determines a run: same input, same output."""
+
+    cluster: ClusterSpec
+    model: ModelSpec
+    cost: CostModel
+    policy: Policy
+    plan: Plan
+    workload: Sequence[Request] | UserLoop
+    settings: SchedulerSettings
+    event_budget: int
+    log_decisions: bool = False
+    debug: bool = False
+
+
+class Simulation:
+    """Runs a plan on a workload.
+
+    With ``debug`` the invariants are checked after every event.
+    """
+
+    def __init__(self, given: SimulationInput) -> None:
+        self.given = given
+        self.clock = Clock(given.event_budget)
+        timers = [InstanceTimer(given.cluster, given.model, given.cost, plan) for plan in given.plan.instances]
+        self.controller = Controller(given.cluster, given.model, given.policy, given.plan, timers,
+                                     given.settings, DecisionLog(given.log_decisions))
+        self._unit_bytes = unit_bytes(given.model, given.settings.limits)
+        self.recorder = self._make_recorder()
+        self.network = Network(self.clock, given.cluster, given.cost, self._foreground, self._transfer_ended)
+        self.instances = [
+            Instance(self.clock, self.controller, engine, timer, self.recorder, self._news, self._horizon,
+                     lambda a, b: self.network.path(a, b)[0])
+            for engine, timer in zip(self.controller.engines, timers, strict=True)]
+        self._changes = -1
+        if isinstance(given.workload, Sequence):
+            self.arrivals: OpenArrivals | ClosedArrivals = OpenArrivals(self.clock, given.workload, self._submit)
+        else:
+            self.arrivals = ClosedArrivals(self.clock, given.workload, self._submit)
+
+    def _make_recorder(self) -> Recorder:
+        devices = self.given.cluster.devices
+        capacity = dict.fromkeys(range(len(devices)), 0)
+        for engine in self.controller.engines:
+            capacity.update(engine.capacity_units)
+        return Recorder(devices=[device.label for device in devices],
+                        capacity_bytes=[float(units * self._unit_bytes) for units in capacity.values()])
+
+    def run(self) -> Recorder:
+        """Run to the end of the workload.
+
+        Raises:
+            StuckError: requests are left although nothing can happen any more.
+            EventBudgetError: the run takes more events than allowed.
+        """
+        self.clock.run()
+        counts = self.controller.counts()
+        if counts["running"] or counts["waiting"]:
+            raise StuckError(f"the simulation has come to a halt at {self.clock.now:.3f} s with {counts}")
+        self._record_busy()
+        return self.recorder
+
+    # -- what happens ------------------------------------------------------------------------
+
+    def _submit(self, request: Request) -> None:
+        state = self.controller.submit(request, self.clock.now)
+        if state.status == Status.REJECTED:
+            self._ended(state)
+        else:
+            self.instances[state.instance].ring()
+        self._after_event()
+
+    def _transfer_ended(self, transfer: Transfer, begun_s: float) -> None:
+        for flow in transfer.flows:
+            self.recorder.transfer(transfer.request_id, transfer.kind, begun_s, self.clock.now, flow.size_bytes,
+                                   flow.source, flow.target)
+        self._news(self.controller.arrived(transfer, self.clock.now))
+        self.instances[transfer.instance].ring()
+
+    def _news(self, outcome: Outcome) -> None:
+        """Carry out and record what a verb of the controller has set off."""
+        for gap_s in outcome.gaps_s:
+            self.recorder.itl(gap_s, gap_s, 1, 1)
+        for state in outcome.finished:
+            self._ended(state)
+        for state in outcome.rejected:
+            self._ended(state)
+        for transfer in outcome.transfers:
+            self.network.start(transfer)
+        self._after_event()
+
+    def _ended(self, state: RequestState) -> None:
+        request = state.request
+        finished = state.status == Status.FINISHED
+        self.recorder.request(
+            request_id=request.request_id, arrival_s=request.arrival_s, prompt_tokens=request.prompt_tokens,
+            output_tokens=request.output_tokens, status="finished" if finished else "rejected",
+            reason=state.reason, instance=state.instance, first_scheduled_s=state.first_scheduled_s,
+            first_token_s=state.first_token_s, finish_s=state.finish_s if finished else math.nan,
+            preemptions=state.preemptions, moves=state.moves, moved_bytes=state.moved_bytes,
+            remote_share=state.remote_share)
+        self.arrivals.ended(state)
+
+    def _after_event(self) -> None:
+        if self.network.busy:
+            changes = sum(engine.changes for engine in self.controller.engines)
+            if changes != self._changes:
+                self._changes = changes
+                self.network.update_rates()
+        now = self.clock.now
+        if now >= self.recorder.next_sample_s:
+            self._sample(now)
+        if self.given.debug:
+            check_controller(self.controller)
+
+    # -- what the parts ask for --------------------------------------------------------------
+
+    def _horizon(self) -> float:
+        """No event from outside can reach an instance before this time."""
+        if self.network.busy or self.arrivals.reacts:
+            return self.clock.peek()
+        return self.arrivals.next_s
+
+    def _foreground(self) -> dict[Wire, float]:
+        total: dict[Wire, float] = {}
+        for instance in self.instances:
+            for wire, rate in instance.foreground().items():
+                total[wire] = total.get(wire, 0.0) + rate
+        return total
+
+    def _sample(self, now: float) -> None:
+        used = [0.0] * len(self.given.cluster.devices)
+        for engine in self.controller.engines:
+            engine.sync()
+            for d, device in enumerate(engine.plan.devices):
+                used[device] = float(engine.books.ledger.used[d] * self._unit_bytes)
+        counts = [len(engine.active) for engine in self.controller.engines]
+        waiting = sum(len(engine.waiting) for engine in self.controller.engines)
+        self.recorder.sample(now, sum(counts), waiting, used)
+
+    def _record_busy(self) -> None:
+        for instance, engine in zip(self.instances, self.controller.engines, strict=True):
+            for stage, seconds in zip(engine.plan.stages, instance.pipeline.busy_s, strict=True):
+                for device in stage.devices:
+                    self.recorder.busy(device, seconds)
+            for device, seconds in instance.worker_busy_s.items():
+                self.recorder.busy(device, seconds)
