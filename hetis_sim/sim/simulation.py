@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hetis_sim.control.controller import Controller
@@ -26,6 +26,8 @@ from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.request import Request
 
+PROGRESS_EVERY = 50
+
 
 @dataclass(frozen=True, slots=True)
 class SimulationInput:
@@ -46,11 +48,14 @@ class SimulationInput:
 class Simulation:
     """Runs a plan on a workload.
 
-    With ``debug`` the invariants are checked after every event.
+    With ``debug`` the invariants are checked after every event. ``progress`` is told the
+    number of ended requests now and then.
     """
 
-    def __init__(self, given: SimulationInput) -> None:
+    def __init__(self, given: SimulationInput, progress: Callable[[int], None] | None = None) -> None:
         self.given = given
+        self._progress = progress
+        self._ends = 0
         self.clock = Clock(given.event_budget)
         timers = [InstanceTimer(given.cluster, given.model, given.cost, plan) for plan in given.plan.instances]
         self.controller = Controller(given.cluster, given.model, given.policy, given.plan, timers,
@@ -130,6 +135,9 @@ class Simulation:
             preemptions=state.preemptions, moves=state.moves, moved_bytes=state.moved_bytes,
             remote_share=state.remote_share)
         self.arrivals.ended(state)
+        self._ends += 1
+        if self._progress is not None and self._ends % PROGRESS_EVERY == 0:
+            self._progress(self._ends)
 
     def _after_event(self) -> None:
         if self.network.busy:

@@ -30,7 +30,8 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
         raise SpecError(key, value, allowed)
 
 
-def require_finite(key: str, value: float, low: float, high: float = math.inf, *, open_low: bool = False) -> None:
+def require_finite(key: str, value: Any, low: float, high: float = math.inf, *,
+                   open_low: bool = False) -> None:
     """Raise :class:`SpecError` unless ``value`` is a finite number in the given range.
 
     The lower end is excluded when ``open_low`` is set. ``nan`` is never allowed.

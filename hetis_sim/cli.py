@@ -1,0 +1,117 @@
+"""The command line: ``run``, ``plan`` and ``validate``, configured by Hydra."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hetis_sim.spec.errors import HetisError
+
+USAGE = """usage: hetis-sim COMMAND [hydra options] [key=value ...]
+
+commands:
+  run        simulate and print the result; writes a run folder under runs/
+  plan       print where the model is placed, and why
+  validate   say whether a combination can run, without running it
+
+examples:
+  hetis-sim run                                  Hetis, Llama-2-70B, the paper's cluster, ShareGPT
+  hetis-sim run policy=vllm rate=2 requests=500
+  hetis-sim run -m policy=hetis,vllm rate=1,2,4  a sweep
+  hetis-sim run workload=trace workload.path=conv.csv.gz model=llama3-8b cluster=helix24
+  hetis-sim plan cluster=helix24
+  hetis-sim run --help                           groups and keys
+  hetis-sim run -sc install=bash                 how to get tab completion
+"""
+
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; exits with status 2 on bad input."""
+    words = sys.argv[1:] if arguments is None else arguments
+    words = _completion_words(words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        sys.exit(0)
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        if "=" not in command and not command.startswith("-"):
+            print(f"error: command={command!r} is not allowed: must be one of {', '.join(COMMANDS)}\n",
+                  file=sys.stderr)
+            print(USAGE, end="", file=sys.stderr)
+            sys.exit(EXIT_BAD_INPUT)
+        command, rest = "run", words
+    _with_hydra(COMMANDS[command], rest)
+
+
+def _completion_words(words: list[str]) -> list[str]:
+    """Let Hydra complete ``hetis-sim COMMAND key=...``: it knows nothing of commands."""
+    if not words or words[0] not in ("-sc", "--shell-completion"):
+        return words
+    line = os.environ.get("COMP_LINE", "")
+    for command in COMMANDS:
+        head, sign, tail = line.partition(f" {command} ")
+        if sign and "=" not in head:
+            os.environ["COMP_LINE"] = f"{head} {tail}"
+            point = int(os.environ.get("COMP_POINT", str(len(line))))
+            os.environ["COMP_POINT"] = str(max(0, point - len(command) - 1))
+    return ["run", *words]
+
+
+def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
+    import hydra
+    from omegaconf import DictConfig
+
+    from hetis_sim.config import normalise, register, typed
+
+    register()
+
+    def call(config: DictConfig) -> None:
+        try:
+            task(typed(config))
+        except HetisError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(EXIT_BAD_INPUT)
+
+    call.__name__ = call.__qualname__ = "hetis_sim"
+    sys.argv = [sys.argv[0], *normalise(overrides)]
+    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(call)()
+
+
+def _run(config: object) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from hetis_sim.config import RunConfig
+    from hetis_sim.report import print_result, progress_bar
+    from hetis_sim.run import prepare, run_prepared, write_result
+
+    assert isinstance(config, RunConfig)
+    prepared = prepare(config)
+    with progress_bar(config, prepared) as progress:
+        result = run_prepared(prepared, progress)
+    folder = write_result(result, Path(HydraConfig.get().runtime.output_dir))
+    print_result(result, folder)
+
+
+def _plan(config: object) -> None:
+    from hetis_sim.config import RunConfig
+    from hetis_sim.report import print_plan
+    from hetis_sim.run import prepare
+
+    assert isinstance(config, RunConfig)
+    print_plan(prepare(config))
+
+
+def _validate(config: object) -> None:
+    from hetis_sim.config import RunConfig
+    from hetis_sim.report import print_validation
+    from hetis_sim.run import prepare
+
+    assert isinstance(config, RunConfig)
+    print_validation(prepare(config))
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"run": _run, "plan": _plan, "validate": _validate}

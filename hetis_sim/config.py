@@ -1,0 +1,176 @@
+"""The configuration of a run: one tree of typed settings, filled by Hydra or by Python."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.policies.base import EngineLimits
+from hetis_sim.spec.errors import HetisError, SpecError, require
+from hetis_sim.spec.parse import ClusterConfig, ModelConfig
+from hetis_sim.spec.slo import Slo
+from traces.config import WorkloadConfig
+
+SHORTHANDS = {"rate": "workload.rate", "requests": "workload.requests", "seed": "workload.seed"}
+"""Keys that may be written without their group."""
+
+OUTPUTS = ("table", "markdown", "json", "none")
+
+
+@dataclass
+class SchedulerConfig:
+    """Settings of the engine; see :class:`SchedulerSettings` and :class:`EngineLimits`."""
+
+    block_tokens: int = 16
+    max_batch_requests: int = 256
+    max_batch_tokens: int = 4096
+    memory_utilization: float = 0.9
+    chunked_prefill: bool = False
+    chunk_tokens: int = 512
+    collapse: bool = True
+    rebalance_interval: int = 32
+    preemptions_max: int = 100
+    moves_max: int = 1
+
+    def settings(self) -> SchedulerSettings:
+        """The checked settings."""
+        limits = EngineLimits(self.block_tokens, self.max_batch_requests, self.max_batch_tokens,
+                              self.memory_utilization)
+        return SchedulerSettings(limits, self.chunked_prefill, self.chunk_tokens, self.collapse,
+                                 self.rebalance_interval, self.preemptions_max, self.moves_max)
+
+
+@dataclass
+class CostConfig:
+    """Where durations come from.
+
+    Attributes:
+        kind: ``profile`` (measured where there are measurements) or ``roofline`` (datasheets).
+        profiles: further profile files, which go before the shipped ones.
+        host_base_s, host_per_sequence_s: host time of one iteration; an assumption of ours.
+    """
+
+    kind: str = "profile"
+    profiles: list[str] = field(default_factory=list)
+    host_base_s: float = 2e-3
+    host_per_sequence_s: float = 2e-5
+
+
+@dataclass
+class SloConfig:
+    """Limits for goodput; see :class:`Slo`."""
+
+    ttft_s: float = 5.0
+    tpot_s: float = 0.2
+
+    def slo(self) -> Slo:
+        """The checked limits."""
+        return Slo(self.ttft_s, self.tpot_s)
+
+
+@dataclass
+class SimConfig:
+    """Settings of the simulation itself.
+
+    Attributes:
+        event_budget: events after which a run is given up; null derives it from the workload.
+        debug: check the invariants after every event.
+        log_decisions: write ``decisions.jsonl``.
+        timeline: write ``timeline.json`` for Perfetto.
+        warmup_fraction, drop_tail_fraction: shares of the requests left out of the figures.
+    """
+
+    event_budget: int | None = None
+    debug: bool = False
+    log_decisions: bool = False
+    timeline: bool = False
+    warmup_fraction: float = 0.0
+    drop_tail_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.event_budget is None or self.event_budget >= 1, "sim.event_budget", self.event_budget,
+                "null or >= 1")
+
+
+@dataclass
+class RunConfig:
+    """Everything that decides a run.
+
+    Attributes:
+        policy: ``name`` and the settings of that policy.
+        output: what goes to standard output: a table, markdown, one JSON line, or nothing.
+        progress: show progress on standard error, if that is a terminal.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    policy: dict[str, Any] = field(default_factory=lambda: {"name": "hetis"})
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
+    sim: SimConfig = field(default_factory=SimConfig)
+    output: str = "table"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.output in OUTPUTS, "output", self.output, f"one of {', '.join(OUTPUTS)}")
+
+
+def register() -> None:
+    """Make the schema known to Hydra."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+
+
+def normalise(overrides: Sequence[str]) -> list[str]:
+    """Accept ``+policy=x`` for a group that has a default, and the shorthands."""
+    fixed: list[str] = []
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if sign and key.lstrip("+") in ("model", "cluster", "policy", "workload"):
+            key = key.lstrip("+")
+        fixed.append(SHORTHANDS.get(key, key) + sign + value)
+    return fixed
+
+
+def compose(*overrides: str) -> RunConfig:
+    """The configuration that the command line would make of the same words.
+
+    Raises:
+        HetisError: an unknown key, group or value.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    register()
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module(version_base="1.3", config_module="conf"):
+            return typed(hydra_compose("config", overrides=normalise(overrides)))
+    except HydraException as error:
+        raise HetisError(str(error)) from error
+
+
+def typed(config: DictConfig) -> RunConfig:
+    """A composed configuration as checked dataclasses.
+
+    Raises:
+        SpecError: a value that is not allowed.
+    """
+    try:
+        made = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, SpecError):
+            raise error.__cause__ from None
+        raise HetisError(str(error).splitlines()[0]) from error
+    assert isinstance(made, RunConfig)
+    return made

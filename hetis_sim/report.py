@@ -1,0 +1,134 @@
+"""What a person reads in the terminal: results, placements, verdicts, progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from hetis_sim.config import RunConfig
+from hetis_sim.metrics import print_summary, summary_line, summary_markdown
+from hetis_sim.policies.memory import cache_bytes, stage_weight_bytes
+from hetis_sim.run import Prepared, Result
+from hetis_sim.spec.gpu import GIB
+from traces import OpenWorkload
+
+PLAIN_WIDTH = 110
+
+
+@contextmanager
+def progress_bar(config: RunConfig, prepared: Prepared) -> Iterator[Callable[[int], None] | None]:
+    """Progress on standard error while a run lasts; nothing where that is not a terminal."""
+    if not config.progress or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.progress import Progress
+
+    total = len(prepared.workload) if isinstance(prepared.workload, OpenWorkload) else config.workload.requests
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("requests", total=total)
+        yield lambda ended: progress.update(task, completed=ended)
+
+
+def print_result(result: Result, folder: Path | None = None) -> None:
+    """Print a run's figures in the configured form."""
+    config = result.prepared.config
+    title = _title(result.prepared)
+    if config.output == "json":
+        print(summary_line(result.summary, policy=result.prepared.policy.name, run=str(folder or "")))
+    elif config.output == "markdown":
+        print(summary_markdown(result.summary, title=title, provenance=provenance_notes(result.prepared)))
+    elif config.output == "table":
+        print_summary(result.summary, title=title, provenance=provenance_notes(result.prepared))
+        if folder is not None:
+            print(f"written to {folder}")
+
+
+def _title(prepared: Prepared) -> str:
+    counts = ", ".join(f"{count} x {name}" for name, count in prepared.cluster.gpu_counts.items())
+    return (f"simulated: {prepared.policy.name} serving {prepared.model.name} on {prepared.cluster.name} "
+            f"({counts}), workload {prepared.workload.name}")
+
+
+def provenance_notes(prepared: Prepared) -> list[str]:
+    """One sentence for each kind of origin of the durations, and the warnings of profiles."""
+    kinds: dict[str, list[str]] = {}
+    for row in prepared.provenance():
+        kinds.setdefault(row.kind, []).append(f"{row.subject} {row.module}")
+    notes = []
+    for kind, explain in (("measured", "fitted to measured kernels"),
+                          ("derived", "derived from measurements of a relative (see docs/cost.md)"),
+                          ("roofline", "from datasheets (roofline): nothing is measured"),
+                          ("setting", "settings")):
+        if kind in kinds:
+            notes.append(f"durations {explain}: {'; '.join(kinds[kind])}")
+    return [*notes, *prepared.cost.warnings]
+
+
+def print_plan(prepared: Prepared) -> None:
+    """Print the placement: every GPU's role, memory and the reason for it."""
+    console = _console()
+    console.print(f"{prepared.policy.name} places {prepared.model.name} on {prepared.cluster.name}")
+    for number, instance in enumerate(prepared.plan.instances):
+        stages = " -> ".join(f"{stage.layers} layers on {_devices(prepared, stage.devices)}"
+                             for stage in instance.stages)
+        workers = (f"; attention workers {_devices(prepared, instance.attention_workers)}"
+                   if instance.attention_workers else "")
+        console.print(f"instance {number} ({instance.role}): {stages}{workers}")
+    console.print(_memory_table(prepared))
+    for device, reason in sorted(prepared.plan.reasons.items()):
+        console.print(f"{prepared.cluster.devices[device].label}: {reason}")
+    for key, value in prepared.plan.search.items():
+        console.print(f"search {key}: {value}", style="dim")
+
+
+def _devices(prepared: Prepared, devices: tuple[int, ...]) -> str:
+    kinds: dict[str, int] = {}
+    for device in devices:
+        name = prepared.cluster.devices[device].gpu.name
+        kinds[name] = kinds.get(name, 0) + 1
+    return " + ".join(f"{count} x {name}" for name, count in kinds.items())
+
+
+def _memory_table(prepared: Prepared) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for header in ("GPU", "role", "memory GiB", "weights GiB", "cache GiB", "other GiB"):
+        table.add_column(header, justify="left" if header in ("GPU", "role") else "right")
+    rows: dict[int, tuple[str, float, float]] = {}
+    for number, instance in enumerate(prepared.plan.instances):
+        cache = cache_bytes(prepared.cluster, prepared.model, prepared.settings.limits, instance)
+        last = len(instance.stages) - 1
+        for s, stage in enumerate(instance.stages):
+            for rank, device in enumerate(stage.devices):
+                weights = stage_weight_bytes(prepared.model, stage, rank, s == 0, s == last)
+                rows[device] = (f"primary {number}.{s}", weights, cache[device])
+        for device in instance.attention_workers:
+            rows[device] = (f"attention worker {number}", 0.0, cache[device])
+    for device in prepared.cluster.devices:
+        role, weights, cache_size = rows.get(device.device_id, ("unused", 0.0, 0.0))
+        memory = device.gpu.memory_bytes
+        table.add_row(device.label, role, *(f"{size / GIB:.1f}" for size in (
+            memory, weights, max(0.0, cache_size), memory - weights - max(0.0, cache_size))))
+    return table
+
+
+def print_validation(prepared: Prepared) -> None:
+    """Say that a combination can run, and what of its workload cannot be served."""
+    controller = prepared.controller()
+    longest = max(controller.context_limits)
+    print(f"ok: {_title(prepared)} can run")
+    print(f"longest request that fits: {longest} tokens (model limit {prepared.model.context_limit_tokens})")
+    if isinstance(prepared.workload, OpenWorkload):
+        totals = prepared.workload.lengths.prompt_tokens + prepared.workload.lengths.output_tokens
+        refused = int((totals > longest).sum())
+        print(f"requests: {len(totals)}, of which {refused} would be rejected as too long")
+    for note in provenance_notes(prepared):
+        print(f"note: {note}")
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=PLAIN_WIDTH, no_color=True, highlight=False)

@@ -1,0 +1,195 @@
+"""From a configuration to a result: the Python face of ``python -m hetis_sim``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from hetis_sim.config import RunConfig, compose
+from hetis_sim.control.controller import Controller
+from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.control.timing import InstanceTimer
+from hetis_sim.cost.load import load_cost_model
+from hetis_sim.cost.model import CostModel, ProvenanceRow
+from hetis_sim.cost.roofline import HostOverhead
+from hetis_sim.metrics import Recorder, Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
+from hetis_sim.metrics.manifest import value_sha256
+from hetis_sim.policies.base import PlanningProblem, Policy
+from hetis_sim.policies.plan import Plan
+from hetis_sim.policies.registry import make_policy
+from hetis_sim.sim.simulation import Simulation, SimulationInput
+from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.model import ModelSpec
+from hetis_sim.spec.parse import cluster_from_mapping, model_from_mapping
+from hetis_sim.spec.request import Request
+from traces import ClosedLoopWorkload, OpenWorkload, build_workload
+
+# A step takes a handful of events, and every step makes at least one token.
+EVENTS_PER_TOKEN = 60
+EVENTS_FREE = 100_000
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked combination, ready to run: nothing that could be refused is left for later."""
+
+    config: RunConfig
+    cluster: ClusterSpec
+    model: ModelSpec
+    cost: CostModel
+    policy: Policy
+    workload: OpenWorkload | ClosedLoopWorkload
+    settings: SchedulerSettings
+    plan: Plan
+
+    @cached_property
+    def gpus(self) -> tuple[GpuSpec, ...]:
+        """The kinds of card in the cluster."""
+        return tuple({device.gpu.name: device.gpu for device in self.cluster.devices}.values())
+
+    def provenance(self) -> list[ProvenanceRow]:
+        """Where the durations come from."""
+        links = {host.link.name: host.link for host in self.cluster.hosts}
+        links[self.cluster.network.name] = self.cluster.network
+        return self.cost.provenance(self.gpus, self.model, list(links.values()))
+
+    def controller(self) -> Controller:
+        """A fresh control plane for the plan."""
+        timers = [InstanceTimer(self.cluster, self.model, self.cost, instance) for instance in self.plan.instances]
+        return Controller(self.cluster, self.model, self.policy, self.plan, timers, self.settings)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives back.
+
+    Attributes:
+        summary: all figures.
+        recorder: the rows they come from.
+        prepared: what was run.
+        decisions: lines of the decision log, None when it was off.
+        events: events of the simulation.
+    """
+
+    summary: Summary
+    recorder: Recorder
+    prepared: Prepared
+    decisions: list[str] | None
+    events: int
+
+    @property
+    def requests(self) -> pd.DataFrame:
+        """One row per request."""
+        return self.recorder.requests()
+
+    @property
+    def steps(self) -> pd.DataFrame:
+        """One row per step."""
+        return self.recorder.steps()
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check a configuration and place the model; everything but the run itself.
+
+    Raises:
+        HetisError: the combination cannot run; the text says why.
+    """
+    cluster = cluster_from_mapping(config.cluster)
+    model = model_from_mapping(config.model)
+    settings = config.scheduler.settings()
+    config.slo.slo()
+    Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction)
+    policy = make_policy(config.policy)
+    cost = load_cost_model(config.cost.kind, profiles=config.cost.profiles,
+                           host=HostOverhead(config.cost.host_base_s, config.cost.host_per_sequence_s))
+    workload = build_workload(config.workload, model.context_limit_tokens)
+    about = workload.describe()
+    problem = PlanningProblem(cluster, model, cost, settings.limits, about["prompt_tokens"]["mean"],
+                              about["output_tokens"]["mean"], about.get("rate_rps"))
+    prepared = Prepared(config, cluster, model, cost, policy, workload, settings, policy.plan(problem))
+    prepared.controller()
+    return prepared
+
+
+def simulate(config: RunConfig | str | None = None, *overrides: str, output: str | Path | None = None,
+             progress: Callable[[int], None] | None = None) -> Result:
+    """Run a configuration.
+
+    ``simulate()`` runs the defaults; ``simulate("policy=vllm", "rate=2")`` takes the words of
+    the command line; ``simulate(config)`` takes a :class:`RunConfig`.
+
+    Args:
+        config: a configuration, or the first override.
+        overrides: further overrides.
+        output: folder to write the run to; nothing is written without it.
+        progress: called with the number of requests that have ended, now and then.
+
+    Raises:
+        HetisError: the combination cannot run; the text says why.
+    """
+    if config is None or isinstance(config, str):
+        config = compose(*([] if config is None else [config]), *overrides)
+    result = run_prepared(prepare(config), progress)
+    if output is not None:
+        write_result(result, output)
+    return result
+
+
+def run_prepared(prepared: Prepared, progress: Callable[[int], None] | None = None) -> Result:
+    """Run a checked combination."""
+    config = prepared.config
+    workload: list[Request] | Any
+    if isinstance(prepared.workload, OpenWorkload):
+        workload = prepared.workload.requests()
+    else:
+        workload = prepared.workload.begin()
+    simulation = Simulation(SimulationInput(
+        prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan, workload,
+        prepared.settings, event_budget(prepared), config.sim.log_decisions, config.sim.debug), progress)
+    recorder = simulation.run()
+    trim = Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction)
+    roles = roles_of_plan(prepared.plan.to_dict(), len(prepared.cluster.devices))
+    summary = summarize(recorder, slo=config.slo.slo(), trim=trim, roles=roles)
+    decisions = simulation.controller.log.lines if config.sim.log_decisions else None
+    return Result(summary, recorder, prepared, decisions, simulation.clock.events)
+
+
+def event_budget(prepared: Prepared) -> int:
+    """The configured budget, or one that no workload of these lengths can need."""
+    if prepared.config.sim.event_budget is not None:
+        return prepared.config.sim.event_budget
+    about = prepared.workload.describe()
+    requests = about.get("n") or prepared.config.workload.requests or 1_000_000
+    tokens = about["prompt_tokens"]["mean"] + about["output_tokens"]["mean"]
+    return int(EVENTS_FREE + EVENTS_PER_TOKEN * requests * tokens)
+
+
+def write_result(result: Result, path: str | Path) -> Path:
+    """Write a run folder."""
+    from hetis_sim.metrics import write_timeline
+
+    prepared = result.prepared
+    folder = write_run(path, recorder=result.recorder, summary=result.summary, manifest=manifest(result),
+                       plan=prepared.plan.to_dict(), config=asdict(prepared.config), decisions=result.decisions)
+    if prepared.config.sim.timeline:
+        write_timeline(Path(folder) / "timeline.json", result.steps, result.recorder.transfers(),
+                       result.recorder.samples())
+    return folder
+
+
+def manifest(result: Result) -> dict[str, Any]:
+    """What is needed to make the run again, and where its durations come from."""
+    prepared = result.prepared
+    about: Mapping[str, Any] = prepared.workload.describe()
+    return build_manifest(
+        label="simulated", seeds={"workload": prepared.config.workload.seed},
+        hashes={"workload": about["sha256"], "config": value_sha256(asdict(prepared.config)),
+                "plan": value_sha256(prepared.plan.to_dict()["instances"])},
+        provenance=prepared.provenance(),
+        extra={"workload": dict(about), "cost_warnings": list(prepared.cost.warnings), "events": result.events})
