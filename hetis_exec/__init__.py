@@ -1,0 +1,1 @@
+"""Drives the control plane with real workers: time is measured, not computed."""
