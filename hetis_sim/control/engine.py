@@ -30,8 +30,19 @@ from hetis_sim.policies.view import InstanceView, RequestView
 from hetis_sim.spec.model import ModelSpec
 
 
+def _turn(lane: Lane) -> tuple[float, int]:
+    return lane.ready_at_s, lane.index
+
+
 class Engine:
-    """Requests, lanes and cache of one instance."""
+    """Requests, lanes and cache of one instance.
+
+    Attributes:
+        active: requests that hold cache here or in host memory, by id.
+        blocked: the head of the queue found no room; until cache is given back nobody asks again.
+        cycle_units: units per local device that all decoding requests open in block_tokens iterations.
+        changes: counts changes of membership.
+    """
 
     def __init__(self, index: int, model: ModelSpec, policy: Policy, timer: InstanceTimer,
                  settings: SchedulerSettings, capacity_units: dict[int, int],
@@ -45,7 +56,8 @@ class Engine:
         self.log = log
         self.capacity_units = capacity_units
         self.books = CacheBooks(self.plan, model.kv_heads, capacity_units, settings.limits.block_tokens)
-        self.lanes = [Lane(n, len(self.plan.positions), len(self.plan.devices), settings.limits.block_tokens)
+        self.cycle_units = [0] * len(self.plan.devices)
+        self.lanes = [Lane(n, len(self.plan.positions), settings.limits.block_tokens, self.cycle_units)
                       for n in range(len(self.plan.stages))]
         self.waiting: deque[RequestState] = deque()
         self.waiting_tokens = 0
@@ -65,49 +77,40 @@ class Engine:
         state.context_tokens = state.request.prompt_tokens
         self.waiting.append(state)
         self.waiting_tokens += state.context_tokens
-        if not self.blocked:
-            self.interrupt()
 
     def next_step(self, now_s: float) -> Step | None:
         """The next step to enter the pipeline, or None while there is nothing to do.
 
-        Lanes that are between steps take turns in the order in which they became ready;
-        whole-prompt prefill goes first, to the lane with the least load.
+        Lanes that are between steps take turns in the order in which they became ready; the
+        lane whose turn it is prefills whole prompts before it decodes.
         """
         self.sync()
         ready = [lane for lane in self.lanes if lane.step is None]
-        if not ready:
-            return None
-        ready.sort(key=lambda lane: (lane.ready_at_s, lane.index))
-        if self._admits:
-            for lane in ready:
-                self._reach_boundary(lane)
-            self.pressure.swap_in(ready)
-            if not self.settings.chunked_prefill:
-                step = self._prefill_step(min(ready, key=lambda lane: (lane.load, lane.index)), now_s)
-                if step is not None:
-                    return step
-        begin = self._mixed_step if self.settings.chunked_prefill else self._decode_step
+        if len(ready) > 1:
+            ready.sort(key=_turn)
         for lane in ready:
             self._reach_boundary(lane)
-            step = begin(lane, now_s)
+            step = self._step(lane, now_s)
             if step is not None:
                 return step
         return None
 
-    def next_turn(self) -> tuple[float, int] | None:
-        """When the first lane between steps, among those that may have work, became ready.
-
-        A driver asks :meth:`next_step` at that lane's turn; None while there is none.
-        """
-        admits = self._admits
-        turns = [(lane.ready_at_s, lane.index) for lane in self.lanes
-                 if lane.step is None and (admits or lane.has_work)]
-        return min(turns, default=None)
+    def _step(self, lane: Lane, now_s: float) -> Step | None:
+        if self.admits:
+            self.pressure.swap_in(lane)
+        if self.settings.chunked_prefill:
+            return self._mixed_step(lane, now_s)
+        step = self._prefill_step(lane, now_s) if self.admits else None
+        return step or self._decode_step(lane, now_s)
 
     @property
-    def _admits(self) -> bool:
-        return bool(self.waiting or self.pressure.swapped) and not self.blocked
+    def admits(self) -> bool:
+        """Whether somebody waits who may find room.
+
+        While this holds, a driver offers every lane's next turn to :meth:`next_step`, even if
+        the lane's step could go on.
+        """
+        return not self.blocked and bool(self.waiting or self.pressure.swapped)
 
     def complete(self, step: Step, now_s: float) -> Outcome:
         """Book the end of a step; all its issued iterations have been executed."""
@@ -182,22 +185,17 @@ class Engine:
         generated = state.generated_base + lane.issued - state.joined_at
         return state.view(generated, movable=state.move is None)
 
-    def interrupt(self, lanes: Sequence[Lane] | None = None) -> None:
-        """Have open steps end at their next iteration boundary: something may be decided there."""
-        for lane in self.lanes if lanes is None else lanes:
-            if lane.step is not None:
-                lane.step.limit = lane.step.issued
+    @staticmethod
+    def interrupt(lane: Lane) -> None:
+        """Have a lane's open step end at its next iteration boundary: something is to be done there."""
+        if lane.step is not None:
+            lane.step.limit = lane.step.issued
 
     def membership_changed(self) -> None:
         """Cache was given back or a batch has changed: ask again whatever was refused."""
         self.blocked = False
         self.changes += 1
         self.pressure.refusals.clear()
-        if self.timer.shares_workers:
-            self.timer.refresh_contention(self.lanes)
-            self.interrupt()
-        elif self.waiting or self.pressure.swapped:
-            self.interrupt()
 
     def take_news(self) -> Outcome:
         """What has happened since the last call: ends, first tokens, transfers to carry out."""
@@ -207,8 +205,6 @@ class Engine:
     # -- prefill -----------------------------------------------------------------------
 
     def _prefill_step(self, lane: Lane, now_s: float) -> Step | None:
-        if not self.waiting or self.blocked:
-            return None
         limits = self.settings.limits
         batch: list[RequestState] = []
         tokens = 0
@@ -306,7 +302,7 @@ class Engine:
             return
         lane = self.lanes[state.lane]
         lane.joins.append(state)
-        self.interrupt([lane])
+        self.interrupt(lane)
 
     def _reach_boundary(self, lane: Lane) -> None:
         """Between two iterations: requests join, moved heads switch over."""
@@ -347,7 +343,7 @@ class Engine:
 
     def _iterations_left(self, lane: Lane) -> int:
         """Further iterations in which nothing the controller knows of can change a decision."""
-        if self._admits:
+        if self.admits:
             return 0
         safe = self._safe_iterations()
         for other in self.lanes:
@@ -363,10 +359,9 @@ class Engine:
         """
         ledger = self.books.ledger
         cycles = 1 << 30
-        for d, used in enumerate(ledger.used):
-            growth = sum(lane.cycle_units[d] for lane in self.lanes)
-            if growth:
-                cycles = min(cycles, (ledger.capacity[d] - used) // growth)
+        for capacity, used, growth in zip(ledger.capacity, ledger.used, self.cycle_units, strict=True):
+            if growth and (capacity - used) // growth < cycles:
+                cycles = (capacity - used) // growth
         return cycles * self.settings.limits.block_tokens
 
     @property
@@ -424,7 +419,7 @@ class Engine:
         state.moved_bytes += transfer.size_bytes
         lane = self.lanes[state.lane]
         lane.switches.append(state)
-        self.interrupt([lane])
+        self.interrupt(lane)
 
     def drop(self, state: RequestState, reason: str, now_s: float) -> None:
         """Give up a request that holds no cache; it is counted with its reason."""

@@ -19,6 +19,8 @@ from hetis_sim.control.step import Step
 class Lane:
     """One micro-batch of an instance.
 
+    ``cycle_units`` sums, over all lanes, the units that block_tokens iterations open.
+
     Attributes:
         members: decoding requests by id, in order of joining.
         issued: iterations begun; the cache of their tokens is accounted for.
@@ -35,7 +37,7 @@ class Lane:
         version: changes with membership.
     """
 
-    def __init__(self, index: int, positions: int, devices: int, block_tokens: int) -> None:
+    def __init__(self, index: int, positions: int, block_tokens: int, cycle_units: list[int]) -> None:
         self.index = index
         self.members: dict[int, RequestState] = {}
         self.issued = 0
@@ -52,9 +54,11 @@ class Lane:
         self.version = 0
         self.rebalance_at = 0
         self._block_tokens = block_tokens
+        devices = len(cycle_units)
         self._crossing: list[list[int]] = [[0] * devices for _ in range(block_tokens)]
         self._crossing_members = [0] * block_tokens
-        self.cycle_units = [0] * devices
+        self._own_cycle = [0] * devices
+        self._cycle_units = cycle_units
         self._finishes: list[tuple[int, int]] = []
 
     @property
@@ -107,10 +111,11 @@ class Lane:
         key = offset % self._block_tokens
         self._crossing_members[key] += sign
         crossing = self._crossing[key]
-        cycle = self.cycle_units
+        own, total = self._own_cycle, self._cycle_units
         for d, u in shape.block_units:
             crossing[d] += sign * u
-            cycle[d] += sign * u
+            own[d] += sign * u
+            total[d] += sign * u
         self.version += 1
 
     def next_units(self) -> list[int] | None:
@@ -126,7 +131,7 @@ class Lane:
         """
         full, rest = divmod(iterations, self._block_tokens)
         if full:
-            ledger.take(enumerate(self.cycle_units), full)
+            ledger.take(enumerate(self._own_cycle), full)
         for _ in range(rest):
             need = self.next_units()
             if need is not None:

@@ -92,7 +92,7 @@ class Pressure:
         horizon = 2 * engine.settings.rebalance_interval / engine.settings.limits.block_tokens
         soonest, found = horizon, None
         for d in range(len(engine.books.ledger.used)):
-            growth = sum(lane.cycle_units[d] for lane in engine.lanes)
+            growth = engine.cycle_units[d]
             if growth and engine.books.ledger.free(d) / growth < soonest:
                 soonest, found = engine.books.ledger.free(d) / growth, d
         return found
@@ -235,20 +235,17 @@ class Pressure:
         self.swapped.append(state)
         if not self._somebody_runs():
             self._engine.blocked = False
-        if not self._engine.blocked:
-            self._engine.interrupt()
 
-    def swap_in(self, ready: Sequence[Lane]) -> None:
+    def swap_in(self, lane: Lane) -> None:
         """Bring back swapped requests, first out first in, as far as the policy places them."""
         engine = self._engine
-        while self.swapped and not engine.blocked:
+        while self.swapped and not engine.blocked and lane.load < engine.settings.limits.max_batch_requests:
             state = self.swapped[0]
-            lane = min(ready, key=lambda lane: (lane.load, lane.index))
             view = engine.view()
             request = state.view(state.generated_base)
             placements = engine.policy.dispatch([request], view)
             engine.log.record("swap_in", view, [request], placements)
-            if not placements or lane.load >= engine.settings.limits.max_batch_requests:
+            if not placements:
                 engine.blocked = self._somebody_runs()
                 return
             self.swapped.popleft()

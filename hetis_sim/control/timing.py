@@ -22,6 +22,9 @@ from hetis_sim.spec.model import ModelSpec
 Line = tuple[float, float]
 """(seconds at iteration 0, seconds more per iteration)."""
 
+StageLines = tuple[tuple[tuple[Line, ...], tuple[Line, ...]], ...]
+"""Per stage: the lines of its ranks, and those of its attention workers."""
+
 
 class FixedParts(NamedTuple):
     """Parts of one stage that depend on the number of tokens alone, in seconds."""
@@ -67,34 +70,34 @@ class InstanceTimer:
         heads = model.heads_per_group
         unit = model.head_dim * model.kv_bytes
         self.wire_bytes_per_group = ((heads + 2) * unit, heads * unit)
-        self.contention_s = [0.0] * len(plan.positions)
+        self._lines: dict[int, tuple[int, StageLines]] = {}
 
     def _worker_positions(self) -> list[list[int]]:
         """For each attention worker, its position in every stage."""
         return [[p.index for p in self.plan.positions if p.device == device]
                 for device in self.plan.attention_workers]
 
-    @property
-    def shares_workers(self) -> bool:
-        """Whether more than one stage uses the same attention workers."""
-        return bool(self._workers) and len(self.plan.stages) > 1
-
-    def refresh_contention(self, lanes: Sequence[Lane]) -> None:
-        """Take over the average jobs of the other stages from the present membership."""
+    def _contention(self, lanes: Sequence[Lane]) -> dict[int, float]:
+        """Per position, the average jobs of the other stages that use the same attention worker."""
+        waits: dict[int, float] = {}
         for positions in self._workers:
             jobs = [self._average_job(p, lanes) for p in positions]
             total = sum(jobs)
             for p, job in zip(positions, jobs, strict=True):
-                self.contention_s[p] = total - job
+                waits[p] = total - job
+        return waits
 
     def _average_job(self, p: int, lanes: Sequence[Lane]) -> float:
-        groups = sum(lane.groups[p] for lane in lanes)
+        groups = tokens = 0
+        for lane in lanes:
+            g = lane.groups[p]
+            if g:
+                groups += g
+                tokens += lane.base[p] + g * lane.issued
         if not groups:
             return 0.0
-        tokens = sum(lane.base[p] + lane.groups[p] * lane.issued for lane in lanes)
         cost = self.costs[p]
-        share = 1.0 / len(lanes)
-        return (cost.a_s_per_group * groups + cost.b_s_per_group_token * tokens) * share + cost.c_s
+        return (cost.a_s_per_group * groups + cost.b_s_per_group_token * tokens) / len(lanes) + cost.c_s
 
     def fixed_parts(self, tokens: int, sequences: int) -> tuple[FixedParts, ...]:
         """Per stage: host, dense, collectives and hop for ``tokens``, of which ``sequences`` are sampled."""
@@ -122,23 +125,21 @@ class InstanceTimer:
             dense += cost.head_s(gpu, model, sequences, stage.tp)
         return FixedParts(cost.host_overhead_s(sequences) if s == 0 else 0.0, dense, collective, hop)
 
-    def prefill(self, step: Step, lane: Lane) -> tuple[StageTiming, ...]:
+    def prefill(self, step: Step, lanes: Sequence[Lane]) -> tuple[StageTiming, ...]:
         """Stages of a step that prefills, with or without the lane's decode batch."""
         decoding = step.decoding
         sampled = decoding + sum(chunk.last for chunk in step.chunks)
         parts = self.fixed_parts(step.prefill_tokens + decoding, max(1, sampled))
-        stages: list[StageTiming] = []
-        for s, fixed in enumerate(parts):
-            attention = self._prefill_attention_s(s, step.chunks)
-            local, remote = self.lines(s, lane) if decoding else ((), ())
-            stages.append(StageTiming(fixed, fixed.busy_s, attention, local, remote))
-        return tuple(stages)
-
-    def decode(self, lane: Lane) -> tuple[StageTiming, ...]:
-        """Stages of an iteration of the lane's decode batch."""
-        parts = self.fixed_parts(len(lane.members), len(lane.members))
-        return tuple(StageTiming(fixed, fixed.busy_s, 0.0, *self.lines(s, lane))
+        lines = self.lines(step.lane, lanes) if decoding else (((), ()),) * len(parts)
+        return tuple(StageTiming(fixed, fixed.busy_s, self._prefill_attention_s(s, step.chunks), *lines[s])
                      for s, fixed in enumerate(parts))
+
+    def decode(self, lane: int, lanes: Sequence[Lane]) -> tuple[StageTiming, ...]:
+        """Stages of an iteration of a lane's decode batch."""
+        batch = len(lanes[lane].members)
+        parts = self.fixed_parts(batch, batch)
+        lines = self.lines(lane, lanes)
+        return tuple(StageTiming(fixed, fixed.busy_s, 0.0, *lines[s]) for s, fixed in enumerate(parts))
 
     def _prefill_attention_s(self, s: int, chunks: Sequence[Chunk]) -> float:
         stage, model = self.plan.stages[s], self._model
@@ -152,8 +153,19 @@ class InstanceTimer:
             slowest = max(slowest, rank)
         return stage.layers * slowest
 
-    def lines(self, s: int, lane: Lane) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
-        """Decode-attention lines of one stage: ranks, then attention workers; equal ones once."""
+    def lines(self, index: int, lanes: Sequence[Lane]) -> StageLines:
+        """Decode-attention lines of a lane's stages; worked out anew when its membership has changed."""
+        lane = lanes[index]
+        version, lines = self._lines.get(index, (-1, ()))
+        if version != lane.version:
+            remote = self._workers and any(lane.groups[p] for positions in self._workers for p in positions)
+            waits = self._contention(lanes) if remote and len(self.plan.stages) > 1 else {}
+            lines = tuple(self._stage_lines(s, lane, waits) for s in range(len(self.plan.stages)))
+            self._lines[index] = (lane.version, lines)
+        return lines
+
+    def _stage_lines(self, s: int, lane: Lane, waits: dict[int, float]) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
+        """Lines of the ranks and of the attention workers of one stage, equal ones once."""
         local: dict[Line, None] = {}
         remote: dict[Line, None] = {}
         groups, base, positions = lane.groups, lane.base, self.plan.positions
@@ -164,7 +176,7 @@ class InstanceTimer:
             cost = self.costs[p]
             layers = positions[p].layers
             start = ((cost.a_s_per_group + cost.wire_s_per_group) * g + cost.b_s_per_group_token * (base[p] + g)
-                     + cost.c_s + cost.wire_fixed_s + self.contention_s[p])
+                     + cost.c_s + cost.wire_fixed_s + waits.get(p, 0.0))
             line = (layers * start, layers * cost.b_s_per_group_token * g)
             (remote if positions[p].remote else local)[line] = None
         return tuple(local), tuple(remote)
@@ -188,6 +200,9 @@ def envelope_sum(lines: Sequence[Line], first: int, count: int) -> float:
     """
     if count <= 0 or not lines:
         return 0.0
+    if len(lines) == 1:
+        start, slope = lines[0]
+        return count * (start + slope * (first + (count - 1) / 2.0))
     last = first + count - 1
     left = max(lines, key=lambda line: (line[0] + line[1] * first, line[1]))
     right = max(lines, key=lambda line: (line[0] + line[1] * last, -line[1]))

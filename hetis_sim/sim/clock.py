@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heappush
 
 import simpy
@@ -36,6 +37,12 @@ class Clock(simpy.Environment):
         event._value = None
         heappush(self._queue, (max(time_s, self._now), priority, next(self._eid), event))
         return event
+
+    def call(self, time_s: float, action: Callable[[], None], priority: int = LAST) -> None:
+        """Do something at an absolute time."""
+        event = self.at(time_s, priority)
+        assert event.callbacks is not None
+        event.callbacks.append(lambda _: action())
 
     def step(self) -> None:
         """Process the next event.

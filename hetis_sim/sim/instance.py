@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-import simpy
 
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.lane import Lane
@@ -14,7 +12,7 @@ from hetis_sim.control.state import RequestState
 from hetis_sim.control.step import Outcome, Step
 from hetis_sim.control.timing import InstanceTimer, envelope_sum
 from hetis_sim.metrics.recorder import Recorder
-from hetis_sim.sim.clock import LAST, Clock
+from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.network import Wire
 from hetis_sim.sim.pipeline import LaneRun, Pipeline
 from hetis_sim.spec.errors import HetisError
@@ -49,22 +47,12 @@ class Instance:
         self._path = path
         self.pipeline = Pipeline(len(timer.plan.stages), recorder)
         self.worker_busy_s = dict.fromkeys(timer.plan.attention_workers, 0.0)
-        self._runs: dict[int, LaneRun] = {}
-        self._last_token_s = [0.0] * len(engine.lanes)
-        self._bell = simpy.Event(clock)
-        self._alarm_s = math.inf
-        self._gap_s = [math.nan] * len(engine.lanes)
+        lanes = len(engine.lanes)
+        self._runs: list[LaneRun | None] = [None] * lanes
+        self._last_token_s = [0.0] * lanes
+        self._gap_s = [math.nan] * lanes
         self._declined = False
-        clock.process(self.serve())
-
-    def serve(self) -> Generator[simpy.Event, None, None]:
-        """Work while there is any; otherwise wait for the alarm or the bell."""
-        while True:
-            self.finish_steps()
-            self.begin_steps()
-            self._set_alarm(self.run_ahead())
-            yield self._bell
-            self._bell = simpy.Event(self._clock)
+        self._alarm_s = math.inf
 
     def ring(self) -> None:
         """Something has changed: look again, after everything else that happens now."""
@@ -72,61 +60,91 @@ class Instance:
         self._set_alarm(self._clock.now)
 
     def _set_alarm(self, time_s: float) -> None:
-        if time_s >= self._alarm_s or time_s == math.inf:
-            return
-        self._alarm_s = time_s
-        event = self._clock.at(time_s, LAST)
-        assert event.callbacks is not None
-        event.callbacks.append(lambda _: self._alarm(time_s))
+        if time_s < self._alarm_s:
+            self._alarm_s = time_s
+            self._clock.call(time_s, lambda: self._alarm(time_s))
 
     def _alarm(self, time_s: float) -> None:
         if time_s == self._alarm_s:
             self._alarm_s = math.inf
-            self._bell.succeed()
+            self.work()
 
     # -- steps -----------------------------------------------------------------------------
 
-    def finish_steps(self) -> None:
-        """Report the steps that have ended, in the order in which they did."""
+    def work(self) -> None:
+        """Finish what has ended, begin what can begin, run ahead, and wake again when it matters."""
         now = self._clock.now
-        while True:
-            ended = [run for run in self._runs.values() if not run.open and run.ready_s <= now]
-            if not ended:
-                return
-            run = min(ended, key=lambda run: (run.ready_s, run.step.lane))
-            lane = run.step.lane
-            del self._runs[lane]
-            self._record(run)
-            self._last_token_s[lane], self._gap_s[lane] = run.last_token_s, run.gap_s
-            self._declined = False
-            self._news(self._controller.complete(run.step, run.ready_s))
+        self.finish_steps(now)
+        self.begin_steps(now)
+        wake_s = self.run_ahead(now)
+        if wake_s < math.inf:
+            self._set_alarm(wake_s)
 
-    def begin_steps(self) -> None:
-        """While the first stage is free and a lane's turn has come, ask for its step."""
-        now = self._clock.now
+    def finish_steps(self, now: float) -> None:
+        """Report the steps that have ended, in the order in which they did."""
+        while True:
+            first: LaneRun | None = None
+            for run in self._runs:
+                if (run is not None and run.ready_s <= now and run.step.issued >= run.step.limit
+                        and (first is None or run.ready_s < first.ready_s)):
+                    first = run
+            if first is None:
+                return
+            lane = first.step.lane
+            self._runs[lane] = None
+            self._record(first)
+            self._last_token_s[lane], self._gap_s[lane] = first.last_token_s, first.gap_s
+            self._declined = False
+            self._news(self._controller.complete(first.step, first.ready_s))
+
+    def begin_steps(self, now: float) -> None:
+        """While the first stage is free, ask for the step of the lane whose turn it is.
+
+        A lane whose step may go on keeps its turn, unless the engine has somebody to admit.
+        """
         for _ in range(10_000):
             turn = self._turn()
-            if turn is None or self.pipeline.free_s[0] > now:
+            if turn is None or turn[0] > now or self.pipeline.free_s[0] > now:
                 return
-            first_open = min(((run.ready_s, lane) for lane, run in self._runs.items() if run.open), default=turn)
-            if first_open < turn:
-                return
-            step = self._controller.next_step(self._engine.index, now)
-            self._news(self._controller.news(self._engine.index))
-            if step is None:
-                self._declined = True
+            run = self._runs[turn[1]]
+            if run is not None:
+                if not self._engine.admits:
+                    return
+                run.step.limit = run.step.issued
             else:
-                self._enter(step, now)
-            self.finish_steps()
+                step = self._controller.next_step(self._engine.index, now)
+                self._news(self._controller.news(self._engine.index))
+                if step is None:
+                    self._declined = True
+                else:
+                    self._enter(step, now)
+            self.finish_steps(now)
         raise StuckError(f"instance {self._engine.index} begins steps without end at {now} s")
 
     def _turn(self) -> tuple[float, int] | None:
-        """The place in line of the lane that waits for a step; none once the engine has declined."""
-        return None if self._declined else self._engine.next_turn()
+        """Who enters the first stage next: (when it became ready, lane), of open and waiting lanes.
+
+        Once the engine has declined, lanes between steps are out until something changes.
+        """
+        found: tuple[float, int] | None = None
+        admits = self._engine.admits
+        for lane, run in zip(self._engine.lanes, self._runs, strict=True):
+            if run is not None:
+                if run.step.issued >= run.step.limit:
+                    continue
+                ready_s = run.ready_s
+            elif self._declined or not (admits or lane.has_work):
+                continue
+            else:
+                ready_s = lane.ready_at_s
+            if found is None or ready_s < found[0]:
+                found = (ready_s, lane.index)
+        return found
 
     def _enter(self, step: Step, now: float) -> None:
         lane = self._engine.lanes[step.lane]
-        stages = self._timer.prefill(step, lane) if step.chunks else self._timer.decode(lane)
+        lanes = self._engine.lanes
+        stages = self._timer.prefill(step, lanes) if step.chunks else self._timer.decode(step.lane, lanes)
         fresh: list[RequestState] = []
         if step.decoding:
             fresh, lane.fresh = lane.fresh, fresh
@@ -140,13 +158,19 @@ class Instance:
         if step.transfers:
             self._news(Outcome(transfers=step.transfers))
 
-    def run_ahead(self) -> float:
+    def run_ahead(self, now: float) -> float:
         """Run what cannot be influenced any more; returns when to look again."""
-        runs = list(self._runs.values())
         turn = self._turn()
-        if not runs and turn is None:
-            return math.inf
-        return self.pipeline.run_ahead(runs, self._clock.now, self._horizon(), turn)
+        runs = [run for run in self._runs if run is not None]
+        if turn is not None:
+            if self._engine.admits or self._runs[turn[1]] is None:
+                ends = min([run.ready_s for run in runs if run.step.issued >= run.step.limit], default=math.inf)
+                return min(ends, max(self.pipeline.free_s[0], turn[0]))
+            waiting = [lane for lane, run in zip(self._engine.lanes, self._runs, strict=True)
+                       if run is None and not self._declined and lane.has_work]
+            rival = min(((lane.ready_at_s, lane.index) for lane in waiting), default=None)
+            return self.pipeline.run_ahead(runs, now, self._horizon(), rival)
+        return min([run.ready_s for run in runs], default=math.inf)
 
     # -- records -----------------------------------------------------------------------------
 
@@ -187,7 +211,7 @@ class Instance:
         iteration of every lane; the time of a round is that of the slowest lane's latest.
         """
         lanes = self._engine.lanes
-        gaps = [self._runs[n].gap_s if n in self._runs else self._gap_s[n] for n in range(len(lanes))]
+        gaps = [gap if run is None else run.gap_s for run, gap in zip(self._runs, self._gap_s, strict=True)]
         period_s = max((gap for gap in gaps if gap == gap), default=0.0)
         rates: dict[Wire, float] = {}
         if period_s <= 0:

@@ -40,6 +40,7 @@ class _Pending:
     transfer: Transfer
     flows_left: int
     begun_s: float
+    latency_s: float = 0.0
 
 
 class Network:
@@ -107,9 +108,7 @@ class Network:
         self._generation += 1
         generation = self._generation
         first = min(self._clock.now + max(0.0, s.left_bytes) / s.rate for s in self._streams)
-        event = self._clock.at(first)
-        assert event.callbacks is not None
-        event.callbacks.append(lambda _: self._end_flows(generation))
+        self._clock.call(first, lambda: self._end_flows(generation), priority=1)
 
     def _end_flows(self, generation: int) -> None:
         if generation != self._generation:
@@ -119,17 +118,17 @@ class Network:
         ended = [s for s in self._streams if s.left_bytes <= 1.0]
         self._streams = [s for s in self._streams if s.left_bytes > 1.0]
         for stream in ended:
-            event = self._clock.at(self._clock.now + stream.latency_s)
-            assert event.callbacks is not None
-            event.callbacks.append(lambda _, stream=stream: self._flow_arrived(stream))
+            self._flow_ended(stream)
         if self._streams:
             self.update_rates()
 
-    def _flow_arrived(self, stream: _Stream) -> None:
+    def _flow_ended(self, stream: _Stream) -> None:
         pending = stream.transfer
         pending.flows_left -= 1
+        pending.latency_s = max(pending.latency_s, stream.latency_s)
         if pending.flows_left == 0:
-            self._arrived(pending.transfer, pending.begun_s)
+            self._clock.call(self._clock.now + pending.latency_s,
+                             lambda: self._arrived(pending.transfer, pending.begun_s), priority=1)
 
     # -- wires -----------------------------------------------------------------------------
 
