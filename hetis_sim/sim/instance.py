@@ -53,6 +53,9 @@ class Instance:
         self._gap_s = [math.nan] * lanes
         self._declined = False
         self._alarm_s = math.inf
+        self._traffic: dict[Wire, float] = {}
+        self._traffic_of = -1
+        self._remote_wires = self._make_remote_wires()
 
     def ring(self) -> None:
         """Something has changed: look again, after everything else that happens now."""
@@ -205,25 +208,40 @@ class Instance:
                     cost.a_s_per_group * groups + cost.b_s_per_group_token * middle + cost.c_s)
 
     def foreground(self) -> dict[Wire, float]:
-        """Bytes per second that decode's head traffic puts on each wire at the moment.
+        """Bytes per second that decode's head traffic puts on each wire.
 
         Queries, keys and values go out and the outputs come back, once per layer and
         iteration of every lane; the time of a round is that of the slowest lane's latest.
+        Taken at the latest change of membership.
         """
-        lanes = self._engine.lanes
+        if self._traffic_of != self._engine.changes:
+            self._traffic_of = self._engine.changes
+            self._traffic = self._head_traffic()
+        return self._traffic
+
+    def _head_traffic(self) -> dict[Wire, float]:
         gaps = [gap if run is None else run.gap_s for run, gap in zip(self._runs, self._gap_s, strict=True)]
         period_s = max((gap for gap in gaps if gap == gap), default=0.0)
         rates: dict[Wire, float] = {}
         if period_s <= 0:
             return rates
-        out_bytes, back_bytes = self._timer.wire_bytes_per_group
-        for p in self._timer.plan.positions:
-            groups = sum(lane.groups[p.index] for lane in lanes) if p.remote else 0
+        for p, wires in self._remote_wires:
+            groups = 0
+            for lane in self._engine.lanes:
+                groups += lane.groups[p]
             if groups:
-                sender = self._timer.plan.stages[p.stage].devices[0]
-                per_s = groups * p.layers / period_s
-                for wire in self._path(sender, p.device):
-                    rates[wire] = rates.get(wire, 0.0) + per_s * out_bytes
-                for wire in self._path(p.device, sender):
-                    rates[wire] = rates.get(wire, 0.0) + per_s * back_bytes
+                for wire, bytes_per_group in wires:
+                    rates[wire] = rates.get(wire, 0.0) + groups * bytes_per_group / period_s
         return rates
+
+    def _make_remote_wires(self) -> list[tuple[int, list[tuple[Wire, float]]]]:
+        """Per remote position, the bytes that one group of one iteration puts on each wire."""
+        out_bytes, back_bytes = self._timer.wire_bytes_per_group
+        found: list[tuple[int, list[tuple[Wire, float]]]] = []
+        for p in self._timer.plan.positions:
+            if p.remote:
+                sender = self._timer.plan.stages[p.stage].devices[0]
+                wires = [(wire, float(p.layers * out_bytes)) for wire in self._path(sender, p.device)]
+                wires += [(wire, float(p.layers * back_bytes)) for wire in self._path(p.device, sender)]
+                found.append((p.index, wires))
+        return found

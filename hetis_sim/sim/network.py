@@ -89,8 +89,9 @@ class Network:
             for wire in stream.wires:
                 flows[wire] = flows.get(wire, 0) + 1
         taken = self._foreground()
+        share = {wire: self._residual(wire, taken.get(wire, 0.0)) / count for wire, count in flows.items()}
         for stream in self._streams:
-            stream.rate = min(self._residual(wire, taken.get(wire, 0.0)) / flows[wire] for wire in stream.wires)
+            stream.rate = min([share[wire] for wire in stream.wires])
         self._schedule()
 
     def _residual(self, wire: Wire, taken: float) -> float:

@@ -160,6 +160,8 @@ class Simulation:
         return self.arrivals.next_s
 
     def _foreground(self) -> dict[Wire, float]:
+        if len(self.instances) == 1:
+            return self.instances[0].foreground()
         total: dict[Wire, float] = {}
         for instance in self.instances:
             for wire, rate in instance.foreground().items():
