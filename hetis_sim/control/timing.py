@@ -68,8 +68,8 @@ class InstanceTimer:
         self._fixed: dict[tuple[int, int], tuple[FixedParts, ...]] = {}
         self._workers = self._worker_positions()
         heads = model.heads_per_group
-        unit = model.head_dim * model.kv_bytes
-        self.wire_bytes_per_group = ((heads + 2) * unit, heads * unit)
+        output = heads * model.head_dim * model.activation_bytes
+        self.wire_bytes_per_group = (model.remote_bytes_per_token(heads) - output, output)
         self._lines: dict[int, tuple[int, StageLines]] = {}
 
     def _worker_positions(self) -> list[list[int]]:
@@ -112,7 +112,7 @@ class InstanceTimer:
         stage, model, cost = self.plan.stages[s], self._model, self._cost
         gpu = self._cluster.devices[stage.devices[0]].gpu
         dense = stage.layers * cost.dense_layer_s(gpu, model, tokens, stage.tp)
-        message = tokens * model.hidden * model.weight_bytes
+        message = tokens * model.hidden * model.activation_bytes
         collective = 0.0
         link = self._cluster.slowest_link(stage.devices)
         if link is not None:

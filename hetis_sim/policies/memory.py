@@ -34,7 +34,7 @@ def activation_bytes(model: ModelSpec, limits: EngineLimits, tp: int, last: bool
     tokens = limits.max_batch_tokens
     qkv = (model.query_heads + 2 * model.kv_heads) * model.head_dim / tp
     inner = (2 if model.gated_mlp else 1) * model.ffn_hidden * model.experts_per_token / tp
-    peak = tokens * (3 * model.hidden + max(qkv, inner)) * model.weight_bytes
+    peak = tokens * (3 * model.hidden + max(qkv, inner)) * model.activation_bytes
     if last:
         peak += 4 * min(limits.max_batch_requests, tokens) * model.vocab / tp
     return int(peak)
@@ -47,8 +47,7 @@ def unit_bytes(model: ModelSpec, limits: EngineLimits) -> int:
 
 def attention_worker_reserve_bytes(model: ModelSpec, limits: EngineLimits) -> int:
     """Queries, keys, values and outputs of one full micro-batch, twice for overlap."""
-    per_token = (2 * model.query_heads + 2 * model.kv_heads) * model.head_dim * model.kv_bytes
-    return 2 * limits.max_batch_requests * per_token
+    return 2 * limits.max_batch_requests * model.remote_bytes_per_token(model.query_heads)
 
 
 def cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
