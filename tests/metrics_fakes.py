@@ -43,7 +43,10 @@ def add_step(recorder: Recorder, start_s: float, end_s: float, **changes: object
     recorder.step(start_s=start_s, end_s=end_s, **(fields | changes))
 
 
-def served_queue(n: int, load: float, *, seed: int, servers: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Queue = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def served_queue(n: int, load: float, *, seed: int, servers: int = 1) -> Queue:
     """Arrival, finish and begin-of-service times of a first-come M/M/c queue with mean service of 1 s."""
     rng = np.random.default_rng(seed)
     arrival_s = np.cumsum(rng.exponential(1 / (load * servers), n))
@@ -61,13 +64,14 @@ def fake_run(n: int = 300, *, load: float = 0.5, seed: int = 1) -> Recorder:
     """A whole record: one prefill and one collapsed decode step a request, pushes, moves, rejections."""
     recorder = Recorder(devices=DEVICES, capacity_bytes=CAPACITY_BYTES)
     arrivals, finishes, begins = served_queue(n, load, seed=seed)
-    events = sorted([(t, 1, i) for i, t in enumerate(arrivals)] + [(t, 0, i) for i, t in enumerate(finishes)])
+    events = [(t, 1, i) for i, t in enumerate(arrivals)] + [(t, 0, i) for i, t in enumerate(finishes)]
     inside = 0
-    for now_s, arrives, i in events:
+    for now_s, arrives, i in sorted(events):
         inside += 1 if arrives else -1
         if not arrives:
             _serve(recorder, i, arrivals[i], begins[i], now_s)
-        recorder.sample(now_s, min(inside, 1), max(inside - 1, 0), [100.0 * min(inside, 9), 50.0 * (inside > 0)])
+        used_bytes = [100.0 * min(inside, 9), 50.0 * (inside > 0)]
+        recorder.sample(now_s, min(inside, 1), max(inside - 1, 0), used_bytes)
     add_rejected(recorder, n, float(arrivals[-1]), "context_limit")
     recorder.count("dispatches", n)
     return recorder
@@ -86,5 +90,6 @@ def _serve(recorder: Recorder, i: int, arrival_s: float, begin_s: float, finish_
     recorder.transfer(i, "push", begin_s, first_s, 100.0, 0, 1)
     if i % 50 == 0:
         recorder.transfer(i, "move", first_s, finish_s, 40.0, 1, -1)
-    add_request(recorder, i, arrival_s, prompt_tokens=10 + i, output_tokens=gaps + 1, first_scheduled_s=begin_s,
-                first_token_s=first_s, finish_s=finish_s, moves=int(i % 50 == 0), remote_share=0.5)
+    add_request(recorder, i, arrival_s, prompt_tokens=10 + i, output_tokens=gaps + 1,
+                first_scheduled_s=begin_s, first_token_s=first_s, finish_s=finish_s,
+                moves=int(i % 50 == 0), remote_share=0.5)

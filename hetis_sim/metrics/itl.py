@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,10 @@ Ints = NDArray[np.int64]
 
 FLAT = 1e-12
 """Relative distance of neighbouring points below which a segment counts as one value."""
+
+SMALLEST_S = 1e-9
+FINEST = 1e-4
+"""Relative width of what is joined at first; doubled until few enough segments are left."""
 
 
 @dataclass(frozen=True)
@@ -140,33 +143,36 @@ class Segments:
         return _Ends.of(self.high_s, self.gaps)
 
     def compacted(self, rows_max: int, slices: int = 20) -> Segments:
-        """At most about ``rows_max`` segments of nearly the same distribution.
+        """At most ``rows_max`` segments of nearly the same distribution.
 
-        The record is cut into consecutive slices of equal numbers of segments. In each, runs of
-        neighbours in size become one segment of the same number of gaps and the same mean, so
-        means stay exact and a percentile moves by less than the width of one such run.
+        The record is cut into consecutive slices of equal numbers of segments, and in each the
+        segments of nearly equal mean become one, of as many gaps and with the same mean. So
+        means stay exact, and a percentile moves by no more than the width of what was joined.
         """
         if len(self) <= rows_max:
             return self
-        edges = np.linspace(0, len(self), slices + 1).astype(int)
-        parts = [_merged(self.rows(np.arange(a, b)), rows_max // slices)
-                 for a, b in pairwise(edges) if b > a]
-        return Segments(*(np.concatenate([getattr(part, name) for part in parts])
-                          for name in ("low_s", "high_s", "count", "weight", "recorded_s")))
+        piece = np.arange(len(self)) * slices // len(self)
+        size = np.log(np.maximum((self.low_s + self.high_s) / 2, SMALLEST_S))
+        size -= size.min()
+        width = FINEST
+        while True:
+            bins = (size / width).astype(np.int64)
+            joined, group = np.unique(piece * (bins.max() + 1) + bins, return_inverse=True)
+            if len(joined) <= rows_max:
+                return self._joined(group)
+            width *= 2
 
-
-def _merged(part: Segments, groups: int) -> Segments:
-    """Neighbours in order of their mean gap joined into ``groups`` segments of one weight."""
-    order = np.argsort(part.low_s + part.high_s, kind="stable")
-    starts = np.unique(np.linspace(0, len(part), groups, endpoint=False).astype(int))
-    gaps = part.gaps[order]
-    low, high = part.low_s[order], part.high_s[order]
-    total = np.add.reduceat(gaps, starts)
-    mean = np.add.reduceat(gaps * (low + high) / 2, starts) / total
-    reach = np.minimum(mean - np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts) - mean)
-    reach = np.where(total > 1, np.maximum(reach, 0.0), 0.0)
-    recorded = np.full(len(starts), part.recorded_s.max())
-    return Segments(mean - reach, mean + reach, total, np.ones_like(total), recorded)
+    def _joined(self, group: Ints) -> Segments:
+        """Segments of one group (numbered from 0, none empty) as one."""
+        order = np.argsort(group, kind="stable")
+        starts = np.searchsorted(group[order], np.arange(int(group.max()) + 1))
+        gaps, low, high = self.gaps[order], self.low_s[order], self.high_s[order]
+        total = np.add.reduceat(gaps, starts)
+        mean = np.add.reduceat(gaps * (low + high) / 2, starts) / total
+        least, most = np.minimum.reduceat(low, starts), np.maximum.reduceat(high, starts)
+        reach = np.where(total > 1, np.maximum(np.minimum(mean - least, most - mean), 0.0), 0.0)
+        recorded_s = np.maximum.reduceat(self.recorded_s[order], starts)
+        return Segments(mean - reach, mean + reach, total, np.ones_like(total), recorded_s)
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,8 @@ def iteration_use(steps: Table, window: Window) -> dict[str, IterationUse]:
     kind = np.where(window.covers(steps["start_s"]), steps["kind"], len(STEP_KINDS))
 
     def by_kind(values: NDArray[Any]) -> Floats:
-        sums: Floats = np.bincount(kind, weights=values.astype(float), minlength=len(STEP_KINDS))
-        return sums[:len(STEP_KINDS)]
+        sums = np.bincount(kind, weights=values, minlength=len(STEP_KINDS))
+        return np.asarray(sums[:len(STEP_KINDS)], dtype=np.float64)
 
     sums = {f"{part}_s": by_kind(steps[f"{part}_s"]) for part in PARTS}
     sums["time_s"] = by_kind(steps["end_s"] - steps["start_s"])
