@@ -220,7 +220,7 @@ class Engine:
             return None
         chunks = tuple(Chunk(state, state.context_tokens, 0, True) for state in admitted)
         step = Step(self.index, lane.index, StepKind.PREFILL, chunks, issued=1, accounted=1)
-        step.transfers = [t for state in admitted if (t := self._push(state, streamed=True))]
+        step.transfers = [t for state in admitted if (t := self._push(state))]
         lane.step = step
         return step
 
@@ -257,23 +257,19 @@ class Engine:
         lane.prefilling += 1
         return True
 
-    def _push(self, state: RequestState, *, streamed: bool) -> Transfer | None:
-        """Send a prompt's remote heads to their workers.
+    def _push(self, state: RequestState) -> Transfer | None:
+        """Send a prompt's remote heads to their workers, layer by layer as the prefill computes.
 
-        All layers but the last of each stage stream while the prefill computes; the last
-        one can only follow it.
+        The last layer of each stage can only follow the step.
         """
         assert state.shape is not None
-        size = self.bytes_per_group_token * state.context_tokens
-        flows = []
-        for source, target, group_layers, layers in state.shape.pushes:
-            share = (layers - 1) / layers if streamed else 1 / layers
-            if share:
-                flows.append(Flow(source, target, size * group_layers * share))
-        if not flows:
+        if not state.shape.pushes:
             return None
+        size = self.bytes_per_group_token * state.context_tokens
         state.in_flight_transfers += 1
-        return Transfer(state.request_id, self.index, "push", tuple(flows))
+        return Transfer(state.request_id, self.index, "push", tuple(
+            Flow(source, target, size * group_layers, size * group_layers / layers)
+            for source, target, group_layers, layers in state.shape.pushes))
 
     def _complete_chunk(self, chunk: Chunk, lane: Lane, now_s: float) -> None:
         state = chunk.state
@@ -292,9 +288,6 @@ class Engine:
             lane.prefilling -= 1
             self._finish(state, now_s)
             return
-        tail = self._push(state, streamed=False)
-        if tail is not None:
-            self.news.transfers.append(tail)
         self._join_when_ready(state)
 
     def _join_when_ready(self, state: RequestState) -> None:
@@ -384,7 +377,7 @@ class Engine:
             return self._long_decode(lane) if decoding else None
         kind = StepKind.MIXED if decoding else StepKind.PREFILL
         step = Step(self.index, lane.index, kind, tuple(chunks), decoding=decoding, issued=1, accounted=1)
-        step.transfers = [t for c in chunks if c.last and (t := self._push(c.state, streamed=True))]
+        step.transfers = [t for c in chunks if c.last and (t := self._push(c.state))]
         lane.step = step
         return step
 

@@ -28,11 +28,15 @@ class Chunk(NamedTuple):
 
 
 class Flow(NamedTuple):
-    """Bytes from one place to another. Places are device ids; host h's memory is ``-1 - h``."""
+    """Bytes from one place to another. Places are device ids; host h's memory is ``-1 - h``.
+
+    ``tail_bytes`` of them exist only at the end of the step that the flow streams with.
+    """
 
     source: int
     target: int
     size_bytes: float
+    tail_bytes: float = 0.0
 
 
 TransferKind = Literal["push", "move", "swap_out", "swap_in", "handoff"]

@@ -13,7 +13,7 @@ from hetis_sim.control.step import Outcome, Step
 from hetis_sim.control.timing import InstanceTimer, envelope_sum
 from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.sim.clock import Clock
-from hetis_sim.sim.network import Wire
+from hetis_sim.sim.network import Network, Wire
 from hetis_sim.sim.pipeline import LaneRun, Pipeline
 from hetis_sim.spec.errors import HetisError
 
@@ -31,12 +31,12 @@ class Instance:
     Args:
         news: called with what each verb of the controller has set off.
         horizon: the earliest time at which anything outside may happen.
-        path: the wires between two devices.
+        network: carries the transfers that stream with steps.
     """
 
     def __init__(self, clock: Clock, controller: Controller, engine: Engine, timer: InstanceTimer,
                  recorder: Recorder, news: Callable[[Outcome], None], horizon: Callable[[], float],
-                 path: Callable[[int, int], tuple[Wire, ...]]) -> None:
+                 network: Network) -> None:
         self._clock = clock
         self._controller = controller
         self._engine = engine
@@ -44,7 +44,7 @@ class Instance:
         self._recorder = recorder
         self._news = news
         self._horizon = horizon
-        self._path = path
+        self._network = network
         self.pipeline = Pipeline(len(timer.plan.stages), recorder)
         self.worker_busy_s = dict.fromkeys(timer.plan.attention_workers, 0.0)
         lanes = len(engine.lanes)
@@ -158,8 +158,8 @@ class Instance:
             gap = run.ready_s - state.last_token_s
             self._recorder.itl(gap, gap, 1, 1)
         self._runs[step.lane] = run
-        if step.transfers:
-            self._news(Outcome(transfers=step.transfers))
+        for transfer in step.transfers:
+            self._network.start(transfer, run.ready_s)
 
     def run_ahead(self, now: float) -> float:
         """Run what cannot be influenced any more; returns when to look again."""
@@ -241,7 +241,7 @@ class Instance:
         for p in self._timer.plan.positions:
             if p.remote:
                 sender = self._timer.plan.stages[p.stage].devices[0]
-                wires = [(wire, float(p.layers * out_bytes)) for wire in self._path(sender, p.device)]
-                wires += [(wire, float(p.layers * back_bytes)) for wire in self._path(p.device, sender)]
+                wires = [(wire, float(p.layers * out_bytes)) for wire in self._network.path(sender, p.device)[0]]
+                wires += [(wire, float(p.layers * back_bytes)) for wire in self._network.path(p.device, sender)[0]]
                 found.append((p.index, wires))
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hetis_sim.control.step import Flow, Transfer
+from hetis_sim.control.step import Transfer
 from hetis_sim.cost.model import CostModel
 from hetis_sim.sim.clock import Clock
 from hetis_sim.spec.cluster import ClusterSpec, LinkSpec
@@ -29,7 +29,6 @@ class _Stream:
     left_bytes: float
     latency_s: float
     transfer: _Pending
-    flow: Flow
     rate: float = 0.0
 
 
@@ -41,6 +40,7 @@ class _Pending:
     flows_left: int
     begun_s: float
     latency_s: float = 0.0
+    not_before_s: float = 0.0
 
 
 class Network:
@@ -60,6 +60,7 @@ class Network:
         self._foreground = foreground
         self._arrived = arrived
         self._streams: list[_Stream] = []
+        self._under_way = 0
         self._updated_s = 0.0
         self._generation = 0
         self._paths: dict[tuple[int, int], tuple[tuple[Wire, ...], float]] = {}
@@ -67,16 +68,23 @@ class Network:
 
     @property
     def busy(self) -> bool:
-        """Whether any flow is under way."""
-        return bool(self._streams)
+        """Whether any transfer is under way."""
+        return self._under_way > 0
 
-    def start(self, transfer: Transfer) -> None:
-        """Begin a transfer now."""
+    def start(self, transfer: Transfer, step_ends_s: float = 0.0) -> None:
+        """Begin a transfer now.
+
+        One that streams with a step ends no sooner than the step's end and the time that its
+        tail takes on idle wires.
+        """
         self._progress()
+        self._under_way += 1
         pending = _Pending(transfer, len(transfer.flows), self._clock.now)
         for flow in transfer.flows:
             wires, latency = self.path(flow.source, flow.target)
-            self._streams.append(_Stream(wires, flow.size_bytes, latency, pending, flow))
+            tail_s = max([flow.tail_bytes / self._bandwidth[wire] for wire in wires])
+            pending.not_before_s = max(pending.not_before_s, step_ends_s + tail_s)
+            self._streams.append(_Stream(wires, flow.size_bytes, latency, pending))
         self.update_rates()
 
     def update_rates(self) -> None:
@@ -128,8 +136,12 @@ class Network:
         pending.flows_left -= 1
         pending.latency_s = max(pending.latency_s, stream.latency_s)
         if pending.flows_left == 0:
-            self._clock.call(self._clock.now + pending.latency_s,
-                             lambda: self._arrived(pending.transfer, pending.begun_s), priority=1)
+            self._clock.call(max(self._clock.now, pending.not_before_s) + pending.latency_s,
+                             lambda: self._transfer_arrived(pending), priority=1)
+
+    def _transfer_arrived(self, pending: _Pending) -> None:
+        self._under_way -= 1
+        self._arrived(pending.transfer, pending.begun_s)
 
     # -- wires -----------------------------------------------------------------------------
 

@@ -65,7 +65,7 @@ class Simulation:
         self.network = Network(self.clock, given.cluster, given.cost, self._foreground, self._transfer_ended)
         self.instances = [
             Instance(self.clock, self.controller, engine, timer, self.recorder, self._news, self._horizon,
-                     lambda a, b: self.network.path(a, b)[0])
+                     self.network)
             for engine, timer in zip(self.controller.engines, timers, strict=True)]
         self._changes = -1
         if isinstance(given.workload, Sequence):
