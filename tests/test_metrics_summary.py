@@ -154,6 +154,16 @@ def test_busy_share_of_a_window_is_read_off_the_samples() -> None:
     assert summarize(recorder, slo=SLO, trim=Trim(0.6)).devices[0].busy_share == pytest.approx(1.0)
 
 
+def test_work_told_at_the_end_is_spread_over_the_run() -> None:
+    """Without work in the samples, a window gets the share of the whole run."""
+    recorder = Recorder(devices=["a"], capacity_bytes=[1.0])
+    for i in range(10):
+        add_request(recorder, i, float(i))
+        recorder.sample(float(i), 1, 0, [0.5])
+    recorder.busy(0, 5.5)
+    assert summarize(recorder, slo=SLO, trim=Trim(0.5)).devices[0].busy_share == pytest.approx(5.5 / 11)
+
+
 def test_iteration_time_is_shared_out_by_part_and_kind() -> None:
     """Shares are of the summed durations; time that no part claims is called other."""
     recorder = Recorder()
@@ -237,6 +247,7 @@ BROKEN = {
     "without a reason": broken("requests", lambda t: {"reason": np.zeros_like(t["reason"])}),
     "end before they start": broken("steps", lambda t: {"end_s": t["start_s"] - 1.0}),
     "do not make their duration": broken("steps", lambda t: {"dense_s": t["dense_s"] * 1.01}),
+    "negative length": broken("steps", lambda t: {"hop_s": t["hop_s"] - 1, "waiting_s": t["waiting_s"] + 1}),
     "overlap on their lane": broken("steps", lambda t: {"start_s": t["start_s"] - 0.01}),
     "transfers end before": broken("transfers", lambda t: {"end_s": t["start_s"] - 1.0}),
     "samples out of order": broken("samples", lambda t: {"now_s": t["now_s"][::-1].copy()}),

@@ -45,9 +45,10 @@ def record_violations(records: Records, tolerance: float = 1e-9) -> list[str]:
     """Sentences on what is wrong with a record; empty for a sound one.
 
     Checks that ids are unique, that the times of a request and of a step are in order, that
-    steps of one lane do not overlap, that the parts of a step make its duration, that cache in
-    use stays within capacity, and that the samples' numbers in the system are those of the
-    request rows. ``tolerance`` is relative to the length of the run, or to the capacity.
+    steps of one lane do not overlap, that the parts of a step make its duration and none is
+    negative, that cache in use stays within capacity, and that the samples' numbers in the
+    system are those of the request rows. ``tolerance`` is relative to the length of the run,
+    or to the capacity.
     """
     slack_s = tolerance * max(1.0, float(left_s(records.requests).max(initial=0.0)))
     found = [*_request_violations(records.requests, slack_s), *_step_violations(records.steps, slack_s),
@@ -80,6 +81,8 @@ def _step_violations(steps: Table, slack_s: float) -> list[str]:
     parts = np.sum([steps[f"{part}_s"] for part in PARTS], axis=0)
     found = _counted(duration < -slack_s, "steps end before they start")
     found += _counted(np.abs(duration - parts) > slack_s, "steps whose parts do not make their duration")
+    least = np.min([steps[f"{part}_s"] for part in PARTS], axis=0)
+    found += _counted(least < -slack_s, "steps with a part of negative length")
     order = np.lexsort((steps["end_s"], steps["start_s"], steps["lane"], steps["instance"]))
     lanes = steps.rows(order)
     same = (np.diff(lanes["lane"]) == 0) & (np.diff(lanes["instance"]) == 0)

@@ -74,14 +74,15 @@ class IterationUse:
     shares: dict[str, float]
 
 
-def device_use(records: Records, roles: Sequence[str], window: Window) -> tuple[DeviceUse, ...]:
-    """Use of every device; ``roles`` may be empty."""
+def device_use(records: Records, roles: Sequence[str], window: Window,
+               whole: Window) -> tuple[DeviceUse, ...]:
+    """Use of every device in the window of the whole run; ``roles`` may be empty."""
     weights = _held_s(records.samples["now_s"], window)
     rows = []
     for device, (label, capacity) in enumerate(zip(records.devices, records.capacity_bytes, strict=True)):
         used = records.samples[f"used_bytes_{device}"]
         peak = max(float(used.max(initial=0.0)), records.peak_bytes[device])
-        busy_s = _busy_s(records, device, window)
+        busy_s = _busy_s(records, device, window, whole)
         rows.append(DeviceUse(
             device, label, roles[device] if roles else "", capacity, peak,
             _ratio(_weighted_mean(used, weights), capacity), _ratio(peak, capacity), busy_s,
@@ -110,13 +111,17 @@ def _weighted_mean(values: Floats, weights: Floats) -> float:
     return float(values @ weights / weights.sum()) if weights.sum() > 0 else math.nan
 
 
-def _busy_s(records: Records, device: int, window: Window) -> float:
-    """Work of a device in the window; between samples it is taken as even."""
+def _busy_s(records: Records, device: int, window: Window, whole: Window) -> float:
+    """Work of a device in the window, from its work so far in the samples.
+
+    Where a driver told its work at the end only, it is taken as even over the run.
+    """
+    total = records.busy_s[device]
     if not window.trimmed:
-        return records.busy_s[device]
+        return total
     now_s, so_far = records.samples["now_s"], records.samples[f"busy_s_{device}"]
-    if not len(now_s):
-        return math.nan
+    if not so_far.any():
+        return _ratio(total * window.duration_s, whole.duration_s)
     return float(np.interp(window.to_s, now_s, so_far) - np.interp(window.from_s, now_s, so_far))
 
 
