@@ -28,7 +28,8 @@ def progress_bar(config: RunConfig, prepared: Prepared) -> Iterator[Callable[[in
         return
     from rich.progress import Progress
 
-    total = len(prepared.workload) if isinstance(prepared.workload, OpenWorkload) else config.workload.requests
+    workload = prepared.workload
+    total = len(workload) if isinstance(workload, OpenWorkload) else config.workload.requests
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("requests", total=total)
         yield lambda ended: progress.update(task, completed=ended)
@@ -108,11 +109,11 @@ def _memory_table(prepared: Prepared) -> Table:
                 rows[device] = (f"primary {number}.{s}", weights, cache[device])
         for device in instance.attention_workers:
             rows[device] = (f"attention worker {number}", 0.0, cache[device])
-    for device in prepared.cluster.devices:
-        role, weights, cache_size = rows.get(device.device_id, ("unused", 0.0, 0.0))
-        memory = device.gpu.memory_bytes
-        table.add_row(device.label, role, *(f"{size / GIB:.1f}" for size in (
-            memory, weights, max(0.0, cache_size), memory - weights - max(0.0, cache_size))))
+    for spec in prepared.cluster.devices:
+        role, weights, left = rows.get(spec.device_id, ("unused", 0.0, 0.0))
+        memory, room = float(spec.gpu.memory_bytes), max(0.0, left)
+        sizes = (memory, weights, room, memory - weights - room)
+        table.add_row(spec.label, role, *(f"{size / GIB:.1f}" for size in sizes))
     return table
 
 

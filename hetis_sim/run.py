@@ -6,9 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from hetis_sim.config import RunConfig, compose
 from hetis_sim.control.controller import Controller
@@ -29,6 +27,9 @@ from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.parse import cluster_from_mapping, model_from_mapping
 from hetis_sim.spec.request import Request
 from traces import ClosedLoopWorkload, OpenWorkload, build_workload
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # A step takes a handful of events, and every step makes at least one token.
 EVENTS_PER_TOKEN = 60
@@ -61,7 +62,8 @@ class Prepared:
 
     def controller(self) -> Controller:
         """A fresh control plane for the plan."""
-        timers = [InstanceTimer(self.cluster, self.model, self.cost, instance) for instance in self.plan.instances]
+        timers = [InstanceTimer(self.cluster, self.model, self.cost, instance)
+                  for instance in self.plan.instances]
         return Controller(self.cluster, self.model, self.policy, self.plan, timers, self.settings)
 
 
@@ -109,6 +111,7 @@ def prepare(config: RunConfig) -> Prepared:
     cost = load_cost_model(config.cost.kind, profiles=config.cost.profiles,
                            host=HostOverhead(config.cost.host_base_s, config.cost.host_per_sequence_s))
     workload = build_workload(config.workload, model.context_limit_tokens)
+    assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
     about = workload.describe()
     problem = PlanningProblem(cluster, model, cost, settings.limits, about["prompt_tokens"]["mean"],
                               about["output_tokens"]["mean"], about.get("rate_rps"))
@@ -176,7 +179,8 @@ def write_result(result: Result, path: str | Path) -> Path:
 
     prepared = result.prepared
     folder = write_run(path, recorder=result.recorder, summary=result.summary, manifest=manifest(result),
-                       plan=prepared.plan.to_dict(), config=asdict(prepared.config), decisions=result.decisions)
+                       plan=prepared.plan.to_dict(), config=asdict(prepared.config),
+                       decisions=result.decisions)
     if prepared.config.sim.timeline:
         write_timeline(Path(folder) / "timeline.json", result.steps, result.recorder.transfers(),
                        result.recorder.samples())
@@ -192,4 +196,5 @@ def manifest(result: Result) -> dict[str, Any]:
         hashes={"workload": about["sha256"], "config": value_sha256(asdict(prepared.config)),
                 "plan": value_sha256(prepared.plan.to_dict()["instances"])},
         provenance=prepared.provenance(),
-        extra={"workload": dict(about), "cost_warnings": list(prepared.cost.warnings), "events": result.events})
+        extra={"workload": dict(about), "cost_warnings": list(prepared.cost.warnings),
+               "events": result.events})

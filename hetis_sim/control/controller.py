@@ -61,7 +61,8 @@ class Controller:
         needed = request.prompt_tokens + request.output_tokens
         if needed > self.model.context_limit_tokens:
             return _reject(state, "context_limit", now_s)
-        able = [engine for engine, most in zip(self.engines, self.context_limits, strict=True) if needed <= most]
+        able = [engine for engine, most in zip(self.engines, self.context_limits, strict=True)
+                if needed <= most]
         if not able:
             return _reject(state, "cache_capacity", now_s)
         engine = able[self._route(state, able)] if len(able) > 1 else able[0]

@@ -26,12 +26,12 @@ class DecisionLog:
         """Append a decision about ``requests`` on the snapshot ``view``."""
         if not self.enabled:
             return
-        seen = {"view": view.to_dict(), "requests": [asdict(request) for request in requests]}
-        for request in seen["requests"]:
+        shown = [asdict(request) for request in requests]
+        for request in shown:
             del request["arrival_s"]  # measured on a wall clock by an executor
-        text = json.dumps(seen, sort_keys=True, separators=(",", ":"))
+        text = json.dumps({"view": view.to_dict(), "requests": shown}, sort_keys=True, separators=(",", ":"))
         entry = {"n": len(self.lines), "kind": kind, "instance": view.index,
-                 "requests": [request.request_id for request in requests],
+                 "requests": [request["request_id"] for request in shown],
                  "snapshot": hashlib.sha256(text.encode()).hexdigest()[:16], "decision": decision}
         self.lines.append(json.dumps(entry, sort_keys=True, separators=(",", ":"), default=_plain))
 

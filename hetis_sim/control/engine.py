@@ -12,7 +12,6 @@ Drivers call the four public verbs: :meth:`submit`, :meth:`next_step`, :meth:`co
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 from hetis_sim.control.books import CacheBooks
 from hetis_sim.control.decisions import DecisionLog
@@ -210,7 +209,8 @@ class Engine:
         tokens = 0
         for state in self.waiting:
             tokens += state.context_tokens
-            if len(batch) + lane.load >= limits.max_batch_requests or (batch and tokens > limits.max_batch_tokens):
+            full = len(batch) + lane.load >= limits.max_batch_requests
+            if full or (batch and tokens > limits.max_batch_tokens):
                 break
             batch.append(state)
         if not batch:
@@ -238,7 +238,8 @@ class Engine:
             self.blocked = True
         if not admitted and not self.active:
             raise PlacementError(f"policy {self.policy.name!r} places request {batch[0].request_id} "
-                                 f"({batch[0].context_tokens} tokens) nowhere on the empty instance {self.index}")
+                                 f"({batch[0].context_tokens} tokens) nowhere on the empty instance "
+                                 f"{self.index}")
         return admitted
 
     def _accept(self, state: RequestState, placement: Placement, lane: Lane, now_s: float) -> bool:
@@ -328,7 +329,8 @@ class Engine:
 
     def _long_decode(self, lane: Lane) -> Step:
         """A decode step whose first iteration is booked already."""
-        step = Step(self.index, lane.index, StepKind.DECODE, decoding=len(lane.members), issued=1, accounted=1)
+        step = Step(self.index, lane.index, StepKind.DECODE, decoding=len(lane.members), issued=1,
+                    accounted=1)
         if self.settings.collapse:
             step.limit = 1 + self._iterations_left(lane)
         lane.step = step

@@ -45,4 +45,5 @@ def check_engine(engine: Engine) -> None:
                 raise InvariantError(f"invariant 4 (heads): request {state.request_id} has {groups} of "
                                      f"{engine.model.kv_heads} KV groups in stage {stage}")
     if not engine.active and any(engine.books.ledger.used):
-        raise InvariantError(f"invariant 3 (cache): nobody is active, {engine.books.ledger.used} units are used")
+        raise InvariantError("invariant 3 (cache): nobody is active, "
+                             f"{engine.books.ledger.used} units are used")

@@ -84,8 +84,7 @@ class Lane:
         self.fresh.append(state)
         assert state.shape is not None
         self._add(state.shape, state.offset, 1)
-        remaining = state.request.output_tokens - state.generated_base
-        heappush(self._finishes, (self.issued + remaining, state.request_id))
+        heappush(self._finishes, (self._finishes_at(state), state.request_id))
 
     def leave(self, state: RequestState) -> None:
         """Take a member out; its books go back to the state."""
@@ -139,13 +138,18 @@ class Lane:
             self.issued += 1
         self.issued += full * self._block_tokens
 
+    @staticmethod
+    def _finishes_at(state: RequestState) -> int:
+        """Iterations issued by the lane when the member has its last token."""
+        return state.joined_at + state.request.output_tokens - state.generated_base
+
     def next_finish(self) -> int:
         """Iterations that may be issued before a member has its last token; large if none."""
         finishes = self._finishes
         while finishes:
             at, request_id = finishes[0]
             state = self.members.get(request_id)
-            if state is not None and at == state.joined_at + state.request.output_tokens - state.generated_base:
+            if state is not None and at == self._finishes_at(state):
                 return at - self.issued
             heappop(finishes)
         return 1 << 40

@@ -20,13 +20,14 @@ class LedgerError(HetisError):
 
 
 class KvLedger:
-    """Free and used units per local device of one instance."""
+    """Free and used units per local device of one instance, and the most ever used."""
 
-    __slots__ = ("capacity", "used")
+    __slots__ = ("capacity", "peak", "used")
 
     def __init__(self, capacity: Sequence[int]) -> None:
         self.capacity = tuple(capacity)
         self.used = [0] * len(self.capacity)
+        self.peak = [0] * len(self.capacity)
 
     def free(self, device: int) -> int:
         """Units not in use on a local device."""
@@ -43,12 +44,14 @@ class KvLedger:
         Raises:
             LedgerError: a device would hold more than its capacity.
         """
-        capacity, used = self.capacity, self.used
+        capacity, used, peak = self.capacity, self.used, self.peak
         for d, u in units:
             total = used[d] + u * times
             if total > capacity[d]:
                 raise LedgerError(f"device {d} of the instance would hold {total} of {capacity[d]} units")
             used[d] = total
+            if total > peak[d]:
+                peak[d] = total
 
     def give(self, units: Units, times: int = 1) -> None:
         """Return ``times`` of the units.

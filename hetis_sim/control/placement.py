@@ -88,8 +88,8 @@ class PlacementShapes:
         for position, groups in zip(positions, placement, strict=True):
             most = self._kv_heads if position.remote else position.owned_groups
             if not 0 <= groups <= most:
-                raise PlacementError(f"placement={placement} gives position {position.index} {groups} KV groups, "
-                                     f"must be between 0 and {most}")
+                raise PlacementError(f"placement={placement} gives position {position.index} {groups} "
+                                     f"KV groups, must be between 0 and {most}")
 
     def _pushes(self, placement: Placement) -> list[tuple[int, int, int, int]]:
         pushes: list[tuple[int, int, int, int]] = []
@@ -109,7 +109,8 @@ class PlacementShapes:
             give = [[q.device, old[q.index] - new[q.index]] for q in positions if old[q.index] > new[q.index]]
             take = [[q.device, new[q.index] - old[q.index]] for q in positions if new[q.index] > old[q.index]]
             layers = positions[0].layers
-            flows += [Flow(a, b, groups * layers * bytes_per_group_layer) for a, b, groups in match(give, take)]
+            flows += [Flow(a, b, groups * layers * bytes_per_group_layer)
+                      for a, b, groups in match(give, take)]
         return tuple(flows)
 
 

@@ -136,7 +136,6 @@ class Pressure:
 
     def make_room(self, lane: Lane, now_s: float) -> bool:
         """See to it that the lane's next iteration fits; False if it has to wait."""
-        engine = self._engine
         while lane.members:
             short = self._short_device(lane)
             if short is None:
@@ -254,20 +253,21 @@ class Pressure:
             state.status, state.lane = Status.TRANSFER, lane.index
             lane.prefilling += 1
             state.in_flight_transfers += 1
-            engine.news.transfers.append(Transfer(state.request_id, engine.index, "swap_in", self._flows_back(state)))
+            engine.news.transfers.append(
+                Transfer(state.request_id, engine.index, "swap_in", self._flows_back(state)))
             self._host_memory.give(state.swap.host_bytes)
             state.swap = None
 
     def _flows_back(self, state: RequestState) -> tuple[Flow, ...]:
         """From host memory to wherever the heads now live, each group from where it was parked."""
         engine = self._engine
-        assert state.swap is not None and state.shape is not None
+        assert state.swap is not None
+        assert state.shape is not None
         size = engine.bytes_per_group_token * state.cached_tokens
-        flows = []
         old = state.swap.shape.placement
         moved = engine.books.shapes.move_flows(old, state.shape.placement, size)
-        for flow in moved:
-            flows.append(Flow(-1 - self._host_memory.host(flow.source), flow.target, flow.size_bytes))
+        flows = [Flow(-1 - self._host_memory.host(flow.source), flow.target, flow.size_bytes)
+                 for flow in moved]
         for position, before, after in zip(engine.plan.positions, old, state.shape.placement, strict=True):
             stay = min(before, after)
             if stay:

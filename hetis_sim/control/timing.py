@@ -164,7 +164,8 @@ class InstanceTimer:
             self._lines[index] = (lane.version, lines)
         return lines
 
-    def _stage_lines(self, s: int, lane: Lane, waits: dict[int, float]) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
+    def _stage_lines(self, s: int, lane: Lane,
+                     waits: dict[int, float]) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
         """Lines of the ranks and of the attention workers of one stage, equal ones once."""
         local: dict[Line, None] = {}
         remote: dict[Line, None] = {}
@@ -175,8 +176,8 @@ class InstanceTimer:
                 continue
             cost = self.costs[p]
             layers = positions[p].layers
-            start = ((cost.a_s_per_group + cost.wire_s_per_group) * g + cost.b_s_per_group_token * (base[p] + g)
-                     + cost.c_s + cost.wire_fixed_s + waits.get(p, 0.0))
+            own = cost.a_s_per_group * g + cost.b_s_per_group_token * (base[p] + g) + cost.c_s
+            start = own + cost.wire_s_per_group * g + cost.wire_fixed_s + waits.get(p, 0.0)
             line = (layers * start, layers * cost.b_s_per_group_token * g)
             (remote if positions[p].remote else local)[line] = None
         return tuple(local), tuple(remote)

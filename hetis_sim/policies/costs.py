@@ -27,7 +27,8 @@ def _position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
     wire_bytes = model.remote_bytes_per_token(model.heads_per_group)
     share = wire_sharers(cluster, instance, position)
     # Query, key and value go out and the output comes back: two messages a layer.
-    return PositionCost(a, b, attention.c_s, transfer.gamma_s_per_byte * wire_bytes * share, 2 * transfer.beta_s)
+    wire_s = transfer.gamma_s_per_byte * wire_bytes * share
+    return PositionCost(a, b, attention.c_s, wire_s, 2 * transfer.beta_s)
 
 
 def wire_sharers(cluster: ClusterSpec, instance: InstancePlan, position: Position) -> int:

@@ -15,8 +15,9 @@ contexts with NCCL take 0.4 to 0.7 GB)."""
 def stage_weight_bytes(model: ModelSpec, stage: StagePlan, rank: int, first: bool, last: bool) -> int:
     """Bytes of weights on one rank: its share of the layers, embedding and LM head."""
     attention = model.attention_weights_per_layer * stage.owned_groups[rank] / model.kv_heads
-    rest = (model.weights_per_layer - model.attention_weights_per_layer - model.norm_weights_per_layer) / stage.tp
-    weights = stage.layers * (attention + rest + model.norm_weights_per_layer)
+    norms = model.norm_weights_per_layer
+    rest = (model.weights_per_layer - model.attention_weights_per_layer - norms) / stage.tp
+    weights = stage.layers * (attention + rest + norms)
     if first:
         weights += model.embedding_weights / stage.tp
     if last:

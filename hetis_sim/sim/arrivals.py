@@ -80,3 +80,6 @@ class ClosedArrivals:
     def reacts(self) -> bool:
         """Whether ends of requests bring about arrivals."""
         return True
+
+
+Arrivals = OpenArrivals | ClosedArrivals

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappush
+from typing import Any
 
 import simpy
 
@@ -35,7 +36,8 @@ class Clock(simpy.Environment):
         event = simpy.Event(self)
         event._ok = True
         event._value = None
-        heappush(self._queue, (max(time_s, self._now), priority, next(self._eid), event))
+        entry: Any = (max(time_s, self._now), priority, next(self._eid), event)
+        heappush(self._queue, entry)
         return event
 
     def call(self, time_s: float, action: Callable[[], None], priority: int = LAST) -> None:

@@ -167,7 +167,7 @@ class Instance:
         runs = [run for run in self._runs if run is not None]
         if turn is not None:
             if self._engine.admits or self._runs[turn[1]] is None:
-                ends = min([run.ready_s for run in runs if run.step.issued >= run.step.limit], default=math.inf)
+                ends = min([run.ready_s for run in runs if not run.open], default=math.inf)
                 return min(ends, max(self.pipeline.free_s[0], turn[0]))
             waiting = [lane for lane, run in zip(self._engine.lanes, self._runs, strict=True)
                        if run is None and not self._declined and lane.has_work]
@@ -241,7 +241,8 @@ class Instance:
         for p in self._timer.plan.positions:
             if p.remote:
                 sender = self._timer.plan.stages[p.stage].devices[0]
-                wires = [(wire, float(p.layers * out_bytes)) for wire in self._network.path(sender, p.device)[0]]
-                wires += [(wire, float(p.layers * back_bytes)) for wire in self._network.path(p.device, sender)[0]]
+                out, back = self._network.path(sender, p.device)[0], self._network.path(p.device, sender)[0]
+                wires = [(wire, float(p.layers * out_bytes)) for wire in out]
+                wires += [(wire, float(p.layers * back_bytes)) for wire in back]
                 found.append((p.index, wires))
         return found

@@ -67,8 +67,7 @@ class Pipeline:
     def _pass(self, run: LaneRun, start_s: float, n: int) -> None:
         free, busy_s = self.free_s, self.busy_s
         t = start_s
-        s = 0
-        for busy, lines, hop in run.flat:
+        for s, (busy, lines, hop) in enumerate(run.flat):
             if lines:
                 busy += envelope(lines, n)
             begin = free[s] if free[s] > t else t
@@ -76,7 +75,6 @@ class Pipeline:
             free[s] = end
             busy_s[s] += busy
             t = end + hop
-            s += 1
         run.ready_s = t
 
     def _gap(self, run: LaneRun) -> None:

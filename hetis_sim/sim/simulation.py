@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.memory import unit_bytes
 from hetis_sim.policies.plan import Plan
-from hetis_sim.sim.arrivals import ClosedArrivals, OpenArrivals, UserLoop
+from hetis_sim.sim.arrivals import Arrivals, ClosedArrivals, OpenArrivals, UserLoop
 from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.instance import Instance, StuckError
 from hetis_sim.sim.network import Network, Wire
@@ -57,7 +56,8 @@ class Simulation:
         self._progress = progress
         self._ends = 0
         self.clock = Clock(given.event_budget)
-        timers = [InstanceTimer(given.cluster, given.model, given.cost, plan) for plan in given.plan.instances]
+        timers = [InstanceTimer(given.cluster, given.model, given.cost, plan)
+                  for plan in given.plan.instances]
         self.controller = Controller(given.cluster, given.model, given.policy, given.plan, timers,
                                      given.settings, DecisionLog(given.log_decisions))
         self._unit_bytes = unit_bytes(given.model, given.settings.limits)
@@ -69,7 +69,7 @@ class Simulation:
             for engine, timer in zip(self.controller.engines, timers, strict=True)]
         self._changes = -1
         if isinstance(given.workload, Sequence):
-            self.arrivals: OpenArrivals | ClosedArrivals = OpenArrivals(self.clock, given.workload, self._submit)
+            self.arrivals: Arrivals = OpenArrivals(self.clock, given.workload, self._submit)
         else:
             self.arrivals = ClosedArrivals(self.clock, given.workload, self._submit)
 
@@ -92,7 +92,7 @@ class Simulation:
         counts = self.controller.counts()
         if counts["running"] or counts["waiting"]:
             raise StuckError(f"the simulation has come to a halt at {self.clock.now:.3f} s with {counts}")
-        self._record_busy()
+        self._record_totals()
         return self.recorder
 
     # -- what happens ------------------------------------------------------------------------
@@ -107,8 +107,8 @@ class Simulation:
 
     def _transfer_ended(self, transfer: Transfer, begun_s: float) -> None:
         for flow in transfer.flows:
-            self.recorder.transfer(transfer.request_id, transfer.kind, begun_s, self.clock.now, flow.size_bytes,
-                                   flow.source, flow.target)
+            self.recorder.transfer(transfer.request_id, transfer.kind, begun_s, self.clock.now,
+                                   flow.size_bytes, flow.source, flow.target)
         self._news(self.controller.arrived(transfer, self.clock.now))
         self.instances[transfer.instance].ring()
 
@@ -131,7 +131,7 @@ class Simulation:
             request_id=request.request_id, arrival_s=request.arrival_s, prompt_tokens=request.prompt_tokens,
             output_tokens=request.output_tokens, status="finished" if finished else "rejected",
             reason=state.reason, instance=state.instance, first_scheduled_s=state.first_scheduled_s,
-            first_token_s=state.first_token_s, finish_s=state.finish_s if finished else math.nan,
+            first_token_s=state.first_token_s, finish_s=state.finish_s,
             preemptions=state.preemptions, moves=state.moves, moved_bytes=state.moved_bytes,
             remote_share=state.remote_share)
         self.arrivals.ended(state)
@@ -176,12 +176,17 @@ class Simulation:
                 used[device] = float(engine.books.ledger.used[d] * self._unit_bytes)
         counts = [len(engine.active) for engine in self.controller.engines]
         waiting = sum(len(engine.waiting) for engine in self.controller.engines)
+        self._record_totals()
         self.recorder.sample(now, sum(counts), waiting, used)
 
-    def _record_busy(self) -> None:
+    def _record_totals(self) -> None:
+        """Busy times so far, and the most cache that each device has held."""
+        busy_s = self.recorder.busy_s
         for instance, engine in zip(self.instances, self.controller.engines, strict=True):
             for stage, seconds in zip(engine.plan.stages, instance.pipeline.busy_s, strict=True):
                 for device in stage.devices:
-                    self.recorder.busy(device, seconds)
+                    busy_s[device] = seconds
             for device, seconds in instance.worker_busy_s.items():
-                self.recorder.busy(device, seconds)
+                busy_s[device] = seconds
+            for device, units in zip(engine.plan.devices, engine.books.ledger.peak, strict=True):
+                self.recorder.peak(device, float(units * self._unit_bytes))
