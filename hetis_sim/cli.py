@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from hetis_sim.spec.errors import HetisError
 
@@ -44,6 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
             print(USAGE, end="", file=sys.stderr)
             sys.exit(EXIT_BAD_INPUT)
         command, rest = "run", words
+    if command != "run":
+        rest = ["hydra.run.dir=.", "hydra.output_subdir=null", *rest]
     _with_hydra(COMMANDS[command], rest)
 
 
@@ -65,20 +68,45 @@ def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
     import hydra
     from omegaconf import DictConfig
 
-    from hetis_sim.config import normalise, register, typed
+    from hetis_sim.config import check_keys, normalise, register, typed
 
     register()
+    overrides = normalise(overrides)
+    try:
+        check_keys(overrides)
+    except HetisError as error:
+        _refuse(error)
 
     def call(config: DictConfig) -> None:
         try:
             task(typed(config))
         except HetisError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(EXIT_BAD_INPUT)
+            _forget_run()
+            _refuse(error)
 
     call.__name__ = call.__qualname__ = "hetis_sim"
-    sys.argv = [sys.argv[0], *normalise(overrides)]
+    sys.argv = [sys.argv[0], *overrides]
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(call)()
+
+
+def _refuse(error: HetisError) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)
+
+
+def _forget_run() -> None:
+    """Remove the folder that Hydra has made for a run that never began."""
+    from hydra.core.hydra_config import HydraConfig
+
+    settings = HydraConfig.get()
+    folder = Path(settings.runtime.output_dir)
+    if settings.output_subdir is None or (folder / "summary.json").exists():
+        return
+    for path in sorted((folder / settings.output_subdir).glob("*")):
+        path.unlink()
+    for path in (folder / settings.output_subdir, folder):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
 
 
 def _run(config: object) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -140,6 +141,32 @@ def normalise(overrides: Sequence[str]) -> list[str]:
     return fixed
 
 
+def check_keys(overrides: Sequence[str]) -> None:
+    """Refuse unknown keys with the known ones, before Hydra does so without.
+
+    Raises:
+        SpecError: a key that the configuration does not have.
+    """
+    for text in overrides:
+        path, sign, value = text.partition("=")
+        names = path.lstrip("+~").split("@")[0].replace("/", ".").split(".")
+        if sign and not path.startswith("-") and names[0] != "hydra":
+            _check_path(names, value)
+
+
+def _check_path(names: Sequence[str], value: str) -> None:
+    kind: Any = RunConfig
+    for depth, name in enumerate(names):
+        if not is_dataclass(kind):
+            return
+        known = {item.name: item for item in fields(kind)}
+        if name not in known:
+            near = get_close_matches(name, known, 3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise SpecError(".".join(names[:depth + 1]), value, f"one of the keys {', '.join(known)}{hint}")
+        kind = get_type_hints(kind)[name]
+
+
 def compose(*overrides: str) -> RunConfig:
     """The configuration that the command line would make of the same words.
 
@@ -152,6 +179,7 @@ def compose(*overrides: str) -> RunConfig:
     from hydra.errors import HydraException
 
     register()
+    check_keys(normalise(overrides))
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(version_base="1.3", config_module="conf"):

@@ -113,7 +113,7 @@ def _memory_table(prepared: Prepared) -> Table:
         role, weights, left = rows.get(spec.device_id, ("unused", 0.0, 0.0))
         memory, room = float(spec.gpu.memory_bytes), max(0.0, left)
         sizes = (memory, weights, room, memory - weights - room)
-        table.add_row(spec.label, role, *(f"{size / GIB:.1f}" for size in sizes))
+        table.add_row(spec.label, role, *(f"{amount / GIB:.1f}" for amount in sizes))
     return table
 
 
