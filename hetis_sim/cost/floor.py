@@ -19,19 +19,25 @@ from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
 
-def gemm_floor_s(gpu: GpuSpec, gemm: Gemm, weight_bytes: int) -> float:
+def matrix_flops_per_s(gpu: GpuSpec, model: ModelSpec) -> float:
+    """Peak of matrix products: of 16-bit operands, or of fp32 where the weights are fp32."""
+    return gpu.fp32_flops_per_s if model.weight_bytes == 4 else gpu.fp16_flops_per_s
+
+
+def gemm_floor_s(gpu: GpuSpec, gemm: Gemm, model: ModelSpec) -> float:
     """Seconds below which a product cannot run when its weights come from device memory."""
-    return max(gemm.flops / gpu.fp16_flops_per_s, gemm.weights * weight_bytes / gpu.memory_bandwidth_bytes_per_s)
+    return max(gemm.flops / matrix_flops_per_s(gpu, model),
+               gemm.weights * model.weight_bytes / gpu.memory_bandwidth_bytes_per_s)
 
 
 def dense_layer_floor_s(gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
     """Bound on the dense work of one layer on one of ``tp`` shards."""
-    return sum(gemm_floor_s(gpu, gemm, model.weight_bytes) for gemm in layer_gemms(model, tokens, tp))
+    return sum(gemm_floor_s(gpu, gemm, model) for gemm in layer_gemms(model, tokens, tp))
 
 
 def head_floor_s(gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
     """Bound on the LM head on one of ``tp`` shards."""
-    return gemm_floor_s(gpu, head_gemm(model, tokens, tp), model.weight_bytes)
+    return gemm_floor_s(gpu, head_gemm(model, tokens, tp), model)
 
 
 def prefill_attention_floor_s(gpu: GpuSpec, model: ModelSpec, query_heads: int,
@@ -48,7 +54,9 @@ def decode_floor_s_per_byte(gpu: GpuSpec, model: ModelSpec) -> float:
 
 
 def all_reduce_floor_s(link: LinkSpec, size_bytes: int, ranks: int) -> float:
-    """Bound on an all-reduce: every rank must send 2*(p-1)/p of the message over its link."""
-    if ranks <= 1:
-        return 0.0
-    return 2.0 * (ranks - 1) / ranks * size_bytes / link.bandwidth_bytes_per_s
+    """Bound on an all-reduce: every rank must send its whole contribution once.
+
+    A ring sends 2*(p-1)/p of it, but switches that add in the network (NVLink SHARP) need only
+    the contribution itself, and the eight-card tables of H100 and H200 do beat the ring's bound.
+    """
+    return size_bytes / link.bandwidth_bytes_per_s if ranks > 1 else 0.0

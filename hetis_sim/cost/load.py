@@ -2,17 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 
+from hetis_sim.cost.fitted import ProfileCost
 from hetis_sim.cost.model import CostModel
+from hetis_sim.cost.profile import LINKS_DEVICE, Profile, parse_profile, read_profile
 from hetis_sim.cost.roofline import HostOverhead, RooflineCost, RooflineSettings
 from hetis_sim.spec.errors import SpecError
+from hetis_sim.spec.gpu import GpuSpec
+
+KINDS = ("profile", "roofline")
+
+
+class ProfileShelf(Mapping[str, Sequence[Profile]]):
+    """Profiles by device: the user's first, then the shipped one, which is read when first asked for."""
+
+    def __init__(self, user: Sequence[Profile]) -> None:
+        self._user = tuple(user)
+        self._found: dict[str, tuple[Profile, ...]] = {}
+
+    def __getitem__(self, device: str) -> Sequence[Profile]:
+        if device not in self._found:
+            shipped = read_shipped(device)
+            own = tuple(profile for profile in self._user if profile.device == device)
+            self._found[device] = own if shipped is None else (*own, shipped)
+        return self._found[device]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted({*shipped_devices(), *(profile.device for profile in self._user)}))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def shipped_devices() -> tuple[str, ...]:
+    """Devices that a profile is shipped for, ``links`` among them."""
+    folder = files("hetis_sim.cost") / "profiles"
+    return tuple(sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")))
+
+
+def read_shipped(device: str) -> Profile | None:
+    """The profile shipped for ``device``; None where there is none."""
+    if device not in shipped_devices():
+        return None
+    text = (files("hetis_sim.cost") / "profiles" / f"{device}.json").read_text(encoding="utf-8")
+    return parse_profile(json.loads(text), f"shipped profile {device}")
 
 
 def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (),
-                    host: HostOverhead | None = None, roofline: RooflineSettings | None = None) -> CostModel:
-    """The cost model ``kind``: ``profile`` (fitted, roofline where nothing is measured) or ``roofline``."""
-    if kind not in ("profile", "roofline"):
-        raise SpecError("cost.kind", kind, "one of profile, roofline")
-    return RooflineCost(roofline, host)
+                    host: HostOverhead | None = None, roofline: RooflineSettings | None = None,
+                    gpus: Sequence[GpuSpec] | None = None) -> CostModel:
+    """The cost model ``kind``: ``profile`` (fitted, roofline where nothing is measured) or ``roofline``.
+
+    Args:
+        kind: ``profile`` or ``roofline``.
+        profiles: files of the user's, which go before the shipped profiles module by module.
+        host: host time of an iteration.
+        roofline: shares of the datasheet peaks behind the profiles.
+        gpus: the cards of the cluster; a user's profile for any other card is then an error.
+
+    Raises:
+        SpecError: unknown kind, a faulty profile, two profiles of one device, or a profile made
+            for a card that is not among ``gpus``.
+    """
+    if kind not in KINDS:
+        raise SpecError("cost.kind", kind, f"one of {', '.join(KINDS)}")
+    behind = RooflineCost(roofline, host)
+    if kind == "roofline":
+        if profiles:
+            raise SpecError("cost.profiles", [str(path) for path in profiles], "empty with cost.kind=roofline")
+        return behind
+    user = [read_profile(path) for path in profiles]
+    for profile in user:
+        if gpus is not None and profile.device != LINKS_DEVICE:
+            _require_used(profile, gpus)
+    return ProfileCost(ProfileShelf(user), behind)
+
+
+def _require_used(profile: Profile, gpus: Sequence[GpuSpec]) -> None:
+    """Refuse a profile that was made for another card than those at hand."""
+    if all(profile.device != gpu.name for gpu in gpus):
+        profile.check_device(gpus[0])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetis_sim.cost import work
-from hetis_sim.cost.floor import decode_floor_s_per_byte
+from hetis_sim.cost.floor import decode_floor_s_per_byte, matrix_flops_per_s
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import AttentionCost, ProvenanceRow, TransferCost
 from hetis_sim.spec.cluster import LinkSpec
@@ -42,7 +42,9 @@ class HostOverhead:
 
 @dataclass(frozen=True, slots=True)
 class RooflineSettings:
-    """Shares of the datasheet peaks that the roofline assumes are reached (assumptions of ours).
+    """Shares of the datasheet peaks that the roofline assumes are reached.
+
+    Assumptions of ours, rounded from the medians over the fitted cards and links of docs/cost.md.
 
     Attributes:
         gemm_compute: share of the matrix peak in large products.
@@ -55,10 +57,10 @@ class RooflineSettings:
     """
 
     gemm_compute: float = 0.8
-    memory: float = 0.85
+    memory: float = 0.8
     attention_compute: float = 0.55
     decode_memory: float = 0.8
-    link: float = 0.85
+    link: float = 0.78
     kernel_s: float = 2e-6
     message_s: float = 5e-6
 
@@ -77,19 +79,19 @@ class RooflineCost(MemoisedCost):
         self.settings = settings or RooflineSettings()
         self.host = host or HostOverhead()
 
-    def gemm_s(self, gpu: GpuSpec, gemm: work.Gemm, weight_bytes: int) -> float:
+    def gemm_s(self, gpu: GpuSpec, gemm: work.Gemm, model: ModelSpec) -> float:
         """Seconds of ``gemm.count`` products, launched as one kernel."""
-        moved = (gemm.weights + gemm.activations) * weight_bytes
-        compute = gemm.flops / (gpu.fp16_flops_per_s * self.settings.gemm_compute)
+        moved = gemm.weights * model.weight_bytes + gemm.activations * model.activation_bytes
+        compute = gemm.flops / (matrix_flops_per_s(gpu, model) * self.settings.gemm_compute)
         return max(compute, self.stream_s(gpu, moved)) + self.settings.kernel_s
 
     def stream_s(self, gpu: GpuSpec, size_bytes: float) -> float:
         """Seconds to move ``size_bytes`` through device memory."""
         return size_bytes / (gpu.memory_bandwidth_bytes_per_s * self.settings.memory)
 
-    def elementwise_s(self, gpu: GpuSpec, size_bytes: float, kernels: int) -> float:
-        """Seconds of ``kernels`` elementwise kernels that move ``size_bytes`` together."""
-        return self.stream_s(gpu, size_bytes) + kernels * self.settings.kernel_s
+    def elementwise_s(self, gpu: GpuSpec, size_bytes: float) -> float:
+        """Seconds of one elementwise kernel that moves ``size_bytes``."""
+        return self.stream_s(gpu, size_bytes) + self.settings.kernel_s
 
     def host_overhead_s(self, sequences: int) -> float:
         return self.host.seconds(sequences)
@@ -107,27 +109,26 @@ class RooflineCost(MemoisedCost):
                              note="datasheet peak times an assumed share")
 
     def _dense_layer_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
-        gemms = work.layer_gemms(model, tokens, tp)
-        moved, kernels = work.layer_elementwise(model, tokens, tp)
-        return sum(self.gemm_s(gpu, gemm, model.weight_bytes) for gemm in gemms) \
-            + self.elementwise_s(gpu, moved, kernels)
+        kernels = work.layer_elementwise(model, tokens, tp)
+        return sum(self.gemm_s(gpu, gemm, model) for gemm in work.layer_gemms(model, tokens, tp)) \
+            + sum(self.elementwise_s(gpu, moved) for _, moved in kernels)
 
     def _head_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
-        moved, kernels = work.head_elementwise(model, tokens, tp)
-        return self.gemm_s(gpu, work.head_gemm(model, tokens, tp), model.weight_bytes) \
-            + self.elementwise_s(gpu, moved, kernels)
+        kernels = work.head_elementwise(model, tokens, tp)
+        return self.gemm_s(gpu, work.head_gemm(model, tokens, tp), model) \
+            + sum(self.elementwise_s(gpu, moved) for _, moved in kernels)
 
     def _prefill_attention_layer_s(self, gpu: GpuSpec, model: ModelSpec, query_heads: int,
                                    new_tokens: int, context_tokens: int) -> float:
         flops = work.prefill_attention_flops(model, query_heads, new_tokens, context_tokens)
         moved = work.prefill_attention_bytes(model, query_heads, new_tokens, context_tokens)
-        moved += 2 * query_heads * model.head_dim * model.kv_bytes * new_tokens
+        moved += 2 * query_heads * model.head_dim * model.activation_bytes * new_tokens
         compute = flops / (gpu.fp16_flops_per_s * self.settings.attention_compute)
         return max(compute, self.stream_s(gpu, moved)) + self.settings.kernel_s
 
     def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         per_byte = decode_floor_s_per_byte(gpu, model) / self.settings.decode_memory
-        query_and_output_bytes = 2 * model.head_dim * model.kv_bytes
+        query_and_output_bytes = 2 * model.head_dim * model.activation_bytes
         return AttentionCost(self.stream_s(gpu, query_and_output_bytes), per_byte, 2 * self.settings.kernel_s)
 
     def _transfer_cost(self, link: LinkSpec) -> TransferCost:

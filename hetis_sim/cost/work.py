@@ -9,12 +9,6 @@ from dataclasses import dataclass
 
 from hetis_sim.spec.model import ModelSpec
 
-# Elementwise kernels of a layer: two norms (with the residual add fused), rotary embedding,
-# activation, KV write; routing of a mixture adds gate, permute and combine.
-LAYER_KERNELS = 5
-MOE_KERNELS = 3
-
-
 @dataclass(frozen=True, slots=True)
 class Gemm:
     """``count`` products of an (m, k) activation with a (k, n) weight matrix.
@@ -81,21 +75,28 @@ def layer_gemms(model: ModelSpec, tokens: int, tp: int) -> tuple[Gemm, ...]:
     return tuple(gemms)
 
 
-def layer_elementwise(model: ModelSpec, tokens: int, tp: int) -> tuple[float, int]:
-    """(bytes moved, kernels) of norms, residuals, rotary embedding, activation and KV write."""
+def layer_elementwise(model: ModelSpec, tokens: int, tp: int) -> tuple[tuple[str, float], ...]:
+    """(kind, bytes moved) of each elementwise kernel of one layer on one of ``tp`` shards.
+
+    Two norms, each fused with the residual add (x and residual read, both written), rotary
+    embedding, activation and KV write; of a mixture also gate, permutation and combination.
+    """
+    size = model.activation_bytes
     query = _shard(model.query_heads, tp) * model.head_dim
     kv = shard_kv_heads(model, tp) * model.head_dim
     inner = _shard(model.ffn_hidden, tp) * model.experts_per_token + _shard(model.shared_ffn_hidden, tp)
-    norms = 2 * 4 * model.hidden                      # read x and the residual, write both
-    rotary = 0 if model.learned_positions else 2 * (query + kv)
-    activation = (3 if model.gated_mlp else 2) * inner
-    kernels = LAYER_KERNELS - (1 if model.learned_positions else 0)
-    routing = 0
+    norm = 4.0 * tokens * model.hidden * size
+    kernels = [("norm", norm), ("norm", norm),
+               ("activation", (3.0 if model.gated_mlp else 2.0) * tokens * inner * size),
+               ("kv_write", 2.0 * tokens * kv * (size + model.kv_bytes))]
+    if not model.learned_positions:
+        kernels.append(("rotary", 2.0 * tokens * (query + kv) * size))
+    if model.qk_norm:
+        kernels.append(("norm", 2.0 * tokens * (query + kv) * size))
     if model.experts > 1:
-        kernels += MOE_KERNELS
-        routing = 2 * (model.experts_per_token + 1) * model.hidden + 2 * model.experts
-    elements = (norms + rotary + activation + routing) * model.weight_bytes + 4 * kv * model.kv_bytes
-    return float(tokens * elements), kernels
+        copies = 2.0 * tokens * model.experts_per_token * model.hidden * size
+        kernels += [("gate", 8.0 * tokens * model.experts), ("permute", copies), ("permute", copies)]
+    return tuple(kernels)
 
 
 def head_gemm(model: ModelSpec, tokens: int, tp: int) -> Gemm:
@@ -103,15 +104,16 @@ def head_gemm(model: ModelSpec, tokens: int, tp: int) -> Gemm:
     return Gemm(tokens, _shard(model.vocab, tp), model.hidden)
 
 
-def head_elementwise(model: ModelSpec, tokens: int, tp: int) -> tuple[float, int]:
-    """(bytes moved, kernels) of embedding, final norm and sampling for ``tokens`` sequences.
+def head_elementwise(model: ModelSpec, tokens: int, tp: int) -> tuple[tuple[str, float], ...]:
+    """(kind, bytes moved) of embedding, final norm and sampling for ``tokens`` sequences.
 
-    Sampling reads fp32 logits three times (maximum, sum, draw) after one conversion; ours.
+    Sampling converts the logits to fp32 and reads them three times (maximum, sum, draw); ours.
     """
-    embedding = 2 * model.hidden * model.weight_bytes
-    norm = 4 * model.hidden * model.weight_bytes
-    logits = _shard(model.vocab, tp) * (model.weight_bytes + 4 + 3 * 4)
-    return float(tokens * (embedding + norm + logits)), 6
+    size = model.activation_bytes
+    logits = float(tokens * _shard(model.vocab, tp))
+    return (("embedding", 2.0 * tokens * model.hidden * size), ("norm", 4.0 * tokens * model.hidden * size),
+            ("sampling", logits * (size + 4)), ("sampling", 4.0 * logits), ("sampling", 4.0 * logits),
+            ("sampling", 4.0 * logits))
 
 
 def causal_pairs(new_tokens: int, context_tokens: int) -> float:

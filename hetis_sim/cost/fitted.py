@@ -1,0 +1,248 @@
+"""Durations from fitted profiles, module by module, with the roofline behind them."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hetis_sim.cost import floor, work
+from hetis_sim.cost.attention import DecodeClass, PrefillClass
+from hetis_sim.cost.curve import Curve
+from hetis_sim.cost.memo import MemoisedCost
+from hetis_sim.cost.model import AttentionCost, ProvenanceRow, TransferCost
+from hetis_sim.cost.profile import LINKS_DEVICE, Profile
+from hetis_sim.cost.roofline import RooflineCost
+from hetis_sim.spec.cluster import LinkSpec
+from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.model import ModelSpec
+
+GPU_MODULES = ("gemm", "elementwise", "prefill_attention", "decode_attention", "all_reduce")
+# A query is reported when it lies outside the fitted range by more than this factor.
+RANGE_SLACK = 2.0
+# A product below this share of a layer's FLOPs (a router) is not worth a warning.
+SMALL_SHARE = 0.02
+
+
+def _token_lattice() -> tuple[int, ...]:
+    """Token counts at which a layer is worked out: all up to 64, then both sides of tile edges."""
+    counts = set(range(1, 65))
+    for start, stop, step in ((64, 2048, 32), (2048, 32768, 256)):
+        for edge in range(start, stop + 1, step):
+            counts |= {edge, edge + 1}
+    return tuple(sorted(counts))
+
+
+LATTICE = _token_lattice()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenCurve:
+    """Seconds at the token counts of the lattice; straight between, in proportion beyond."""
+
+    seconds: tuple[float, ...]
+
+    def at(self, tokens: int) -> float:
+        """Seconds for ``tokens`` >= 1."""
+        if tokens >= LATTICE[-1]:
+            return self.seconds[-1] * tokens / LATTICE[-1]
+        i = bisect_right(LATTICE, tokens)
+        low, high = LATTICE[i - 1], LATTICE[i]
+        share = (tokens - low) / (high - low)
+        return self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1])
+
+
+class ProfileCost(MemoisedCost):
+    """Fitted where a profile has the module, roofline elsewhere; never below the physical floor.
+
+    Dense layers and heads never get shorter with more tokens: the fitted curve is worked out
+    once for each (GPU, model, degree) and replaced by its running maximum.
+    """
+
+    def __init__(self, profiles: Mapping[str, Sequence[Profile]], roofline: RooflineCost) -> None:
+        super().__init__()
+        self._profiles = profiles
+        self._roofline = roofline
+        self._curves: dict[tuple[str, GpuSpec, ModelSpec, int], TokenCurve] = {}
+        self._warnings: dict[str, None] = {}
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(self._warnings)
+
+    def host_overhead_s(self, sequences: int) -> float:
+        return self._roofline.host_overhead_s(sequences)
+
+    # -- look-up ---------------------------------------------------------------------------
+
+    def _with_module(self, device: str, module: str) -> Profile | None:
+        """The first profile of ``device`` that has ``module``; those of the user come first."""
+        for profile in self._profiles.get(device, ()):
+            if module in profile.infos:
+                return profile
+        return None
+
+    def _check_range(self, profile: Profile, module: str, **asked: float) -> None:
+        """Note, once each, a query far outside what the module was fitted on."""
+        for quantity, value in asked.items():
+            ends = profile.infos[module].ranges.get(quantity)
+            if ends is None or ends[0] / RANGE_SLACK <= value <= ends[1] * RANGE_SLACK:
+                continue
+            side = "below" if value < ends[0] else "above"
+            self._warnings.setdefault(
+                f"profile {profile.name}: {module} was asked for {quantity} {side} its fitted range "
+                f"[{ends[0]:g}, {ends[1]:g}]; the durations are extrapolated")
+
+    # -- dense modules ---------------------------------------------------------------------
+
+    def _dense_layer_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        seconds = self._tokens_s("dense_layer", gpu, model, tokens, tp)
+        if model.experts == 1:
+            return seconds
+        # The floor of a mixture is concave in the tokens, so that a chord may pass below it.
+        return max(seconds, floor.dense_layer_floor_s(gpu, model, tokens, tp))
+
+    def _head_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        return self._tokens_s("head", gpu, model, tokens, tp)
+
+    def _tokens_s(self, module: str, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        key = (module, gpu, model, tp)
+        curve = self._curves.get(key)
+        if curve is None:
+            curve = self._curves[key] = self._token_curve(module, gpu, model, tp)
+        fitted = self._with_module(gpu.name, "gemm")
+        if fitted is not None:
+            self._check_range(fitted, "gemm", m=tokens)
+        return curve.at(tokens)
+
+    def _token_curve(self, module: str, gpu: GpuSpec, model: ModelSpec, tp: int) -> TokenCurve:
+        bound = floor.dense_layer_floor_s if module == "dense_layer" else floor.head_floor_s
+        seconds = self._measured_curve(module, gpu, model, tp)
+        if seconds is None:
+            seconds = self._summed_curve(module, gpu, model, tp)
+        floors = [bound(gpu, model, tokens, tp) for tokens in LATTICE]
+        return TokenCurve(tuple(np.maximum.accumulate(np.maximum(seconds, floors)).tolist()))
+
+    def _measured_curve(self, module: str, gpu: GpuSpec, model: ModelSpec, tp: int) -> list[float] | None:
+        """Durations of exactly this shape, where a profile has them."""
+        profile = self._with_module(gpu.name, module)
+        tables = None if profile is None else getattr(profile, module)
+        table = None if tables is None else tables.find(model, tp)
+        return None if table is None else [table.at(tokens) for tokens in LATTICE]
+
+    def _summed_curve(self, module: str, gpu: GpuSpec, model: ModelSpec, tp: int) -> list[float]:
+        """Sum of the matrix products and elementwise kernels at each count of the lattice."""
+        layer = module == "dense_layer"
+        kernels = work.layer_elementwise if layer else work.head_elementwise
+        total = np.array([sum(self._elementwise_s(gpu, kind, moved) for kind, moved in kernels(model, tokens, tp))
+                          for tokens in LATTICE])
+        columns = zip(*(work.layer_gemms(model, tokens, tp) if layer else (work.head_gemm(model, tokens, tp),)
+                        for tokens in LATTICE), strict=True)
+        for products in columns:
+            total += self._products_s(gpu, model, products, layer)
+        return [float(seconds) for seconds in total]
+
+    def _products_s(self, gpu: GpuSpec, model: ModelSpec, products: Sequence[work.Gemm],
+                    layer: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        """One product of the layer at each count of the lattice."""
+        profile = self._with_module(gpu.name, "gemm")
+        if profile is None or profile.gemm is None or model.weight_bytes == 4:
+            return np.array([self._roofline.gemm_s(gpu, gemm, model) for gemm in products])
+        first = products[0]
+        if not layer or 2.0 * first.n * first.k > SMALL_SHARE * model.dense_flops_per_token_per_layer / 8:
+            self._check_range(profile, "gemm", n=first.n, k=first.k)
+        m, n, k, count = (np.array([getattr(gemm, name) for gemm in products], dtype=np.float64)
+                          for name in ("m", "n", "k", "count"))
+        return profile.gemm.seconds(m, n, k, count, model.weight_bytes, model.activation_bytes)
+
+    def _elementwise_s(self, gpu: GpuSpec, kind: str, moved: float) -> float:
+        profile = self._with_module(gpu.name, "elementwise")
+        if profile is None:
+            return self._roofline.elementwise_s(gpu, moved)
+        curves = profile.elementwise
+        curve: Curve = curves.get(kind) or curves.get("activation") or next(iter(curves.values()))
+        return curve.at(moved)
+
+    # -- attention -------------------------------------------------------------------------
+
+    def _prefill_attention_layer_s(self, gpu: GpuSpec, model: ModelSpec, query_heads: int,
+                                   new_tokens: int, context_tokens: int) -> float:
+        profile = self._with_module(gpu.name, "prefill_attention")
+        if profile is None or model.weight_bytes == 4:
+            return max(self._roofline.prefill_attention_layer_s(gpu, model, query_heads, new_tokens, context_tokens),
+                       floor.prefill_attention_floor_s(gpu, model, query_heads, new_tokens, context_tokens))
+        self._check_range(profile, "prefill_attention", keys=new_tokens + context_tokens)
+        nearest: PrefillClass = min(profile.prefill_attention, key=lambda c: abs(np.log(c.head_dim / model.head_dim)))
+        kv_heads = -(-query_heads // model.heads_per_group)
+        seconds = nearest.seconds_one(query_heads, kv_heads, new_tokens, context_tokens, model.kv_bytes,
+                                      model.head_dim)
+        return max(seconds, floor.prefill_attention_floor_s(gpu, model, query_heads, new_tokens, context_tokens))
+
+    def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        profile = self._with_module(gpu.name, "decode_attention")
+        if profile is None:
+            return self._roofline.decode_attention(gpu, model)
+        r = model.heads_per_group
+        self._check_range(profile, "decode_attention", heads_per_group=r, head_dim=model.head_dim)
+        nearest: DecodeClass = min(profile.decode_attention, key=lambda c: (
+            abs(np.log(c.head_dim / model.head_dim)), abs(np.log(c.heads_per_group / r))))
+        a = nearest.cost.a_s_per_head * (model.head_dim / nearest.head_dim) * (nearest.heads_per_group / r)
+        b = max(nearest.cost.b_s_per_byte, floor.decode_floor_s_per_byte(gpu, model))
+        return replace(nearest.cost, a_s_per_head=a, b_s_per_byte=b)
+
+    # -- links -----------------------------------------------------------------------------
+
+    def _transfer_cost(self, link: LinkSpec) -> TransferCost:
+        profile = self._with_module(LINKS_DEVICE, "transfer")
+        found = None if profile is None or profile.transfer is None else profile.transfer.messages.get(link.name)
+        if found is None:
+            return self._roofline.transfer(link)
+        return TransferCost(max(found.gamma_s_per_byte, 1.0 / link.bandwidth_bytes_per_s),
+                            max(found.beta_s, link.latency_s))
+
+    def _all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
+        seconds = None
+        for device in (gpu.name, LINKS_DEVICE):
+            profile = self._with_module(device, "all_reduce")
+            if seconds is None and profile is not None and profile.all_reduce is not None:
+                seconds = profile.all_reduce.all_reduce_s(link.name, size_bytes, ranks)
+        if seconds is None:
+            seconds = self._ring_s(link, size_bytes, ranks)
+        return max(seconds, floor.all_reduce_floor_s(link, size_bytes, ranks))
+
+    def _ring_s(self, link: LinkSpec, size_bytes: int, ranks: int) -> float:
+        """Ring of messages on a link whose collectives were not measured."""
+        step = self._transfer_cost(link)
+        return 2 * (ranks - 1) * (step.gamma_s_per_byte * size_bytes / ranks + step.beta_s)
+
+    # -- origin ----------------------------------------------------------------------------
+
+    def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
+                   links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
+        rows = [self._gpu_row(module, gpu, model) for gpu in gpus for module in GPU_MODULES]
+        rows += [self._link_row(link) for link in links]
+        return [*rows, self._roofline.host.provenance()]
+
+    def _gpu_row(self, module: str, gpu: GpuSpec, model: ModelSpec) -> ProvenanceRow:
+        profile = self._with_module(gpu.name, module)
+        if profile is None and module == "all_reduce":
+            profile = self._with_module(LINKS_DEVICE, module)
+            if profile is not None:
+                return replace(self._row(module, gpu.name, profile), kind="derived")
+        if profile is None or (model.weight_bytes == 4 and module in ("gemm", "prefill_attention")):
+            return self._roofline.gpu_row(module, gpu)
+        return self._row(module, gpu.name, profile)
+
+    def _link_row(self, link: LinkSpec) -> ProvenanceRow:
+        profile = self._with_module(LINKS_DEVICE, "transfer")
+        if profile is None or profile.transfer is None or link.name not in profile.transfer.messages:
+            return ProvenanceRow("transfer", link.name, "roofline", "", link.source or "link specification")
+        return self._row("transfer", link.name, profile)
+
+    @staticmethod
+    def _row(module: str, subject: str, profile: Profile) -> ProvenanceRow:
+        info = profile.infos[module]
+        return ProvenanceRow(module, subject, info.status, profile.name, info.source, info.median_error,
+                             info.p95_error, info.note)

@@ -1,0 +1,67 @@
+"""Measured links: point-to-point coefficients and all-reduce curves by link and number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hetis_sim.cost.curve import Curve
+from hetis_sim.cost.model import TransferCost
+from hetis_sim.cost.parse import positive
+from hetis_sim.spec.errors import SpecError, require
+
+
+@dataclass(frozen=True)
+class LinkTable:
+    """By name of the link: coefficients of a message, and all-reduce curves by number of ranks."""
+
+    messages: Mapping[str, TransferCost]
+    all_reduce: Mapping[str, Mapping[int, Curve]]
+
+    def all_reduce_s(self, link: str, size_bytes: float, ranks: int) -> float | None:
+        """Seconds of an all-reduce; None where the link was not measured.
+
+        Between two measured numbers of ranks the logarithm is interpolated. Beyond the largest
+        the ring scales the last curve: its p-1 steps the latency, its volume (p-1)/p the rest.
+        """
+        curves = self.all_reduce.get(link)
+        if not curves:
+            return None
+        if ranks in curves:
+            return curves[ranks].at(size_bytes)
+        below = [r for r in curves if r < ranks]
+        above = [r for r in curves if r > ranks]
+        if below and above:
+            low, high = max(below), min(above)
+            share = (ranks - low) / (high - low)
+            first, second = curves[low].at(size_bytes), curves[high].at(size_bytes)
+            return math.exp((1.0 - share) * math.log(first) + share * math.log(second))
+        nearest = max(below) if below else min(above)
+        curve = curves[nearest]
+        if above:
+            return curve.at(size_bytes)
+        latency = curve.seconds[0]
+        volume = (ranks - 1) / ranks / ((nearest - 1) / nearest)
+        return latency * (ranks - 1) / (nearest - 1) + (curve.at(size_bytes) - latency) * volume
+
+    @classmethod
+    def parse(cls, raw: Any, key: str) -> LinkTable:
+        """Read ``{link: {gamma_s_per_byte, beta_s}}`` or ``{link: {ranks: {bytes, seconds}}}``."""
+        messages: dict[str, TransferCost] = {}
+        reduces: dict[str, dict[int, Curve]] = {}
+        require(isinstance(raw, dict) and bool(raw), key, raw, "an object with at least one link")
+        for link, body in raw.items():
+            place = f"{key}.{link}"
+            require(isinstance(body, dict), place, body, "an object")
+            if "gamma_s_per_byte" in body:
+                messages[link] = TransferCost(positive(body["gamma_s_per_byte"], f"{place}.gamma_s_per_byte"),
+                                              positive(body.get("beta_s"), f"{place}.beta_s", zero=True))
+                continue
+            reduces[link] = {}
+            for ranks, curve in body.items():
+                if not ranks.isdigit() or int(ranks) < 2:
+                    raise SpecError(f"{place}.{ranks}", ranks, "a number of ranks >= 2")
+                reduces[link][int(ranks)] = Curve.parse(curve, f"{place}.{ranks}")
+        return cls(messages, reduces)

@@ -1,0 +1,157 @@
+"""Profile files: what was fitted for one device or for links, with range, error and origin.
+
+A profile is one JSON object:
+
+    schema      1
+    name        of the profile
+    device      the GPU it was made for (its name in the catalogue), or "links"
+    modules     by name, see below; a module that is absent falls back to the roofline
+
+and each module
+
+    model         form of the coefficients: tile_wave | curves | flash_blocks | linear | links |
+                  token_tables
+    status        measured | derived
+    coefficients  of that form
+    range         {quantity: [least, largest]} that was fitted on
+    held_out      {n, median, p95, ...} relative error on rows that the fit did not see, or null
+    sources       [{file, source_repo, commit, sha256, licence}, ...] or [{text: ...}]
+    note          the reasoning behind a derived value
+
+Modules: gemm (tile_wave), elementwise (curves), prefill_attention (flash_blocks), decode_attention
+(linear), all_reduce and transfer (links), dense_layer and head (token_tables: one model shape
+measured whole; they go before gemm and elementwise where they match).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hetis_sim.cost.attention import DecodeClass, PrefillClass
+from hetis_sim.cost.curve import Curve
+from hetis_sim.cost.gemm import TileWaveGemm
+from hetis_sim.cost.links import LinkTable
+from hetis_sim.cost.tables import TokenTables
+from hetis_sim.spec.errors import SpecError, require
+from hetis_sim.spec.gpu import GpuSpec
+
+SCHEMA = 1
+LINKS_DEVICE = "links"
+STATUSES = ("measured", "derived")
+MODELS = {"gemm": "tile_wave", "elementwise": "curves", "prefill_attention": "flash_blocks",
+          "decode_attention": "linear", "all_reduce": "links", "transfer": "links",
+          "dense_layer": "token_tables", "head": "token_tables"}
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """What a profile says about one module besides its coefficients."""
+
+    status: str
+    ranges: Mapping[str, tuple[float, float]]
+    median_error: float | None
+    p95_error: float | None
+    source: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One parsed profile; a module that the file does not have is None."""
+
+    name: str
+    device: str
+    infos: Mapping[str, ModuleInfo]
+    gemm: TileWaveGemm | None = None
+    elementwise: Mapping[str, Curve] = field(default_factory=dict)
+    prefill_attention: tuple[PrefillClass, ...] = ()
+    decode_attention: tuple[DecodeClass, ...] = ()
+    all_reduce: LinkTable | None = None
+    transfer: LinkTable | None = None
+    dense_layer: TokenTables | None = None
+    head: TokenTables | None = None
+
+    def check_device(self, gpu: GpuSpec) -> None:
+        """Raise :class:`SpecError` when this profile was made for another card than ``gpu``."""
+        if self.device != gpu.name:
+            raise SpecError("profile.device", self.device,
+                            f"{gpu.name!r}: profile {self.name!r} was made for {self.device!r} "
+                            f"and cannot be used on {gpu.name!r}")
+
+
+def read_profile(path: str | Path) -> Profile:
+    """Read and check a profile file.
+
+    Raises:
+        SpecError: no such file, not JSON, another schema, an unknown module, or a coefficient
+            that is nan, infinite, negative or missing; the text names it.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError("profile", str(path), "a readable file") from error
+    except ValueError as error:
+        raise SpecError("profile", str(path), f"a JSON file ({error})") from error
+    return parse_profile(raw, str(path))
+
+
+def parse_profile(raw: Any, key: str = "profile") -> Profile:
+    """Check a profile's content; errors as :func:`read_profile`."""
+    require(isinstance(raw, dict), key, type(raw).__name__, "a JSON object")
+    require(raw.get("schema") == SCHEMA, f"{key}: schema", raw.get("schema"), f"{SCHEMA}")
+    for name in ("name", "device"):
+        require(isinstance(raw.get(name), str) and raw[name] != "", f"{key}: {name}", raw.get(name), "a name")
+    modules = raw.get("modules")
+    if not isinstance(modules, dict) or not modules:
+        raise SpecError(f"{key}: modules", modules, "an object with at least one module")
+    infos, parts = {}, {}
+    for module, body in modules.items():
+        place = f"{key}: modules.{module}"
+        require(module in MODELS, place, module, f"one of {', '.join(MODELS)}")
+        require(isinstance(body, dict), place, type(body).__name__, "an object")
+        require(body.get("model") == MODELS[module], f"{place}.model", body.get("model"), MODELS[module])
+        infos[module] = _info(body, place)
+        coefficients = body.get("coefficients")
+        require(isinstance(coefficients, dict), f"{place}.coefficients", type(coefficients).__name__, "an object")
+        parts[module] = _coefficients(module, coefficients, f"{place}.coefficients")
+    return Profile(raw["name"], raw["device"], infos, **parts)
+
+
+def _coefficients(module: str, raw: dict[str, Any], key: str) -> Any:
+    """The coefficients of one module in their class."""
+    if module == "gemm":
+        return TileWaveGemm.parse(raw, key)
+    if module == "elementwise":
+        require(bool(raw), key, raw, "at least one curve")
+        return {kind: Curve.parse(curve, f"{key}.{kind}") for kind, curve in raw.items()}
+    if module in ("prefill_attention", "decode_attention"):
+        form = PrefillClass if module == "prefill_attention" else DecodeClass
+        classes = raw.get("classes")
+        if not isinstance(classes, list) or not classes:
+            raise SpecError(f"{key}.classes", classes, "a list with at least one class")
+        return tuple(form.parse(item, f"{key}.classes[{n}]") for n, item in enumerate(classes))
+    if module in ("all_reduce", "transfer"):
+        return LinkTable.parse(raw, key)
+    return TokenTables.parse(raw, key)
+
+
+def _info(body: dict[str, Any], key: str) -> ModuleInfo:
+    """Range, error and origin of one module."""
+    status = body.get("status")
+    require(status in STATUSES, f"{key}.status", status, " or ".join(STATUSES))
+    ranges = {}
+    for quantity, ends in (body.get("range") or {}).items():
+        good = isinstance(ends, list) and len(ends) == 2 and all(
+            isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends) and ends[0] <= ends[1]
+        require(good, f"{key}.range.{quantity}", ends, "[least, largest]")
+        ranges[quantity] = (float(ends[0]), float(ends[1]))
+    error = body.get("held_out") or {}
+    median, p95 = error.get("median"), error.get("p95")
+    sources = body.get("sources") or []
+    text = "; ".join(str(item.get("file") or item.get("text", "")) for item in sources if isinstance(item, dict))
+    return ModuleInfo(str(status), ranges, None if median is None else float(median),
+                      None if p95 is None else float(p95), text, str(body.get("note", "")))
