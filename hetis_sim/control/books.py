@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.ledger import KvLedger, LedgerError, Units
+from hetis_sim.control.loads import Loads
 from hetis_sim.control.placement import PlacementShape, PlacementShapes
 from hetis_sim.control.state import PendingMove, RequestState
 from hetis_sim.control.step import Transfer
@@ -18,18 +19,16 @@ class CacheBooks:
 
     A request outside a lane holds ``held_blocks`` blocks of every group of its shape;
     inside a lane the lane's growth keeps the ledger, and the request holds the blocks of
-    its cached tokens. ``extra_groups`` and ``extra_tokens`` sum the former per position,
-    ``extra_context`` their tokens.
+    its cached tokens. The loads' extras sum the former, ``extra_context`` their tokens.
     """
 
-    def __init__(self, plan: InstancePlan, kv_heads: int, capacity_units: dict[int, int],
-                 block_tokens: int) -> None:
+    def __init__(self, plan: InstancePlan, kv_heads: int, capacity_units: dict[int, int], block_tokens: int,
+                 loads: Loads) -> None:
         self.plan = plan
         self.block_tokens = block_tokens
         self.shapes = PlacementShapes(plan, kv_heads)
         self.ledger = KvLedger([capacity_units[device] for device in plan.devices])
-        self.extra_groups = [0] * len(plan.positions)
-        self.extra_tokens = [0] * len(plan.positions)
+        self.loads = loads
         self.extra_context = 0
 
     def blocks(self, tokens: int) -> int:
@@ -68,9 +67,13 @@ class CacheBooks:
 
     def _count_extra(self, shape: PlacementShape, tokens: int, sign: int) -> None:
         self.extra_context += sign * tokens
-        for p, g in shape.pairs:
-            self.extra_groups[p] += sign * g
-            self.extra_tokens[p] += sign * g * tokens
+        loads = self.loads
+        if sign > 0:
+            loads.extra_groups += shape.vector
+            loads.extra_tokens += shape.vector * tokens
+        else:
+            loads.extra_groups -= shape.vector
+            loads.extra_tokens -= shape.vector * tokens
 
     def unstage(self, state: RequestState) -> None:
         """Give back the staging copy, if there is one."""

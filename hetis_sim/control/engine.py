@@ -12,10 +12,12 @@ Drivers call the four public verbs: :meth:`submit`, :meth:`next_step`, :meth:`co
 from __future__ import annotations
 
 from collections import deque
+from operator import sub
 
 from hetis_sim.control.books import CacheBooks
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.lane import Lane
+from hetis_sim.control.loads import Loads
 from hetis_sim.control.placement import PlacementError
 from hetis_sim.control.pressure import Pressure
 from hetis_sim.control.settings import SchedulerSettings
@@ -54,9 +56,11 @@ class Engine:
         self.settings = settings
         self.log = log
         self.capacity_units = capacity_units
-        self.books = CacheBooks(self.plan, model.kv_heads, capacity_units, settings.limits.block_tokens)
+        self.loads = Loads(len(self.plan.stages), len(self.plan.positions))
+        self.books = CacheBooks(self.plan, model.kv_heads, capacity_units, settings.limits.block_tokens,
+                                self.loads)
         self.cycle_units = [0] * len(self.plan.devices)
-        self.lanes = [Lane(n, len(self.plan.positions), settings.limits.block_tokens, self.cycle_units)
+        self.lanes = [Lane(n, self.loads, settings.limits.block_tokens, self.cycle_units)
                       for n in range(len(self.plan.stages))]
         self.waiting: deque[RequestState] = deque()
         self.waiting_tokens = 0
@@ -157,19 +161,12 @@ class Engine:
 
     def view(self) -> InstanceView:
         """A picture of the instance for its policy."""
-        groups, tokens = list(self.books.extra_groups), list(self.books.extra_tokens)
-        for lane in self.lanes:
-            if lane.members:
-                n = lane.issued
-                for p, g in enumerate(lane.groups):
-                    if g:
-                        groups[p] += g
-                        tokens[p] += lane.base[p] + g * n
+        groups, tokens = self.loads.total()
         ledger = self.books.ledger
-        free = {device: ledger.capacity[d] - ledger.used[d] for d, device in enumerate(self.plan.devices)}
-        return InstanceView(self.index, self.plan, self.timer.costs, groups, tokens, len(self.lanes), free,
-                            self.capacity_units, self.settings.limits.block_tokens, len(self.active),
-                            len(self.waiting), self.waiting_tokens, self.context_tokens())
+        free = dict(zip(self.plan.devices, map(sub, ledger.capacity, ledger.used), strict=True))
+        return InstanceView(self.index, self.plan, self.timer.costs, groups.tolist(), tokens.tolist(),
+                            len(self.lanes), free, self.capacity_units, self.settings.limits.block_tokens,
+                            len(self.active), len(self.waiting), self.waiting_tokens, self.context_tokens())
 
     def context_tokens(self) -> int:
         """Tokens in cache, summed over the requests that hold any."""

@@ -1,9 +1,8 @@
 """A micro-batch: the requests that decode together, and their sums.
 
-The sums make an iteration cost the same whatever the batch holds. With n iterations
-issued, a member's cached tokens are ``offset + n``; hence the KV group-tokens at a position
-are ``base + groups * n``, and the members whose next token opens a new block are those with
-``offset % block_tokens == -n % block_tokens``.
+The sums make an iteration cost the same whatever the batch holds (:mod:`.loads`). With n
+iterations issued, a member's cached tokens are ``offset + n``; so the members whose next
+token opens a new block are those with ``offset % block_tokens == -n % block_tokens``.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 from hetis_sim.control.ledger import KvLedger
+from hetis_sim.control.loads import Loads
 from hetis_sim.control.placement import PlacementShape
 from hetis_sim.control.state import RequestState
 from hetis_sim.control.step import Step
@@ -29,7 +29,7 @@ class Lane:
         joins: requests whose cache is ready, waiting for the next iteration boundary.
         partial: requests whose prompt is only in part prefilled (chunked prefill).
         prefilling: requests of the prefill under way, or between prefill and decode.
-        groups, base: per position, see above.
+        groups, base: this lane's rows of the instance's loads.
         switches: requests whose moved heads have arrived, waiting for the same.
         fresh: members that have had no token in this lane yet; the driver empties it.
         offset_sum: sum of the members' offsets.
@@ -37,7 +37,7 @@ class Lane:
         version: changes with membership.
     """
 
-    def __init__(self, index: int, positions: int, block_tokens: int, cycle_units: list[int]) -> None:
+    def __init__(self, index: int, loads: Loads, block_tokens: int, cycle_units: list[int]) -> None:
         self.index = index
         self.members: dict[int, RequestState] = {}
         self.issued = 0
@@ -48,8 +48,9 @@ class Lane:
         self.fresh: list[RequestState] = []
         self.partial: list[RequestState] = []
         self.prefilling = 0
-        self.groups = [0] * positions
-        self.base = [0] * positions
+        self.groups = loads.groups[index]
+        self.base = loads.base[index]
+        self._loads = loads
         self.offset_sum = 0
         self.version = 0
         self.rebalance_at = 0
@@ -102,10 +103,12 @@ class Lane:
         self._add(shape, state.offset, 1)
 
     def _add(self, shape: PlacementShape, offset: int, sign: int) -> None:
-        groups, base = self.groups, self.base
-        for p, g in shape.pairs:
-            groups[p] += sign * g
-            base[p] += sign * g * offset
+        if sign > 0:
+            self.groups += shape.vector
+            self.base += shape.vector * offset
+        else:
+            self.groups -= shape.vector
+            self.base -= shape.vector * offset
         self.offset_sum += sign * offset
         key = offset % self._block_tokens
         self._crossing_members[key] += sign
@@ -137,6 +140,7 @@ class Lane:
                 ledger.take(enumerate(need))
             self.issued += 1
         self.issued += full * self._block_tokens
+        self._loads.issued[self.index] = self.issued
 
     @staticmethod
     def _finishes_at(state: RequestState) -> int:

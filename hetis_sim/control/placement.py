@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hetis_sim.control.step import Flow
 from hetis_sim.policies.plan import InstancePlan, Placement
 from hetis_sim.spec.errors import HetisError
@@ -18,7 +21,7 @@ class PlacementShape:
     """A placement in the forms that the hot path needs.
 
     Attributes:
-        placement: groups at every position.
+        placement, vector: groups at every position, as a tuple and as an array.
         pairs: (position, groups) where groups > 0.
         block_units: (local device, units) that one block of tokens takes.
         pushes: (source device, target device, group-layers, layers): what a prefill sends to
@@ -28,6 +31,7 @@ class PlacementShape:
     """
 
     placement: Placement
+    vector: NDArray[np.int64]
     pairs: tuple[tuple[int, int], ...]
     block_units: tuple[tuple[int, int], ...]
     pushes: tuple[tuple[int, int, int, int], ...]
@@ -43,6 +47,9 @@ class PlacementShapes:
         self._kv_heads = kv_heads
         self._local = {device: index for index, device in enumerate(plan.devices)}
         self._known: dict[Placement, PlacementShape] = {}
+        self._facts = [(self._local[p.device], p.layers, -1 if p.remote else p.owned_groups)
+                       for p in plan.positions]
+        self._most = tuple(kv_heads if p.remote else p.owned_groups for p in plan.positions)
 
     def shape(self, placement: Placement) -> PlacementShape:
         """The shape of a placement.
@@ -59,21 +66,20 @@ class PlacementShapes:
 
     def _make(self, placement: Placement) -> PlacementShape:
         self._check(placement)
-        plan, local = self._plan, self._local
         units: dict[int, int] = {}
         staged: dict[int, int] = {}
         remote = 0
-        for position, groups in zip(plan.positions, placement, strict=True):
+        for groups, (d, layers, owned) in zip(placement, self._facts, strict=True):
             if groups:
-                d = local[position.device]
-                units[d] = units.get(d, 0) + groups * position.layers
-                remote += groups * position.layers if position.remote else 0
-            missing = position.owned_groups - groups
-            if not position.remote and missing:
-                staged[local[position.device]] = missing * position.layers
-        pairs = tuple((p, groups) for p, groups in enumerate(placement) if groups)
-        return PlacementShape(placement, pairs, tuple(sorted(units.items())), tuple(self._pushes(placement)),
-                              tuple(sorted(staged.items())), remote / (plan.layers * self._kv_heads))
+                units[d] = units.get(d, 0) + groups * layers
+            if owned < 0:
+                remote += groups * layers
+            elif owned > groups:
+                staged[d] = (owned - groups) * layers
+        pairs = tuple([(p, groups) for p, groups in enumerate(placement) if groups])
+        return PlacementShape(placement, np.array(placement, dtype=np.int64), pairs,
+                              tuple(sorted(units.items())), tuple(self._pushes(placement)) if remote else (),
+                              tuple(sorted(staged.items())), remote / (self._plan.layers * self._kv_heads))
 
     def _check(self, placement: Placement) -> None:
         positions = self._plan.positions
@@ -81,15 +87,14 @@ class PlacementShapes:
             raise PlacementError(f"placement={placement} has {len(placement)} entries, "
                                  f"the instance has {len(positions)} positions")
         for stage, indices in enumerate(self._plan.stage_positions):
-            total = sum(placement[p] for p in indices)
+            total = sum(placement[indices.start:indices.stop])
             if total != self._kv_heads:
                 raise PlacementError(f"placement={placement} gives stage {stage} {total} KV groups, "
                                      f"must be {self._kv_heads}")
-        for position, groups in zip(positions, placement, strict=True):
-            most = self._kv_heads if position.remote else position.owned_groups
+        for p, (groups, most) in enumerate(zip(placement, self._most, strict=True)):
             if not 0 <= groups <= most:
-                raise PlacementError(f"placement={placement} gives position {position.index} {groups} "
-                                     f"KV groups, must be between 0 and {most}")
+                raise PlacementError(f"placement={placement} gives position {p} {groups} KV groups, "
+                                     f"must be between 0 and {most}")
 
     def _pushes(self, placement: Placement) -> list[tuple[int, int, int, int]]:
         pushes: list[tuple[int, int, int, int]] = []

@@ -11,44 +11,78 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
+from hetis_sim.control.envelope import Line
 from hetis_sim.control.lane import Lane
+from hetis_sim.control.loads import Loads
 from hetis_sim.control.step import Chunk, Step
-from hetis_sim.cost.model import CostModel
+from hetis_sim.cost.model import CostModel, TransferCost
 from hetis_sim.policies.costs import position_costs
 from hetis_sim.policies.plan import InstancePlan
-from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.cluster import ClusterSpec, LinkSpec
+from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
-Line = tuple[float, float]
-"""(seconds at iteration 0, seconds more per iteration)."""
 
-StageLines = tuple[tuple[tuple[Line, ...], tuple[Line, ...]], ...]
-"""Per stage: the lines of its ranks, and those of its attention workers."""
+class StageLines(NamedTuple):
+    """Decode attention of one stage: lines of its ranks, of its attention workers, and all."""
+
+    local: tuple[Line, ...]
+    remote: tuple[Line, ...]
+    both: tuple[Line, ...]
 
 
-class FixedParts(NamedTuple):
-    """Parts of one stage that depend on the number of tokens alone, in seconds."""
-
-    host_s: float
-    dense_s: float
-    collective_s: float
-    hop_s: float
-
-    @property
-    def busy_s(self) -> float:
-        """Time the stage is occupied; the hop to the next stage is on the link."""
-        return self.host_s + self.dense_s + self.collective_s
+NO_LINES = StageLines((), (), ())
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class StageTiming:
-    """One stage of a step. ``attention_s`` is prefill attention; the lines are decode attention."""
+class FixedParts:
+    """Parts of a step that depend on its tokens alone, in seconds.
+
+    Attributes:
+        busy_s, hop_s: per stage: time that it is occupied, and the way to the next one.
+        host_s, dense_s, collective_s, total_hop_s: sums over the stages.
+    """
+
+    busy_s: tuple[float, ...]
+    hop_s: tuple[float, ...]
+    host_s: float
+    dense_s: float
+    collective_s: float
+    total_hop_s: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepTiming:
+    """A step of one iteration or, with lines, of any number.
+
+    Attributes:
+        fixed: what depends on the tokens alone.
+        prefill_s: prefill attention, summed over the stages.
+        lines: decode attention per stage.
+        stages: per stage: (seconds without decode attention, all lines, hop after it).
+    """
 
     fixed: FixedParts
-    busy_s: float
-    attention_s: float = 0.0
-    local: tuple[Line, ...] = ()
-    remote: tuple[Line, ...] = ()
+    prefill_s: float
+    lines: tuple[StageLines, ...]
+    stages: tuple[tuple[float, tuple[Line, ...], float], ...]
+
+
+class _StageFacts(NamedTuple):
+    """What the duration of a stage depends on, besides its batch.
+
+    ``ring`` joins the ranks, ``hop`` leads to the next stage; ``ranks`` are the different
+    (card, query heads) among them.
+    """
+
+    gpu: GpuSpec
+    tp: int
+    layers: int
+    ring: LinkSpec | None
+    hop: TransferCost | None
+    ranks: tuple[tuple[GpuSpec, int], ...]
 
 
 class InstanceTimer:
@@ -57,6 +91,13 @@ class InstanceTimer:
     Attention workers are shared by the stages of the instance. A job of one stage waits, in
     this model, for one average job of every other stage that uses the worker: an upper
     bound of first-in first-out service, so that sharing is never taken to be free (ours).
+    The average is taken whenever the membership of the lane in question changes.
+
+    Attributes:
+        plan: the instance.
+        costs: decode-attention costs of its positions.
+        wire_bytes_per_group: bytes per token, layer and remote KV group: query, key and value
+            on the way out, the output on the way back.
     """
 
     def __init__(self, cluster: ClusterSpec, model: ModelSpec, cost: CostModel, plan: InstancePlan) -> None:
@@ -65,151 +106,134 @@ class InstanceTimer:
         self._cluster = cluster
         self._model = model
         self._cost = cost
-        self._fixed: dict[tuple[int, int], tuple[FixedParts, ...]] = {}
-        self._workers = self._worker_positions()
+        self._stages = tuple(self._stage_facts(s) for s in range(len(plan.stages)))
+        self._fixed: dict[tuple[int, int], FixedParts] = {}
+        self._decodes: dict[int, tuple[int, StepTiming]] = {}
+        self._lines: dict[int, tuple[int, tuple[StageLines, ...]]] = {}
+        self._a = np.array([c.a_s_per_group for c in self.costs])
+        self._b = np.array([c.b_s_per_group_token for c in self.costs])
+        self._c = np.array([c.c_s for c in self.costs])
+        self._wire = np.array([c.wire_s_per_group for c in self.costs])
+        self._wire_fixed = np.array([c.wire_fixed_s for c in self.costs])
+        self._layers = np.array([float(p.layers) for p in plan.positions])
+        # Positions of the attention workers: one row per worker, one column per stage.
+        self._workers = np.array([[p.index for p in plan.positions if p.device == device]
+                                  for device in plan.attention_workers], dtype=np.int64)
         heads = model.heads_per_group
         output = heads * model.head_dim * model.activation_bytes
         self.wire_bytes_per_group = (model.remote_bytes_per_token(heads) - output, output)
-        self._lines: dict[int, tuple[int, StageLines]] = {}
 
-    def _worker_positions(self) -> list[list[int]]:
-        """For each attention worker, its position in every stage."""
-        return [[p.index for p in self.plan.positions if p.device == device]
-                for device in self.plan.attention_workers]
-
-    def _contention(self, lanes: Sequence[Lane]) -> dict[int, float]:
-        """Per position, the average jobs of the other stages that use the same attention worker."""
-        waits: dict[int, float] = {}
-        for positions in self._workers:
-            jobs = [self._average_job(p, lanes) for p in positions]
-            total = sum(jobs)
-            for p, job in zip(positions, jobs, strict=True):
-                waits[p] = total - job
+    def _waits(self, loads: Loads) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+        """Per position, the average jobs of the other stages on the same attention worker."""
+        groups, tokens = loads.decoding()
+        lanes = len(loads.issued)
+        jobs = (self._a * groups + self._b * tokens) / lanes + self._c * (groups > 0)
+        jobs = jobs[self._workers]
+        waits = np.zeros(len(self.costs))
+        waits[self._workers] = jobs.sum(axis=1, keepdims=True) - jobs
         return waits
 
-    def _average_job(self, p: int, lanes: Sequence[Lane]) -> float:
-        groups = tokens = 0
-        for lane in lanes:
-            g = lane.groups[p]
-            if g:
-                groups += g
-                tokens += lane.base[p] + g * lane.issued
-        if not groups:
-            return 0.0
-        cost = self.costs[p]
-        return (cost.a_s_per_group * groups + cost.b_s_per_group_token * tokens) / len(lanes) + cost.c_s
-
-    def fixed_parts(self, tokens: int, sequences: int) -> tuple[FixedParts, ...]:
-        """Per stage: host, dense, collectives and hop for ``tokens``, of which ``sequences`` are sampled."""
+    def fixed_parts(self, tokens: int, sequences: int) -> FixedParts:
+        """Host, dense, collectives and hops for ``tokens``, of which ``sequences`` are sampled."""
         key = (tokens, sequences)
         found = self._fixed.get(key)
         if found is None:
-            found = tuple(self._stage_parts(s, tokens, sequences) for s in range(len(self.plan.stages)))
+            parts = [self._stage_parts(s, tokens, sequences) for s in range(len(self.plan.stages))]
+            host, dense, collective, hop = (tuple(column) for column in zip(*parts, strict=True))
+            busy = tuple(sum(part[:3]) for part in parts)
+            found = FixedParts(busy, hop, sum(host), sum(dense), sum(collective), sum(hop))
             self._fixed[key] = found
         return found
 
-    def _stage_parts(self, s: int, tokens: int, sequences: int) -> FixedParts:
-        stage, model, cost = self.plan.stages[s], self._model, self._cost
-        gpu = self._cluster.devices[stage.devices[0]].gpu
-        dense = stage.layers * cost.dense_layer_s(gpu, model, tokens, stage.tp)
+    def _stage_parts(self, s: int, tokens: int, sequences: int) -> tuple[float, float, float, float]:
+        """Host, dense, collective and hop seconds of one stage."""
+        stage, cost, model = self._stages[s], self._cost, self._model
         message = tokens * model.hidden * model.activation_bytes
+        dense = stage.layers * cost.dense_layer_s(stage.gpu, model, tokens, stage.tp)
         collective = 0.0
-        link = self._cluster.slowest_link(stage.devices)
-        if link is not None:
-            collective = 2 * stage.layers * cost.all_reduce_s(gpu, link, message, stage.tp)
-        hop = 0.0
+        if stage.ring is not None:
+            collective = 2 * stage.layers * cost.all_reduce_s(stage.gpu, stage.ring, message, stage.tp)
+        if stage.hop is None:
+            dense += cost.head_s(stage.gpu, model, sequences, stage.tp)
+        return (cost.host_overhead_s(sequences) if s == 0 else 0.0, dense, collective,
+                stage.hop.seconds(message) if stage.hop is not None else 0.0)
+
+    def _stage_facts(self, s: int) -> _StageFacts:
+        stage, cluster = self.plan.stages[s], self._cluster
+        gpus = [cluster.devices[device].gpu for device in stage.devices]
+        hop = None
         if s + 1 < len(self.plan.stages):
-            after = self.plan.stages[s + 1].devices[0]
-            hop = cost.transfer(self._cluster.link(stage.devices[-1], after)).seconds(message)
-        else:
-            dense += cost.head_s(gpu, model, sequences, stage.tp)
-        return FixedParts(cost.host_overhead_s(sequences) if s == 0 else 0.0, dense, collective, hop)
+            hop = self._cost.transfer(cluster.link(stage.devices[-1], self.plan.stages[s + 1].devices[0]))
+        heads = self._model.heads_per_group
+        ranks = {(gpu.name, owned): (gpu, owned * heads)
+                 for gpu, owned in zip(gpus, stage.owned_groups, strict=True)}
+        return _StageFacts(gpus[0], stage.tp, stage.layers, cluster.slowest_link(stage.devices), hop,
+                           tuple(ranks.values()))
 
-    def prefill(self, step: Step, lanes: Sequence[Lane]) -> tuple[StageTiming, ...]:
-        """Stages of a step that prefills, with or without the lane's decode batch."""
-        decoding = step.decoding
-        sampled = decoding + sum(chunk.last for chunk in step.chunks)
-        parts = self.fixed_parts(step.prefill_tokens + decoding, max(1, sampled))
-        lines = self.lines(step.lane, lanes) if decoding else (((), ()),) * len(parts)
-        return tuple(StageTiming(fixed, fixed.busy_s, self._prefill_attention_s(s, step.chunks), *lines[s])
-                     for s, fixed in enumerate(parts))
+    def prefill(self, step: Step, lane: Lane, loads: Loads) -> StepTiming:
+        """A step that prefills, with or without the lane's decode batch."""
+        sampled = step.decoding + sum([chunk.last for chunk in step.chunks])
+        fixed = self.fixed_parts(step.prefill_tokens + step.decoding, max(1, sampled))
+        attention = [self._prefill_attention_s(stage, step.chunks) for stage in self._stages]
+        lines = self.lines(lane, loads) if step.decoding else (NO_LINES,) * len(attention)
+        stages = tuple([(busy + own, stage.both, hop) for busy, own, stage, hop
+                        in zip(fixed.busy_s, attention, lines, fixed.hop_s, strict=True)])
+        return StepTiming(fixed, sum(attention), lines, stages)
 
-    def decode(self, lane: int, lanes: Sequence[Lane]) -> tuple[StageTiming, ...]:
-        """Stages of an iteration of a lane's decode batch."""
-        batch = len(lanes[lane].members)
-        parts = self.fixed_parts(batch, batch)
-        lines = self.lines(lane, lanes)
-        return tuple(StageTiming(fixed, fixed.busy_s, 0.0, *lines[s]) for s, fixed in enumerate(parts))
+    def decode(self, lane: Lane, loads: Loads) -> StepTiming:
+        """Iterations of the lane's decode batch, until its membership changes."""
+        version, timing = self._decodes.get(lane.index, (-1, None))
+        if timing is None or version != lane.version:
+            batch = len(lane.members)
+            fixed = self.fixed_parts(batch, batch)
+            lines = self.lines(lane, loads)
+            stages = tuple([(busy, stage.both, hop) for busy, stage, hop
+                            in zip(fixed.busy_s, lines, fixed.hop_s, strict=True)])
+            timing = StepTiming(fixed, 0.0, lines, stages)
+            self._decodes[lane.index] = (lane.version, timing)
+        return timing
 
-    def _prefill_attention_s(self, s: int, chunks: Sequence[Chunk]) -> float:
-        stage, model = self.plan.stages[s], self._model
-        slowest = 0.0
-        for groups, device in {(g, self._cluster.devices[d].gpu.name): d
-                               for g, d in zip(stage.owned_groups, stage.devices, strict=True)}.items():
-            gpu = self._cluster.devices[device].gpu
-            heads = groups[0] * model.heads_per_group
-            rank = sum(self._cost.prefill_attention_layer_s(gpu, model, heads, chunk.new_tokens,
-                                                            chunk.context_tokens) for chunk in chunks)
-            slowest = max(slowest, rank)
-        return stage.layers * slowest
+    def _prefill_attention_s(self, stage: _StageFacts, chunks: Sequence[Chunk]) -> float:
+        """Seconds of the slowest rank; equal ranks are asked for once."""
+        attention_s, model = self._cost.prefill_attention_layer_s, self._model
+        return stage.layers * max([
+            sum([attention_s(gpu, model, heads, chunk.new_tokens, chunk.context_tokens) for chunk in chunks])
+            for gpu, heads in stage.ranks])
 
-    def lines(self, index: int, lanes: Sequence[Lane]) -> StageLines:
+    def lines(self, lane: Lane, loads: Loads) -> tuple[StageLines, ...]:
         """Decode-attention lines of a lane's stages; worked out anew when its membership has changed."""
-        lane = lanes[index]
-        version, lines = self._lines.get(index, (-1, ()))
+        version, lines = self._lines.get(lane.index, (-1, ()))
         if version != lane.version:
-            remote = self._workers and any(lane.groups[p] for positions in self._workers for p in positions)
-            waits = self._contention(lanes) if remote and len(self.plan.stages) > 1 else {}
-            lines = tuple(self._stage_lines(s, lane, waits) for s in range(len(self.plan.stages)))
-            self._lines[index] = (lane.version, lines)
+            lines = self._make_lines(lane, loads)
+            self._lines[lane.index] = (lane.version, lines)
         return lines
 
-    def _stage_lines(self, s: int, lane: Lane,
-                     waits: dict[int, float]) -> tuple[tuple[Line, ...], tuple[Line, ...]]:
-        """Lines of the ranks and of the attention workers of one stage, equal ones once."""
-        local: dict[Line, None] = {}
-        remote: dict[Line, None] = {}
-        groups, base, positions = lane.groups, lane.base, self.plan.positions
-        for p in self.plan.stage_positions[s]:
-            g = groups[p]
-            if not g:
-                continue
-            cost = self.costs[p]
-            layers = positions[p].layers
-            own = cost.a_s_per_group * g + cost.b_s_per_group_token * (base[p] + g) + cost.c_s
-            start = own + cost.wire_s_per_group * g + cost.wire_fixed_s + waits.get(p, 0.0)
-            line = (layers * start, layers * cost.b_s_per_group_token * g)
-            (remote if positions[p].remote else local)[line] = None
-        return tuple(local), tuple(remote)
+    def _make_lines(self, lane: Lane, loads: Loads) -> tuple[StageLines, ...]:
+        groups, base = lane.groups, lane.base
+        seconds = self._a * groups + self._b * (base + groups) + self._c
+        if self._workers.size and groups[self._workers].any():
+            seconds += self._wire * groups + self._wire_fixed
+            if self._workers.shape[1] > 1:
+                seconds += self._waits(loads)
+        held = groups.tolist()
+        starts = (self._layers * seconds).tolist()
+        slopes = (self._layers * self._b * groups).tolist()
+        stages: list[StageLines] = []
+        for stage, indices in zip(self.plan.stages, self.plan.stage_positions, strict=True):
+            first, worker, last = indices.start, indices.start + stage.tp, indices.stop
+            # Equal lines count once.
+            local = tuple({(starts[p], slopes[p]): None for p in range(first, worker) if held[p]})
+            remote = tuple({(starts[p], slopes[p]): None for p in range(worker, last) if held[p]})
+            stages.append(StageLines(local, remote, local + remote))
+        return tuple(stages)
 
-
-def envelope(lines: Sequence[Line], n: int) -> float:
-    """Largest of the lines at iteration ``n``, 0 for none."""
-    best = 0.0
-    for start, slope in lines:
-        value = start + slope * n
-        if value > best:
-            best = value
-    return best
-
-
-def envelope_sum(lines: Sequence[Line], first: int, count: int) -> float:
-    """Sum of the envelope over iterations ``first .. first + count - 1``, in closed form.
-
-    The line that is largest at both ends is largest throughout; otherwise the range is
-    halved until it is, which takes about log2(count) steps for every change of the leader.
-    """
-    if count <= 0 or not lines:
-        return 0.0
-    if len(lines) == 1:
-        start, slope = lines[0]
-        return count * (start + slope * (first + (count - 1) / 2.0))
-    last = first + count - 1
-    left = max(lines, key=lambda line: (line[0] + line[1] * first, line[1]))
-    right = max(lines, key=lambda line: (line[0] + line[1] * last, -line[1]))
-    if left[0] + left[1] * last >= right[0] + right[1] * last or count == 1:
-        return count * (left[0] + left[1] * (first + last) / 2.0)
-    if right[0] + right[1] * first >= left[0] + left[1] * first:
-        return count * (right[0] + right[1] * (first + last) / 2.0)
-    half = count // 2
-    return envelope_sum(lines, first, half) + envelope_sum(lines, first + half, count - half)
+    def worker_busy_s(self, lane: Lane, first_n: int, count: int) -> list[float]:
+        """Seconds that each attention worker computes for a lane in ``count`` iterations."""
+        groups = lane.groups[self._workers]
+        if not groups.any():
+            return [0.0] * len(self._workers)
+        middle = lane.base[self._workers] + groups * (first_n + (count + 1) / 2)
+        workers = self._workers
+        seconds = self._a[workers] * groups + self._b[workers] * middle + self._c[workers] * (groups > 0)
+        total: list[float] = (count * self._layers[workers] * seconds).sum(axis=1).tolist()
+        return total

@@ -100,7 +100,7 @@ class InstancePlan:
             start += stage.tp + width
         return tuple(ranges)
 
-    @property
+    @cached_property
     def devices(self) -> tuple[int, ...]:
         """Every device of the instance, primaries first."""
         return tuple(d for stage in self.stages for d in stage.devices) + self.attention_workers

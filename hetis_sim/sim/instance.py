@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hetis_sim.control.controller import Controller
-from hetis_sim.control.lane import Lane
+from hetis_sim.control.envelope import envelope_sum
 from hetis_sim.control.state import RequestState
 from hetis_sim.control.step import Outcome, Step
-from hetis_sim.control.timing import InstanceTimer, envelope_sum
+from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.network import Network, Wire
@@ -46,7 +46,7 @@ class Instance:
         self._horizon = horizon
         self._network = network
         self.pipeline = Pipeline(len(timer.plan.stages), recorder)
-        self.worker_busy_s = dict.fromkeys(timer.plan.attention_workers, 0.0)
+        self.worker_busy_s = [0.0] * len(timer.plan.attention_workers)
         lanes = len(engine.lanes)
         self._runs: list[LaneRun | None] = [None] * lanes
         self._last_token_s = [0.0] * lanes
@@ -146,12 +146,12 @@ class Instance:
 
     def _enter(self, step: Step, now: float) -> None:
         lane = self._engine.lanes[step.lane]
-        lanes = self._engine.lanes
-        stages = self._timer.prefill(step, lanes) if step.chunks else self._timer.decode(step.lane, lanes)
+        loads = self._engine.loads
+        timing = self._timer.prefill(step, lane, loads) if step.chunks else self._timer.decode(lane, loads)
         fresh: list[RequestState] = []
         if step.decoding:
             fresh, lane.fresh = lane.fresh, fresh
-        run = LaneRun(step, stages, lane.issued - (1 if step.decoding else 0), self._last_token_s[step.lane],
+        run = LaneRun(step, timing, lane.issued - (1 if step.decoding else 0), self._last_token_s[step.lane],
                       step.decoding - len(fresh))
         self.pipeline.enter(run, now)
         for state in fresh:
@@ -178,34 +178,24 @@ class Instance:
     # -- records -----------------------------------------------------------------------------
 
     def _record(self, run: LaneRun) -> None:
-        step, count = run.step, run.step.issued
-        host = dense = collective = hop = local = exposed = 0.0
-        for stage in run.stages:
-            fixed = stage.fixed
-            host += fixed.host_s
-            dense += fixed.dense_s
-            collective += fixed.collective_s
-            hop += fixed.hop_s
-            own = envelope_sum(stage.local, run.first_n, count)
-            both = envelope_sum(stage.local + stage.remote, run.first_n, count) if stage.remote else own
-            local += own + count * stage.attention_s
-            exposed += both - own
-        lane = self._engine.lanes[step.lane]
+        step, count, timing = run.step, run.step.issued, run.timing
+        local, exposed = timing.prefill_s * count, 0.0
         if step.decoding:
-            self._record_workers(lane, run.first_n, count)
-        parts = (host * count, dense * count, collective * count, local, exposed, hop * count)
+            for lines in timing.lines:
+                own = envelope_sum(lines.local, run.first_n, count)
+                local += own
+                if lines.remote:
+                    exposed += envelope_sum(lines.both, run.first_n, count) - own
+            for n, seconds in enumerate(self._timer.worker_busy_s(self._engine.lanes[step.lane], run.first_n,
+                                                                  count)):
+                self.worker_busy_s[n] += seconds
+        fixed = timing.fixed
+        parts = (fixed.host_s * count, fixed.dense_s * count, fixed.collective_s * count, local, exposed,
+                 fixed.total_hop_s * count)
+        # What is left is time spent waiting for a stage; rounding must not make it negative.
+        waiting = max(0.0, run.ready_s - run.begun_s - sum(parts))
         self._recorder.step(self._engine.index, step.lane, int(step.kind), run.begun_s, run.ready_s, count,
-                            step.decoding, step.prefill_tokens, step.decoding * count, *parts,
-                            run.ready_s - run.begun_s - sum(parts))
-
-    def _record_workers(self, lane: Lane, first_n: int, count: int) -> None:
-        for p in self._timer.plan.positions:
-            groups = lane.groups[p.index] if p.remote else 0
-            if groups:
-                cost = self._timer.costs[p.index]
-                middle = lane.base[p.index] + groups * (first_n + (count + 1) / 2)
-                self.worker_busy_s[p.device] += count * p.layers * (
-                    cost.a_s_per_group * groups + cost.b_s_per_group_token * middle + cost.c_s)
+                            step.decoding, step.prefill_tokens, step.decoding * count, *parts, waiting)
 
     def foreground(self) -> dict[Wire, float]:
         """Bytes per second that decode's head traffic puts on each wire.
@@ -225,10 +215,9 @@ class Instance:
         rates: dict[Wire, float] = {}
         if period_s <= 0:
             return rates
+        held = self._engine.loads.groups.sum(axis=0).tolist()
         for p, wires in self._remote_wires:
-            groups = 0
-            for lane in self._engine.lanes:
-                groups += lane.groups[p]
+            groups = held[p]
             if groups:
                 for wire, bytes_per_group in wires:
                     rates[wire] = rates.get(wire, 0.0) + groups * bytes_per_group / period_s

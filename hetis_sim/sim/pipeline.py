@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from hetis_sim.control.envelope import Line, envelope, envelope_sum
 from hetis_sim.control.step import Step
-from hetis_sim.control.timing import Line, StageTiming, envelope, envelope_sum
+from hetis_sim.control.timing import StepTiming
 from hetis_sim.metrics.recorder import Recorder
 
 
@@ -20,7 +21,7 @@ class LaneRun:
     """A step under way in one lane.
 
     Attributes:
-        step, stages: what runs, and how long its stages take.
+        step, timing: what runs, and how long its stages take.
         first_n: iterations that the lane had issued before the step.
         begun_s: when the step entered the first stage.
         ready_s: when its last issued iteration leaves the last stage.
@@ -29,19 +30,18 @@ class LaneRun:
         weight: members that had it in this lane, and so wait from then on.
     """
 
-    __slots__ = ("begun_s", "first_n", "flat", "gap_s", "last_token_s", "ready_s", "stages", "step", "weight")
+    __slots__ = ("begun_s", "first_n", "gap_s", "last_token_s", "ready_s", "step", "timing", "weight")
 
-    def __init__(self, step: Step, stages: tuple[StageTiming, ...], first_n: int, last_token_s: float,
+    def __init__(self, step: Step, timing: StepTiming, first_n: int, last_token_s: float,
                  weight: int) -> None:
         self.step = step
-        self.stages = stages
+        self.timing = timing
         self.first_n = first_n
         self.begun_s = math.nan
         self.ready_s = math.nan
         self.last_token_s = last_token_s
         self.gap_s = math.nan
         self.weight = weight
-        self.flat = [(t.busy_s + t.attention_s, t.local + t.remote, t.fixed.hop_s) for t in stages]
 
     @property
     def open(self) -> bool:
@@ -67,7 +67,7 @@ class Pipeline:
     def _pass(self, run: LaneRun, start_s: float, n: int) -> None:
         free, busy_s = self.free_s, self.busy_s
         t = start_s
-        for s, (busy, lines, hop) in enumerate(run.flat):
+        for s, (busy, lines, hop) in enumerate(run.timing.stages):
             if lines:
                 busy += envelope(lines, n)
             begin = free[s] if free[s] > t else t
@@ -119,7 +119,7 @@ class Pipeline:
         start = max(self.free_s[0], run.ready_s)
         if start >= horizon_s and start > now_s:
             return start
-        step, (busy, lines, hop) = run.step, run.flat[0]
+        step, (busy, lines, hop) = run.step, run.timing.stages[0]
         n = run.first_n + step.issued
 
         def span(count: int) -> float:

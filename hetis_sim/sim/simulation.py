@@ -186,7 +186,7 @@ class Simulation:
             for stage, seconds in zip(engine.plan.stages, instance.pipeline.busy_s, strict=True):
                 for device in stage.devices:
                     busy_s[device] = seconds
-            for device, seconds in instance.worker_busy_s.items():
+            for device, seconds in zip(engine.plan.attention_workers, instance.worker_busy_s, strict=True):
                 busy_s[device] = seconds
             for device, units in zip(engine.plan.devices, engine.books.ledger.peak, strict=True):
                 self.recorder.peak(device, float(units * self._unit_bytes))

@@ -1,0 +1,40 @@
+"""Decode load of an instance: one row per lane, one column per position."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+class Loads:
+    """KV groups of the members of every lane, and what their cache amounts to.
+
+    With n iterations issued, the cached tokens of a member are ``offset + n``. So the KV
+    group-tokens of a lane at a position are ``base + groups * n``, where base sums
+    groups x offset: an iteration changes n alone, whatever the lane holds.
+
+    Attributes:
+        groups, base: shape (lanes, positions).
+        issued: n, shape (lanes,).
+        extra_groups, extra_tokens: shape (positions,), of requests that hold cache outside lanes.
+    """
+
+    __slots__ = ("base", "extra_groups", "extra_tokens", "groups", "issued")
+
+    def __init__(self, lanes: int, positions: int) -> None:
+        self.groups: Ints = np.zeros((lanes, positions), dtype=np.int64)
+        self.base: Ints = np.zeros((lanes, positions), dtype=np.int64)
+        self.issued: Ints = np.zeros(lanes, dtype=np.int64)
+        self.extra_groups: Ints = np.zeros(positions, dtype=np.int64)
+        self.extra_tokens: Ints = np.zeros(positions, dtype=np.int64)
+
+    def decoding(self) -> tuple[Ints, Ints]:
+        """Groups and group-tokens per position, over all lanes."""
+        return self.groups.sum(axis=0), self.base.sum(axis=0) + self.issued @ self.groups
+
+    def total(self) -> tuple[Ints, Ints]:
+        """Groups and group-tokens per position, of everything that holds cache."""
+        groups, tokens = self.decoding()
+        return groups + self.extra_groups, tokens + self.extra_tokens
