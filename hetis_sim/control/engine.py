@@ -221,8 +221,12 @@ class Engine:
         lane.step = step
         return step
 
-    def _admit(self, batch: list[RequestState], lane: Lane, now_s: float) -> list[RequestState]:
-        """Give cache to the longest prefix of ``batch`` that fits, and take it off the queue."""
+    def _admit(self, batch: list[RequestState], lane: Lane, now_s: float,
+               budget: int | None = None) -> list[RequestState]:
+        """Give cache to the longest prefix of ``batch`` that fits, and take it off the queue.
+
+        ``budget`` is the number of tokens of it that can be computed at once, None for all.
+        """
         if not batch:
             return []
         view = self.view()
@@ -230,7 +234,7 @@ class Engine:
         placements = self.policy.dispatch(requests, view)
         self.log.record("dispatch", view, requests, placements)
         admitted = [state for state, placement in zip(batch, placements, strict=False)
-                    if self._accept(state, placement, lane, now_s)]
+                    if self._accept(state, placement, lane, now_s, budget)]
         if len(admitted) < len(batch):
             self.blocked = True
         if not admitted and not self.active:
@@ -239,10 +243,11 @@ class Engine:
                                  f"{self.index}")
         return admitted
 
-    def _accept(self, state: RequestState, placement: Placement, lane: Lane, now_s: float) -> bool:
+    def _accept(self, state: RequestState, placement: Placement, lane: Lane, now_s: float,
+                budget: int | None) -> bool:
         if self.waiting[0] is not state:
             return False
-        staged = self.settings.chunked_prefill and state.context_tokens > self.settings.chunk_tokens
+        staged = budget is not None and state.context_tokens > budget
         if staged and not self.books.fits(placement, state.context_tokens, staged):
             return False
         self.books.accept(state, placement, state.context_tokens, staged)
@@ -389,7 +394,7 @@ class Engine:
         while (budget > 0 and self.waiting and not self.blocked
                and lane.load < self.settings.limits.max_batch_requests):
             state = self.waiting[0]
-            if not self._admit([state], lane, now_s):
+            if not self._admit([state], lane, now_s, budget):
                 break
             lane.partial.append(state)
             chunks.append(self._chunk(state, budget))
