@@ -83,6 +83,9 @@ def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
         except HetisError as error:
             _forget_run()
             _refuse(error)
+        except BrokenPipeError:
+            # Whoever read our output has seen enough; keep the interpreter from trying again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     call.__name__ = call.__qualname__ = "hetis_sim"
     sys.argv = [sys.argv[0], *overrides]

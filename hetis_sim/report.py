@@ -57,17 +57,25 @@ def _title(prepared: Prepared) -> str:
 
 def provenance_notes(prepared: Prepared) -> list[str]:
     """One sentence for each kind of origin of the durations, and the warnings of profiles."""
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[str, dict[str, list[str]]] = {}
     for row in prepared.provenance():
-        kinds.setdefault(row.kind, []).append(f"{row.subject} {row.module}")
+        kinds.setdefault(row.kind, {}).setdefault(row.subject, []).append(row.module.replace("_", " "))
     notes = []
     for kind, explain in (("measured", "fitted to measured kernels"),
                           ("derived", "derived from measurements of a relative (see docs/cost.md)"),
                           ("roofline", "from datasheets (roofline): nothing is measured"),
                           ("setting", "settings")):
         if kind in kinds:
-            notes.append(f"durations {explain}: {'; '.join(kinds[kind])}")
+            notes.append(f"durations {explain}: {_grouped(kinds[kind])}")
     return [*notes, *prepared.cost.warnings]
+
+
+def _grouped(modules: dict[str, list[str]]) -> str:
+    """Subjects with the same modules together: ``a, b (x, y); c (z)``."""
+    subjects: dict[tuple[str, ...], list[str]] = {}
+    for subject, names in modules.items():
+        subjects.setdefault(tuple(names), []).append(subject)
+    return "; ".join(f"{', '.join(who)} ({', '.join(names)})" for names, who in subjects.items())
 
 
 def print_plan(prepared: Prepared) -> None:
