@@ -110,13 +110,17 @@ class CacheBooks:
         state.shape = None
         state.held_blocks = 0
 
-    def begin_move(self, state: RequestState, lane: Lane, move: Move, transfer: Transfer) -> bool:
-        """Reserve room for the heads that a move brings in; False if there is none."""
+    def begin_move(self, state: RequestState, lane: Lane, move: Move, transfer: Transfer,
+                   growth: Sequence[int]) -> bool:
+        """Reserve room for the heads that a move brings in; False if there is none.
+
+        ``growth`` units per local device must stay free where they go.
+        """
         assert state.shape is not None
         shape = self.shapes.shape(move.placement)
         gained, lost = _difference(self.plan, state.shape, shape)
         blocks = self.blocks(lane.cached_tokens(state))
-        if not self.ledger.fits(gained, blocks):
+        if not self.ledger.fits([(d, units * blocks + growth[d]) for d, units in gained]):
             return False
         self.ledger.take(gained, blocks)
         state.move = PendingMove(shape, gained, lost, blocks, transfer)

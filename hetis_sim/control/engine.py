@@ -88,6 +88,15 @@ class Engine:
         lane whose turn it is prefills whole prompts before it decodes.
         """
         self.sync()
+        step, changes = None, -1
+        # What one lane gives up may be what another lane, asked before it, was short of.
+        while step is None and changes != self.changes:
+            changes = self.changes
+            step = self._first_step(now_s)
+        self._cap_open_steps()
+        return step
+
+    def _first_step(self, now_s: float) -> Step | None:
         ready = [lane for lane in self.lanes if lane.step is None]
         if len(ready) > 1:
             ready.sort(key=_turn)
@@ -97,6 +106,13 @@ class Engine:
             if step is not None:
                 return step
         return None
+
+    def _cap_open_steps(self) -> None:
+        """Have the steps under way end before they need cache that has been given to somebody since."""
+        safe = self._safe_iterations()
+        for lane in self.lanes:
+            if lane.step is not None:
+                lane.step.limit = min(lane.step.limit, lane.step.issued + safe)
 
     def _step(self, lane: Lane, now_s: float) -> Step | None:
         if self.admits:
@@ -342,11 +358,7 @@ class Engine:
         """Further iterations in which nothing the controller knows of can change a decision."""
         if self.admits:
             return 0
-        safe = self._safe_iterations()
-        for other in self.lanes:
-            if other.step is not None:
-                other.step.limit = min(other.step.limit, other.step.issued + safe)
-        left = min(lane.next_finish(), safe)
+        left = min(lane.next_finish(), self._safe_iterations())
         return min(left, lane.rebalance_at - lane.issued) if self._rebalances else left
 
     def _safe_iterations(self) -> int:

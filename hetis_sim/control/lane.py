@@ -90,6 +90,8 @@ class Lane:
     def leave(self, state: RequestState) -> None:
         """Take a member out; its books go back to the state."""
         del self.members[state.request_id]
+        if state in self.fresh:
+            self.fresh.remove(state)
         assert state.shape is not None
         self._add(state.shape, state.offset, -1)
         state.cached_tokens = self.cached_tokens(state)

@@ -126,7 +126,8 @@ class Pressure:
         flows = engine.books.shapes.move_flows(state.shape.placement, engine.books.shapes.shape(
             move.placement).placement, size)
         transfer = Transfer(state.request_id, engine.index, "move", flows)
-        if not flows or not engine.books.begin_move(state, lane, move, transfer):
+        if not flows or not engine.books.begin_move(state, lane, move, transfer,
+                                                          engine.cycle_units):
             return False
         self.moves += 1
         engine.news.transfers.append(transfer)
