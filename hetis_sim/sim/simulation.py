@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.decisions import DecisionLog
+from hetis_sim.control.engine import Engine
 from hetis_sim.control.invariants import check_controller
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.control.state import RequestState, Status
@@ -62,16 +63,30 @@ class Simulation:
                                      given.settings, DecisionLog(given.log_decisions))
         self._unit_bytes = unit_bytes(given.model, given.settings.limits)
         self.recorder = self._make_recorder()
-        self.network = Network(self.clock, given.cluster, given.cost, self._foreground, self._transfer_ended)
-        self.instances = [
-            Instance(self.clock, self.controller, engine, timer, self.recorder, self._news, self._horizon,
-                     self.network)
-            for engine, timer in zip(self.controller.engines, timers, strict=True)]
+        self.network = self.make_network()
+        self.instances = [self.make_instance(engine, timer)
+                          for engine, timer in zip(self.controller.engines, timers, strict=True)]
         self._changes = -1
-        if isinstance(given.workload, Sequence):
-            self.arrivals: Arrivals = OpenArrivals(self.clock, given.workload, self._submit)
-        else:
-            self.arrivals = ClosedArrivals(self.clock, given.workload, self._submit)
+        self.arrivals = self.make_arrivals()
+
+    # Where durations come from; a replay overrides these with what was measured.
+
+    def make_network(self) -> Network:
+        """What carries transfers."""
+        given = self.given
+        return Network(self.clock, given.cluster, given.cost, self._foreground, self._transfer_ended)
+
+    def make_instance(self, engine: Engine, timer: InstanceTimer) -> Instance:
+        """The driver of one replica."""
+        return Instance(self.clock, self.controller, engine, timer, self.recorder, self._news, self._horizon,
+                        self.network)
+
+    def make_arrivals(self) -> Arrivals:
+        """What submits the requests."""
+        workload = self.given.workload
+        if isinstance(workload, Sequence):
+            return OpenArrivals(self.clock, workload, self._submit)
+        return ClosedArrivals(self.clock, workload, self._submit)
 
     def _make_recorder(self) -> Recorder:
         devices = self.given.cluster.devices
