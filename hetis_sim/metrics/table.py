@@ -32,6 +32,7 @@ def print_summary(summary: Summary | Mapping[str, Any], *, file: TextIO | None =
     """Print a summary: latencies, rates and counts, devices, warnings.
 
     In anything but a terminal the text is 110 columns wide and free of control sequences.
+    Where the latencies do not fit with their intervals, they are printed without.
 
     Args:
         summary: fresh, or ``load_run(path).summary``.
@@ -53,7 +54,10 @@ def _print_blocks(console: Console, figures: Mapping[str, Any], title: str,
                   provenance: Sequence[str]) -> None:
     if title:
         console.print(title, style="bold")
-    console.print(_table(LATENCY_HEADER, latency_rows(figures)))
+    latencies = [LATENCY_HEADER, *latency_rows(figures)]
+    if _needed_width(latencies) > console.width:
+        latencies = [tuple(cell.partition(" [")[0] for cell in row) for row in latencies]
+    console.print(_table(latencies[0], latencies[1:]))
     console.print(_pairs(rate_rows(figures)))
     if figures["devices"]:
         console.print(_table(DEVICE_HEADER, device_rows(figures), text_columns=2))
@@ -69,6 +73,11 @@ def _console(file: TextIO, width: int | None) -> Console:
     terminal = file.isatty()
     return Console(file=file, width=width or (None if terminal else PLAIN_WIDTH), force_terminal=terminal,
                    color_system="auto" if terminal else None, markup=False, emoji=False, highlight=False)
+
+
+def _needed_width(rows: Sequence[Row]) -> int:
+    """Columns that a table takes: the widest cells, and two columns of space after each."""
+    return sum(max(len(cell) for cell in column) + 2 for column in zip(*rows, strict=True))
 
 
 def _table(header: Row, rows: Sequence[Row], text_columns: int = 1) -> Table:
