@@ -50,11 +50,12 @@ class Instance:
         lanes = len(engine.lanes)
         self._runs: list[LaneRun | None] = [None] * lanes
         self._last_token_s = [0.0] * lanes
-        self._gap_s = [math.nan] * lanes
+        self._round_s = [0.0] * lanes
+        self._round_version = [-1] * lanes
         self._declined = False
         self._alarm_s = math.inf
         self._traffic: dict[Wire, float] = {}
-        self._traffic_of = -1
+        self._traffic_of = (-1, -1)
         self._remote_wires = self._make_remote_wires()
 
     def ring(self) -> None:
@@ -96,7 +97,7 @@ class Instance:
             lane = first.step.lane
             self._runs[lane] = None
             self._record(first)
-            self._last_token_s[lane], self._gap_s[lane] = first.last_token_s, first.gap_s
+            self._last_token_s[lane] = first.last_token_s
             self._declined = False
             self._news(self._controller.complete(first.step, first.ready_s))
 
@@ -158,6 +159,8 @@ class Instance:
             gap = run.ready_s - state.last_token_s
             self._recorder.itl(gap, gap, 1, 1)
         self._runs[step.lane] = run
+        if step.decoding and self._round_version[step.lane] != lane.version:
+            self._round_version[step.lane], self._round_s[step.lane] = lane.version, run.ready_s - now
         for transfer in step.transfers:
             self._network.start(transfer, run.ready_s)
 
@@ -201,17 +204,18 @@ class Instance:
         """Bytes per second that decode's head traffic puts on each wire.
 
         Queries, keys and values go out and the outputs come back, once per layer and
-        iteration of every lane; the time of a round is that of the slowest lane's latest.
-        Taken at the latest change of membership.
+        iteration of every lane. The time of a round is that of the slowest lane in its first
+        iteration with its present members, which does not depend on how far it has run ahead.
         """
-        if self._traffic_of != self._engine.changes:
-            self._traffic_of = self._engine.changes
+        state = (self._engine.changes, sum(self._round_version))
+        if self._traffic_of != state:
+            self._traffic_of = state
             self._traffic = self._head_traffic()
         return self._traffic
 
     def _head_traffic(self) -> dict[Wire, float]:
-        gaps = [gap if run is None else run.gap_s for run, gap in zip(self._runs, self._gap_s, strict=True)]
-        period_s = max((gap for gap in gaps if gap == gap), default=0.0)
+        rounds = (s for s, lane in zip(self._round_s, self._engine.lanes, strict=True) if lane.members)
+        period_s = max(rounds, default=0.0)
         rates: dict[Wire, float] = {}
         if period_s <= 0:
             return rates

@@ -26,11 +26,10 @@ class LaneRun:
         begun_s: when the step entered the first stage.
         ready_s: when its last issued iteration leaves the last stage.
         last_token_s: when the lane's members had their latest token.
-        gap_s: time between the latest two tokens.
         weight: members that had it in this lane, and so wait from then on.
     """
 
-    __slots__ = ("begun_s", "first_n", "gap_s", "last_token_s", "ready_s", "step", "timing", "weight")
+    __slots__ = ("begun_s", "first_n", "last_token_s", "ready_s", "step", "timing", "weight")
 
     def __init__(self, step: Step, timing: StepTiming, first_n: int, last_token_s: float,
                  weight: int) -> None:
@@ -40,7 +39,6 @@ class LaneRun:
         self.begun_s = math.nan
         self.ready_s = math.nan
         self.last_token_s = last_token_s
-        self.gap_s = math.nan
         self.weight = weight
 
     @property
@@ -79,7 +77,6 @@ class Pipeline:
 
     def _gap(self, run: LaneRun) -> None:
         gap = run.ready_s - run.last_token_s
-        run.gap_s = gap
         if run.weight:
             self._recorder.itl(gap, gap, 1, run.weight)
         run.last_token_s = run.ready_s
@@ -139,7 +136,6 @@ class Pipeline:
         if run.weight:
             self._recorder.itl(gap, gap, 1, run.weight)
         run.weight = run.step.decoding
-        run.gap_s = base + envelope(lines, n + count - 1)
         if count > 1:
             self._record_gaps(lines, base, n + 1, count - 1, run.weight)
 
