@@ -114,7 +114,8 @@ def prepare(config: RunConfig) -> Prepared:
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
     about = workload.describe()
     problem = PlanningProblem(cluster, model, cost, settings.limits, about["prompt_tokens"]["mean"],
-                              about["output_tokens"]["mean"], about.get("rate_rps"))
+                              about["output_tokens"]["mean"], about.get("rate_rps"), config.slo.slo(),
+                              settings.chunk_tokens if settings.chunked_prefill else 0)
     prepared = Prepared(config, cluster, model, cost, policy, workload, settings, policy.plan(problem))
     prepared.controller()
     return prepared

@@ -72,11 +72,11 @@ class Controller:
     def _route(self, state: RequestState, able: list[Engine]) -> int:
         for engine in able:
             engine.sync()
-        views = [engine.view() for engine in able]
+        loads = [engine.load() for engine in able]
         request = RequestView(state.request_id, state.request.arrival_s, state.request.prompt_tokens,
                               state.request.prompt_tokens)
-        choice = self.policy.route(request, views)
-        self.log.record("route", views[choice], [request], choice)
+        choice = self.policy.route(request, loads)
+        self.log.record("route", loads[choice], [request], choice)
         return choice
 
     def next_step(self, instance: int, now_s: float) -> Step | None:

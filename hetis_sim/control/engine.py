@@ -27,7 +27,7 @@ from hetis_sim.control.swap import HostMemory
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.plan import Placement
-from hetis_sim.policies.view import InstanceView, RequestView
+from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
 from hetis_sim.spec.model import ModelSpec
 
 
@@ -183,6 +183,11 @@ class Engine:
         return InstanceView(self.index, self.plan, self.timer.costs, groups.tolist(), tokens.tolist(),
                             len(self.lanes), free, self.capacity_units, self.settings.limits.block_tokens,
                             len(self.active), len(self.waiting), self.waiting_tokens, self.context_tokens())
+
+    def load(self) -> InstanceLoad:
+        """How much the instance has to do."""
+        return InstanceLoad(self.index, self.plan, self.capacity_units, len(self.active), len(self.waiting),
+                            self.waiting_tokens, self.context_tokens())
 
     def context_tokens(self) -> int:
         """Tokens in cache, summed over the requests that hold any."""

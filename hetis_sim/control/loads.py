@@ -32,6 +32,8 @@ class Loads:
 
     def decoding(self) -> tuple[Ints, Ints]:
         """Groups and group-tokens per position, over all lanes."""
+        if len(self.issued) == 1:
+            return self.groups[0], self.base[0] + self.issued[0] * self.groups[0]
         return self.groups.sum(axis=0), self.base.sum(axis=0) + self.issued @ self.groups
 
     def total(self) -> tuple[Ints, Ints]:

@@ -33,6 +33,16 @@ class StageLines(NamedTuple):
     both: tuple[Line, ...]
 
 
+class DecodeLines(NamedTuple):
+    """Decode attention of a lane: the stages' lines, and the work of each attention worker.
+
+    ``workers`` is empty where no worker holds a head of the lane.
+    """
+
+    stages: tuple[StageLines, ...]
+    workers: tuple[Line, ...]
+
+
 NO_LINES = StageLines((), (), ())
 
 
@@ -60,13 +70,13 @@ class StepTiming:
     Attributes:
         fixed: what depends on the tokens alone.
         prefill_s: prefill attention, summed over the stages.
-        lines: decode attention per stage.
+        lines: decode attention.
         stages: per stage: (seconds without decode attention, all lines, hop after it).
     """
 
     fixed: FixedParts
     prefill_s: float
-    lines: tuple[StageLines, ...]
+    lines: DecodeLines
     stages: tuple[tuple[float, tuple[Line, ...], float], ...]
 
 
@@ -109,7 +119,7 @@ class InstanceTimer:
         self._stages = tuple(self._stage_facts(s) for s in range(len(plan.stages)))
         self._fixed: dict[tuple[int, int], FixedParts] = {}
         self._decodes: dict[int, tuple[int, StepTiming]] = {}
-        self._lines: dict[int, tuple[int, tuple[StageLines, ...]]] = {}
+        self._lines: dict[int, tuple[int, DecodeLines]] = {}
         self._a = np.array([c.a_s_per_group for c in self.costs])
         self._b = np.array([c.b_s_per_group_token for c in self.costs])
         self._c = np.array([c.c_s for c in self.costs])
@@ -175,9 +185,10 @@ class InstanceTimer:
         sampled = step.decoding + sum([chunk.last for chunk in step.chunks])
         fixed = self.fixed_parts(step.prefill_tokens + step.decoding, max(1, sampled))
         attention = [self._prefill_attention_s(stage, step.chunks) for stage in self._stages]
-        lines = self.lines(lane, loads) if step.decoding else (NO_LINES,) * len(attention)
+        idle = DecodeLines((NO_LINES,) * len(attention), ())
+        lines = self.lines(lane, loads) if step.decoding else idle
         stages = tuple([(busy + own, stage.both, hop) for busy, own, stage, hop
-                        in zip(fixed.busy_s, attention, lines, fixed.hop_s, strict=True)])
+                        in zip(fixed.busy_s, attention, lines.stages, fixed.hop_s, strict=True)])
         return StepTiming(fixed, sum(attention), lines, stages)
 
     def decode(self, lane: Lane, loads: Loads) -> StepTiming:
@@ -188,7 +199,7 @@ class InstanceTimer:
             fixed = self.fixed_parts(batch, batch)
             lines = self.lines(lane, loads)
             stages = tuple([(busy, stage.both, hop) for busy, stage, hop
-                            in zip(fixed.busy_s, lines, fixed.hop_s, strict=True)])
+                            in zip(fixed.busy_s, lines.stages, fixed.hop_s, strict=True)])
             timing = StepTiming(fixed, 0.0, lines, stages)
             self._decodes[lane.index] = (lane.version, timing)
         return timing
@@ -200,24 +211,28 @@ class InstanceTimer:
             sum([attention_s(gpu, model, heads, chunk.new_tokens, chunk.context_tokens) for chunk in chunks])
             for gpu, heads in stage.ranks])
 
-    def lines(self, lane: Lane, loads: Loads) -> tuple[StageLines, ...]:
-        """Decode-attention lines of a lane's stages; worked out anew when its membership has changed."""
-        version, lines = self._lines.get(lane.index, (-1, ()))
-        if version != lane.version:
+    def lines(self, lane: Lane, loads: Loads) -> DecodeLines:
+        """Decode-attention lines of a lane; worked out anew when its membership has changed."""
+        version, lines = self._lines.get(lane.index, (-1, None))
+        if lines is None or version != lane.version:
             lines = self._make_lines(lane, loads)
             self._lines[lane.index] = (lane.version, lines)
         return lines
 
-    def _make_lines(self, lane: Lane, loads: Loads) -> tuple[StageLines, ...]:
+    def _make_lines(self, lane: Lane, loads: Loads) -> DecodeLines:
         groups, base = lane.groups, lane.base
         seconds = self._a * groups + self._b * (base + groups) + self._c
+        slopes_s = self._layers * self._b * groups
+        workers: tuple[Line, ...] = ()
         if self._workers.size and groups[self._workers].any():
+            own = (self._layers * seconds * (groups > 0))[self._workers].sum(axis=1)
+            workers = tuple(zip(own.tolist(), slopes_s[self._workers].sum(axis=1).tolist(), strict=True))
             seconds += self._wire * groups + self._wire_fixed
             if self._workers.shape[1] > 1:
                 seconds += self._waits(loads)
         held = groups.tolist()
         starts = (self._layers * seconds).tolist()
-        slopes = (self._layers * self._b * groups).tolist()
+        slopes = slopes_s.tolist()
         stages: list[StageLines] = []
         for stage, indices in zip(self.plan.stages, self.plan.stage_positions, strict=True):
             first, worker, last = indices.start, indices.start + stage.tp, indices.stop
@@ -225,15 +240,4 @@ class InstanceTimer:
             local = tuple({(starts[p], slopes[p]): None for p in range(first, worker) if held[p]})
             remote = tuple({(starts[p], slopes[p]): None for p in range(worker, last) if held[p]})
             stages.append(StageLines(local, remote, local + remote))
-        return tuple(stages)
-
-    def worker_busy_s(self, lane: Lane, first_n: int, count: int) -> list[float]:
-        """Seconds that each attention worker computes for a lane in ``count`` iterations."""
-        groups = lane.groups[self._workers]
-        if not groups.any():
-            return [0.0] * len(self._workers)
-        middle = lane.base[self._workers] + groups * (first_n + (count + 1) / 2)
-        workers = self._workers
-        seconds = self._a[workers] * groups + self._b[workers] * middle + self._c[workers] * (groups > 0)
-        total: list[float] = (count * self._layers[workers] * seconds).sum(axis=1).tolist()
-        return total
+        return DecodeLines(tuple(stages), workers)

@@ -1,0 +1,1 @@
+"""Decisions of serving systems: pure functions of what they are shown."""

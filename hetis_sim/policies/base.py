@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from hetis_sim.cost.model import CostModel
 from hetis_sim.policies.plan import Placement, Plan
-from hetis_sim.policies.view import InstanceView, Move, RequestView
+from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.model import ModelSpec
+from hetis_sim.spec.slo import Slo
 
 PreemptionMode = Literal["recompute", "swap"]
 
@@ -37,8 +38,10 @@ class EngineLimits:
 class PlanningProblem:
     """All that a policy may use to place a model on a cluster.
 
-    ``prompt_tokens`` and ``output_tokens`` are the workload's mean lengths and
-    ``rate_per_s`` its mean rate (None when unknown): what an operator would know.
+    ``prompt_tokens`` and ``output_tokens`` are the workload's mean lengths,
+    ``rate_per_s`` its mean rate (None when unknown) and ``slo`` what users are promised: what
+    an operator would know. ``chunk_tokens`` is the token budget of a step that mixes pieces of
+    prompts with decoding, 0 where whole prompts go first.
     """
 
     cluster: ClusterSpec
@@ -48,6 +51,8 @@ class PlanningProblem:
     prompt_tokens: float
     output_tokens: float
     rate_per_s: float | None = None
+    slo: Slo = field(default_factory=Slo)
+    chunk_tokens: int = 0
 
 
 class Policy(ABC):
@@ -68,7 +73,7 @@ class Policy(ABC):
             InfeasibleError: no placement exists; the text says why.
         """
 
-    def route(self, request: RequestView, instances: Sequence[InstanceView]) -> int:
+    def route(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
         """Index (into ``instances``) of the replica that serves the request.
 
         The default joins the replica with the least outstanding tokens per unit of cache.
@@ -105,6 +110,6 @@ class Policy(ABC):
         return max(candidates, key=lambda r: (r.arrival_s, r.request_id))
 
 
-def _pressure(view: InstanceView) -> float:
-    capacity = sum(view.capacity_units.values())
-    return (view.context_tokens + view.waiting_tokens) / max(capacity, 1)
+def _pressure(load: InstanceLoad) -> float:
+    capacity = sum(load.capacity_units.values())
+    return (load.context_tokens + load.waiting_tokens) / max(capacity, 1)

@@ -12,11 +12,12 @@ from hetis_sim.spec.model import ModelSpec
 def position_costs(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
                    instance: InstancePlan) -> tuple[PositionCost, ...]:
     """One :class:`PositionCost` per position, in seconds per layer."""
-    return tuple(_position_cost(cluster, model, cost, instance, p) for p in instance.positions)
+    return tuple(position_cost(cluster, model, cost, instance, p) for p in instance.positions)
 
 
-def _position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
-                   instance: InstancePlan, position: Position) -> PositionCost:
+def position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
+                  instance: InstancePlan, position: Position) -> PositionCost:
+    """Cost of one position, in seconds per layer."""
     attention = cost.decode_attention(cluster.devices[position.device].gpu, model)
     a = attention.a_s_per_head * model.heads_per_group
     b = attention.b_s_per_byte * model.kv_bytes_per_token_per_layer_per_group

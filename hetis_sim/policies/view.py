@@ -61,6 +61,24 @@ class PositionCost:
 
 
 @dataclass(frozen=True, slots=True)
+class InstanceLoad:
+    """How much an instance has to do: what routing goes by. Fields as in :class:`InstanceView`."""
+
+    index: int
+    plan: InstancePlan
+    capacity_units: dict[int, int]
+    running: int
+    waiting: int
+    waiting_tokens: int
+    context_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types in a fixed order, hashed into the decision log."""
+        return {"index": self.index, "running": self.running, "waiting": self.waiting,
+                "waiting_tokens": self.waiting_tokens, "context_tokens": self.context_tokens}
+
+
+@dataclass(frozen=True, slots=True)
 class InstanceView:
     """The state of one instance at one moment. Sequences are read-only.
 

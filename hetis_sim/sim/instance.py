@@ -184,14 +184,13 @@ class Instance:
         step, count, timing = run.step, run.step.issued, run.timing
         local, exposed = timing.prefill_s * count, 0.0
         if step.decoding:
-            for lines in timing.lines:
+            for lines in timing.lines.stages:
                 own = envelope_sum(lines.local, run.first_n, count)
                 local += own
                 if lines.remote:
                     exposed += envelope_sum(lines.both, run.first_n, count) - own
-            for n, seconds in enumerate(self._timer.worker_busy_s(self._engine.lanes[step.lane], run.first_n,
-                                                                  count)):
-                self.worker_busy_s[n] += seconds
+            for n, (start, slope) in enumerate(timing.lines.workers):
+                self.worker_busy_s[n] += count * (start + slope * (run.first_n + (count - 1) / 2))
         fixed = timing.fixed
         parts = (fixed.host_s * count, fixed.dense_s * count, fixed.collective_s * count, local, exposed,
                  fixed.total_hop_s * count)
