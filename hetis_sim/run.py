@@ -147,16 +147,26 @@ def simulate(config: RunConfig | str | None = None, *overrides: str, output: str
 
 def run_prepared(prepared: Prepared, progress: Callable[[int], None] | None = None) -> Result:
     """Run a checked combination."""
+    simulation = make_simulation(prepared, progress)
+    return make_result(prepared, simulation, simulation.run())
+
+
+def make_simulation(prepared: Prepared, progress: Callable[[int], None] | None = None) -> Simulation:
+    """A simulation of a checked combination, not yet run."""
     config = prepared.config
     workload: list[Request] | Any
     if isinstance(prepared.workload, OpenWorkload):
         workload = prepared.workload.requests()
     else:
         workload = prepared.workload.begin()
-    simulation = Simulation(SimulationInput(
+    return Simulation(SimulationInput(
         prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan, workload,
         prepared.settings, event_budget(prepared), config.sim.log_decisions, config.sim.debug), progress)
-    recorder = simulation.run()
+
+
+def make_result(prepared: Prepared, simulation: Simulation, recorder: Recorder) -> Result:
+    """The figures of a simulation that has run."""
+    config = prepared.config
     trim = Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction)
     roles = roles_of_plan(prepared.plan.to_dict(), len(prepared.cluster.devices))
     summary = summarize(recorder, slo=config.slo.slo(), trim=trim, roles=roles)

@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from hetis_sim.control.envelope import Line
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.loads import Loads
 from hetis_sim.control.step import Chunk, Step
 from hetis_sim.cost.model import CostModel, TransferCost
 from hetis_sim.policies.costs import position_costs
-from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.policies.plan import InstancePlan, Position
 from hetis_sim.spec.cluster import ClusterSpec, LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
@@ -120,28 +118,20 @@ class InstanceTimer:
         self._fixed: dict[tuple[int, int], FixedParts] = {}
         self._decodes: dict[int, tuple[int, StepTiming]] = {}
         self._lines: dict[int, tuple[int, DecodeLines]] = {}
-        self._a = np.array([c.a_s_per_group for c in self.costs])
-        self._b = np.array([c.b_s_per_group_token for c in self.costs])
-        self._c = np.array([c.c_s for c in self.costs])
-        self._wire = np.array([c.wire_s_per_group for c in self.costs])
-        self._wire_fixed = np.array([c.wire_fixed_s for c in self.costs])
-        self._layers = np.array([float(p.layers) for p in plan.positions])
-        # Positions of the attention workers: one row per worker, one column per stage.
-        self._workers = np.array([[p.index for p in plan.positions if p.device == device]
-                                  for device in plan.attention_workers], dtype=np.int64)
+        # Positions of each attention worker, and of each stage with what their lines depend on.
+        self._worker_positions = [[p.index for p in plan.positions if p.device == device]
+                                  for device in plan.attention_workers]
+        self._stage_positions = [[self._line_facts(plan.positions[p]) for p in indices]
+                                 for indices in plan.stage_positions]
+        self._no_waits = [0.0] * len(self.costs)
         heads = model.heads_per_group
         output = heads * model.head_dim * model.activation_bytes
         self.wire_bytes_per_group = (model.remote_bytes_per_token(heads) - output, output)
 
-    def _waits(self, loads: Loads) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-        """Per position, the average jobs of the other stages on the same attention worker."""
-        groups, tokens = loads.decoding()
-        lanes = len(loads.issued)
-        jobs = (self._a * groups + self._b * tokens) / lanes + self._c * (groups > 0)
-        jobs = jobs[self._workers]
-        waits = np.zeros(len(self.costs))
-        waits[self._workers] = jobs.sum(axis=1, keepdims=True) - jobs
-        return waits
+    def _line_facts(self, p: Position) -> tuple[int, bool, int, float, float, float, float, float]:
+        cost = self.costs[p.index]
+        return (p.index, p.remote, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s,
+                cost.wire_s_per_group, cost.wire_fixed_s)
 
     def fixed_parts(self, tokens: int, sequences: int) -> FixedParts:
         """Host, dense, collectives and hops for ``tokens``, of which ``sequences`` are sampled."""
@@ -220,24 +210,48 @@ class InstanceTimer:
         return lines
 
     def _make_lines(self, lane: Lane, loads: Loads) -> DecodeLines:
-        groups, base = lane.groups, lane.base
-        seconds = self._a * groups + self._b * (base + groups) + self._c
-        slopes_s = self._layers * self._b * groups
-        workers: tuple[Line, ...] = ()
-        if self._workers.size and groups[self._workers].any():
-            own = (self._layers * seconds * (groups > 0))[self._workers].sum(axis=1)
-            workers = tuple(zip(own.tolist(), slopes_s[self._workers].sum(axis=1).tolist(), strict=True))
-            seconds += self._wire * groups + self._wire_fixed
-            if self._workers.shape[1] > 1:
-                seconds += self._waits(loads)
-        held = groups.tolist()
-        starts = (self._layers * seconds).tolist()
-        slopes = slopes_s.tolist()
+        # Plain loops: at a few dozen positions, arrays cost more than they save.
+        groups, base = lane.groups.tolist(), lane.base.tolist()
+        remote = any(groups[p] for worker in self._worker_positions for p in worker)
+        waits = self._waits(loads) if remote and len(self.plan.stages) > 1 else self._no_waits
         stages: list[StageLines] = []
-        for stage, indices in zip(self.plan.stages, self.plan.stage_positions, strict=True):
-            first, worker, last = indices.start, indices.start + stage.tp, indices.stop
-            # Equal lines count once.
-            local = tuple({(starts[p], slopes[p]): None for p in range(first, worker) if held[p]})
-            remote = tuple({(starts[p], slopes[p]): None for p in range(worker, last) if held[p]})
-            stages.append(StageLines(local, remote, local + remote))
-        return DecodeLines(tuple(stages), workers)
+        for stage in self._stage_positions:
+            lines: tuple[dict[Line, None], dict[Line, None]] = ({}, {})
+            for p, is_remote, layers, a, b, c, wire, wire_fixed in stage:
+                g = groups[p]
+                if g:
+                    start = a * g + b * (base[p] + g) + c + wire * g + wire_fixed + waits[p]
+                    lines[is_remote][layers * start, layers * b * g] = None  # equal lines count once
+            local, others = tuple(lines[0]), tuple(lines[1])
+            stages.append(StageLines(local, others, local + others))
+        work = [self._work(worker, groups, base) for worker in self._worker_positions] if remote else []
+        return DecodeLines(tuple(stages), tuple(work))
+
+    def _work(self, worker: list[int], groups: list[int], base: list[int]) -> Line:
+        """Line of the seconds that an attention worker computes in an iteration, over all stages."""
+        start = slope = 0.0
+        for p in worker:
+            g = groups[p]
+            if g:
+                cost, layers = self.costs[p], self.plan.positions[p].layers
+                reading = cost.b_s_per_group_token * (base[p] + g)
+                start += layers * (cost.a_s_per_group * g + reading + cost.c_s)
+                slope += layers * cost.b_s_per_group_token * g
+        return start, slope
+
+    def _waits(self, loads: Loads) -> list[float]:
+        """Per position, the average jobs of the other stages on the same attention worker."""
+        held, cached = loads.decoding()
+        groups, tokens, lanes = held.tolist(), cached.tolist(), len(loads.issued)
+        waits = [0.0] * len(self.costs)
+        for worker in self._worker_positions:
+            jobs = [0.0] * len(worker)
+            for n, p in enumerate(worker):
+                if groups[p]:
+                    cost = self.costs[p]
+                    busy = cost.a_s_per_group * groups[p] + cost.b_s_per_group_token * tokens[p]
+                    jobs[n] = busy / lanes + cost.c_s
+            total = sum(jobs)
+            for p, job in zip(worker, jobs, strict=True):
+                waits[p] = total - job
+        return waits

@@ -107,7 +107,8 @@ class Simulation:
         counts = self.controller.counts()
         if counts["running"] or counts["waiting"]:
             raise StuckError(f"the simulation has come to a halt at {self.clock.now:.3f} s with {counts}")
-        self._record_totals()
+        self._record_busy()
+        self._record_peaks()
         return self.recorder
 
     # -- what happens ------------------------------------------------------------------------
@@ -191,11 +192,17 @@ class Simulation:
                 used[device] = float(engine.books.ledger.used[d] * self._unit_bytes)
         counts = [len(engine.active) for engine in self.controller.engines]
         waiting = sum(len(engine.waiting) for engine in self.controller.engines)
-        self._record_totals()
+        self._record_busy()
         self.recorder.sample(now, sum(counts), waiting, used)
 
-    def _record_totals(self) -> None:
-        """Busy times so far, and the most cache that each device has held."""
+    def _record_peaks(self) -> None:
+        """The most cache that each device has held."""
+        for engine in self.controller.engines:
+            for device, units in zip(engine.plan.devices, engine.books.ledger.peak, strict=True):
+                self.recorder.peak(device, float(units * self._unit_bytes))
+
+    def _record_busy(self) -> None:
+        """Busy times so far."""
         busy_s = self.recorder.busy_s
         for instance, engine in zip(self.instances, self.controller.engines, strict=True):
             for stage, seconds in zip(engine.plan.stages, instance.pipeline.busy_s, strict=True):
@@ -203,5 +210,3 @@ class Simulation:
                     busy_s[device] = seconds
             for device, seconds in zip(engine.plan.attention_workers, instance.worker_busy_s, strict=True):
                 busy_s[device] = seconds
-            for device, units in zip(engine.plan.devices, engine.books.ledger.peak, strict=True):
-                self.recorder.peak(device, float(units * self._unit_bytes))
