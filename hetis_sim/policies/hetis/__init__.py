@@ -1,0 +1,1 @@
+"""Hetis: dense work on primary workers, decode attention split by head over all (SC '25)."""
