@@ -51,8 +51,10 @@ def capacity(requests: int = 2000) -> float:
 
 def agreement(rate: float, requests: int = 2000) -> float:
     """Largest relative difference of a first-token or finish time, collapse on against off."""
-    frames = [run_prepared(prepared(f"rate={rate}", f"requests={requests}", f"scheduler.collapse={flag}"))
-              .requests.set_index("request_id").sort_index() for flag in ("true", "false")]
+    frames = []
+    for flag in ("true", "false"):
+        result = run_prepared(prepared(f"rate={rate}", f"requests={requests}", f"scheduler.collapse={flag}"))
+        frames.append(result.requests.set_index("request_id").sort_index())
     on, off = frames
     return float(max((abs(on[c] - off[c]) / off[c]).max() for c in ("first_token_s", "finish_s")))
 
@@ -70,9 +72,11 @@ def main() -> None:
         result, wall_s, cpu_s = timed(prepared(f"rate={rate}", f"requests={requests}"))
         tokens = int(result.requests["output_tokens"].sum())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(f"{requests:6d} requests: {wall_s:6.2f} s wall, {cpu_s:6.2f} s cpu, {cpu_s / requests * 1e6:5.0f} us a "
-              f"request, {result.events / requests:5.1f} events a request, {tokens} tokens, peak {peak:.0f} MiB")
-    uncollapsed, wall_s, cpu_s = timed(prepared(f"rate={rate}", f"requests={most // 4}", "scheduler.collapse=false"))
+        print(f"{requests:6d} requests: {wall_s:6.2f} s wall, {cpu_s:6.2f} s cpu, "
+              f"{cpu_s / requests * 1e6:5.0f} us and {result.events / requests:4.1f} events a request, "
+              f"{tokens} tokens, peak {peak:.0f} MiB")
+    without = prepared(f"rate={rate}", f"requests={most // 4}", "scheduler.collapse=false")
+    uncollapsed, wall_s, cpu_s = timed(without)
     print(f"{most // 4:6d} requests without collapse: {wall_s:6.2f} s wall, {cpu_s:6.2f} s cpu, "
           f"{uncollapsed.events / (most // 4):5.1f} events a request")
     print(f"largest relative difference, collapse on against off: {agreement(rate):.2e}")

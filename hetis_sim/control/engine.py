@@ -22,7 +22,7 @@ from hetis_sim.control.placement import PlacementError
 from hetis_sim.control.pressure import Pressure
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.control.state import RequestState, Status
-from hetis_sim.control.step import Chunk, Flow, Outcome, Step, StepKind, Transfer
+from hetis_sim.control.step import NOTHING, Chunk, Flow, Outcome, Step, StepKind, Transfer
 from hetis_sim.control.swap import HostMemory
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.policies.base import Policy
@@ -109,6 +109,8 @@ class Engine:
 
     def _cap_open_steps(self) -> None:
         """Have the steps under way end before they need cache that has been given to somebody since."""
+        if len(self.lanes) == 1:
+            return
         safe = self._safe_iterations()
         for lane in self.lanes:
             if lane.step is not None:
@@ -216,7 +218,10 @@ class Engine:
 
     def take_news(self) -> Outcome:
         """What has happened since the last call: ends, first tokens, transfers to carry out."""
-        news, self.news = self.news, Outcome()
+        news = self.news
+        if news.empty:
+            return NOTHING
+        self.news = Outcome()
         return news
 
     # -- prefill -----------------------------------------------------------------------

@@ -104,3 +104,12 @@ class Outcome:
     first_tokens: list[RequestState] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has happened."""
+        return not (self.finished or self.rejected or self.first_tokens or self.gaps_s or self.transfers)
+
+
+NOTHING = Outcome()
+"""Shared by all callers to whom nothing has happened; not to be added to."""

@@ -94,12 +94,15 @@ class Instance:
                     first = run
             if first is None:
                 return
-            lane = first.step.lane
-            self._runs[lane] = None
-            self._record(first)
-            self._last_token_s[lane] = first.last_token_s
-            self._declined = False
-            self._news(self._controller.complete(first.step, first.ready_s))
+            self._finish(first)
+
+    def _finish(self, run: LaneRun) -> None:
+        lane = run.step.lane
+        self._runs[lane] = None
+        self._record(run)
+        self._last_token_s[lane] = run.last_token_s
+        self._declined = False
+        self._news(self._controller.complete(run.step, run.ready_s))
 
     def begin_steps(self, now: float) -> None:
         """While the first stage is free, ask for the step of the lane whose turn it is.
@@ -107,8 +110,10 @@ class Instance:
         A lane whose step may go on keeps its turn, unless the engine has somebody to admit.
         """
         for _ in range(10_000):
+            if self.pipeline.free_s[0] > now:
+                return
             turn = self._turn()
-            if turn is None or turn[0] > now or self.pipeline.free_s[0] > now:
+            if turn is None or turn[0] > now:
                 return
             run = self._runs[turn[1]]
             if run is not None:
@@ -122,6 +127,7 @@ class Instance:
                     self._declined = True
                 else:
                     self._enter(step, now)
+            # A decision for one lane may have cut short the step of another.
             self.finish_steps(now)
         raise StuckError(f"instance {self._engine.index} begins steps without end at {now} s")
 
@@ -168,15 +174,17 @@ class Instance:
         """Run what cannot be influenced any more; returns when to look again."""
         turn = self._turn()
         runs = [run for run in self._runs if run is not None]
-        if turn is not None:
-            if self._engine.admits or self._runs[turn[1]] is None:
-                ends = min([run.ready_s for run in runs if not run.open], default=math.inf)
-                return min(ends, max(self.pipeline.free_s[0], turn[0]))
-            waiting = [lane for lane, run in zip(self._engine.lanes, self._runs, strict=True)
-                       if run is None and not self._declined and lane.has_work]
-            rival = min(((lane.ready_at_s, lane.index) for lane in waiting), default=None)
-            return self.pipeline.run_ahead(runs, now, self._horizon(), rival)
-        return min([run.ready_s for run in runs], default=math.inf)
+        if turn is None:
+            return min([run.ready_s for run in runs], default=math.inf)
+        if self._engine.admits or self._runs[turn[1]] is None:
+            ends = min([run.ready_s for run in runs if not run.open], default=math.inf)
+            return min(ends, max(self.pipeline.free_s[0], turn[0]))
+        rival = None
+        if len(self._runs) > 1 and not self._declined:
+            rival = min([(lane.ready_at_s, lane.index) for lane, run
+                         in zip(self._engine.lanes, self._runs, strict=True) if run is None and lane.has_work],
+                        default=None)
+        return self.pipeline.run_ahead(runs, now, self._horizon(), rival)
 
     # -- records -----------------------------------------------------------------------------
 
