@@ -16,6 +16,7 @@ from hetis_sim.control.lane import Lane
 from hetis_sim.control.state import RequestState, Status, SwappedCache
 from hetis_sim.control.step import Flow, Transfer
 from hetis_sim.control.swap import HostMemory
+from hetis_sim.policies.plan import Placement
 from hetis_sim.policies.view import Move, RequestView
 
 if TYPE_CHECKING:
@@ -188,13 +189,16 @@ class Pressure:
         state.preemptions += 1
         state.last_token_s = lane.ready_at_s
         state.context_tokens = state.request.prompt_tokens + state.generated_base
-        swapped = engine.policy.preemption == "swap" and len(engine.active) > 1 and self._swap_out(state)
+        swapped = (engine.policy.preemption == "swap" and len(engine.active) > 1
+                   and state.preemptions <= engine.settings.preemptions_max and self._swap_out(state))
         if not swapped:
             engine.books.release(state)
             del engine.active[state.request_id]
             state.status, state.lane = Status.WAITING, -1
             if state.preemptions > engine.settings.preemptions_max:
                 engine.drop(state, "preemption_limit", now_s)
+            elif engine.plan.role == "decode":
+                engine.news.evicted.append(state)
             else:
                 engine.waiting.appendleft(state)
                 engine.waiting_tokens += state.context_tokens
@@ -245,7 +249,7 @@ class Pressure:
             request = state.view(state.generated_base)
             placements = engine.policy.dispatch([request], view)
             engine.log.record("swap_in", view, [request], placements)
-            if not placements:
+            if not placements or not self._may_return(placements[0], state.cached_tokens):
                 engine.blocked = self._somebody_runs()
                 return
             self.swapped.popleft()
@@ -258,6 +262,16 @@ class Pressure:
                 Transfer(state.request_id, engine.index, "swap_in", self._flows_back(state)))
             self._host_memory.give(state.swap.host_bytes)
             state.swap = None
+
+    def _may_return(self, placement: Placement, tokens: int) -> bool:
+        """Whether everybody else keeps room for a next block: else two requests could swap places forever."""
+        if not self._somebody_runs():
+            return True
+        books = self._engine.books
+        need = list(self._engine.cycle_units)
+        for d, units in books.shapes.shape(placement).block_units:
+            need[d] += units * books.blocks(tokens)
+        return books.ledger.fits(enumerate(need))
 
     def _flows_back(self, state: RequestState) -> tuple[Flow, ...]:
         """From host memory to wherever the heads now live, each group from where it was parked."""
