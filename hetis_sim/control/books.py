@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.ledger import KvLedger, LedgerError, Units
 from hetis_sim.control.loads import Loads
 from hetis_sim.control.placement import PlacementShape, PlacementShapes
-from hetis_sim.control.state import PendingMove, RequestState
+from hetis_sim.control.state import HeldCache, PendingMove, RequestState
 from hetis_sim.control.step import Transfer
 from hetis_sim.policies.plan import InstancePlan, Placement
 from hetis_sim.policies.view import Move
@@ -110,6 +110,23 @@ class CacheBooks:
         state.shape = None
         state.held_blocks = 0
 
+    def hold(self, placement: Placement, tokens: int) -> HeldCache:
+        """Hold cache for a request that is still elsewhere.
+
+        Raises:
+            PlacementError, LedgerError: as for :meth:`accept`.
+        """
+        shape = self.shapes.shape(placement)
+        held = HeldCache(shape, self.blocks(tokens), tokens)
+        self.ledger.take(shape.block_units, held.blocks)
+        self._count_extra(shape, tokens, 1)
+        return held
+
+    def drop(self, held: HeldCache) -> None:
+        """Give back what :meth:`hold` has taken."""
+        self.ledger.give(held.shape.block_units, held.blocks)
+        self._count_extra(held.shape, held.tokens, -1)
+
     def begin_move(self, state: RequestState, lane: Lane, move: Move, transfer: Transfer,
                    growth: Sequence[int]) -> bool:
         """Reserve room for the heads that a move brings in; False if there is none.
@@ -148,7 +165,8 @@ class CacheBooks:
         state.move = None
         return True
 
-    def check(self, lanes: Sequence[Lane], others: Sequence[RequestState]) -> None:
+    def check(self, lanes: Sequence[Lane], others: Sequence[RequestState],
+              landings: Iterable[HeldCache] = ()) -> None:
         """Recount everything held and compare with the ledger (invariant 3).
 
         Raises:
@@ -170,6 +188,8 @@ class CacheBooks:
             if state.shape is not None:
                 add(state.shape.block_units, state.held_blocks)
                 add(state.shape.staged_units, state.staged_blocks)
+        for held in landings:
+            add(held.shape.block_units, held.blocks)
         if want != self.ledger.used:
             raise LedgerError(f"the ledger says {self.ledger.used} units are used, the requests hold {want}")
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.engine import Engine
+from hetis_sim.control.handoff import Handoffs
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.control.state import RequestState, Status
 from hetis_sim.control.step import Outcome, Step, Transfer
@@ -46,6 +47,7 @@ class Controller:
                    cache_units(cluster, model, settings.limits, timer.plan), host_memory, self.log)
             for index, timer in enumerate(timers)]
         self.context_limits = [_longest_context(engine) for engine in self.engines]
+        self._handoffs = Handoffs(self.engines, policy)
         if not any(self.context_limits):
             raise InfeasibleError(f"no instance of the plan has cache for a single token of {model.name}; "
                                   "use more or larger GPUs, or a smaller model")
@@ -61,15 +63,22 @@ class Controller:
         needed = request.prompt_tokens + request.output_tokens
         if needed > self.model.context_limit_tokens:
             return _reject(state, "context_limit", now_s)
-        able = [engine for engine, most in zip(self.engines, self.context_limits, strict=True)
-                if needed <= most]
+        able = self._able(needed)
         if not able:
             return _reject(state, "cache_capacity", now_s)
-        engine = able[self._route(state, able)] if len(able) > 1 else able[0]
-        engine.submit(state, now_s)
+        self._route(state, able).submit(state, now_s)
         return state
 
-    def _route(self, state: RequestState, able: list[Engine]) -> int:
+    def _able(self, tokens: int) -> list[Engine]:
+        """Instances that can prefill a request which reaches so many tokens, and carry it to its end."""
+        elsewhere = self._handoffs.longest_context(self.context_limits)
+        return [engine for engine, most in zip(self.engines, self.context_limits, strict=True)
+                if tokens <= most and engine.plan.role != "decode"
+                and (engine.plan.role == "both" or tokens <= elsewhere)]
+
+    def _route(self, state: RequestState, able: list[Engine]) -> Engine:
+        if len(able) == 1:
+            return able[0]
         for engine in able:
             engine.sync()
         loads = [engine.load() for engine in able]
@@ -77,23 +86,54 @@ class Controller:
                               state.request.prompt_tokens)
         choice = self.policy.route(request, loads)
         self.log.record("route", loads[choice], [request], choice)
-        return choice
+        return able[choice]
 
     def next_step(self, instance: int, now_s: float) -> Step | None:
         """The next step for an instance whose first stage is free."""
-        return self.engines[instance].next_step(now_s)
+        step = self.engines[instance].next_step(now_s)
+        if step is not None and self._handoffs.any and self.engines[instance].plan.role == "prefill":
+            begun = (self._handoffs.stream(chunk.state) for chunk in step.chunks if chunk.last)
+            step.transfers += [transfer for transfer in begun if transfer is not None]
+        return step
 
     def complete(self, step: Step, now_s: float) -> Outcome:
         """Report that the issued iterations of a step have been executed."""
-        return self.engines[step.instance].complete(step, now_s)
+        return self._carry_on(self.engines[step.instance].complete(step, now_s))
 
     def arrived(self, transfer: Transfer, now_s: float) -> Outcome:
         """Report that all flows of a transfer have ended."""
-        return self.engines[transfer.instance].arrived(transfer, now_s)
+        if transfer.kind != "handoff":
+            return self._carry_on(self.engines[transfer.instance].arrived(transfer, now_s))
+        for index in (transfer.instance, transfer.target):
+            self.engines[index].sync()
+        state = self.states[transfer.request_id]
+        outcome = Outcome(touched=[transfer.target])
+        if state.landing is not None and self._handoffs.arrived(state):
+            self._handoffs.land(state)
+        return self._carry_on(outcome)
 
     def news(self, instance: int) -> Outcome:
         """What :meth:`next_step` or :meth:`submit` has set off."""
-        return self.engines[instance].take_news()
+        return self._carry_on(self.engines[instance].take_news())
+
+    def _carry_on(self, outcome: Outcome) -> Outcome:
+        """See to the requests that go on in another instance."""
+        if not self._handoffs.any:
+            return outcome
+        more = Outcome(outcome.finished, outcome.rejected, outcome.first_tokens, outcome.gaps_s,
+                       list(outcome.transfers), touched=list(outcome.touched))
+        for state in outcome.finished:
+            self._handoffs.cancel(state)
+        for state in outcome.prefilled:
+            for ready in self._handoffs.prefilled(state):
+                more.touched += [ready.instance, ready.landing.instance] if ready.landing else []
+                self._handoffs.land(ready)
+        for state in outcome.evicted:
+            engine = self._route(state, self._able(state.request.total_tokens))
+            engine.take_back(state)
+            more.touched.append(engine.index)
+        more.transfers += self._handoffs.retry()
+        return more
 
     def counts(self) -> dict[str, int]:
         """Requests by station: the terms of the conservation law (invariant 1)."""

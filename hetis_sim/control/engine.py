@@ -21,7 +21,7 @@ from hetis_sim.control.loads import Loads
 from hetis_sim.control.placement import PlacementError
 from hetis_sim.control.pressure import Pressure
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.state import RequestState, Status
+from hetis_sim.control.state import HeldCache, RequestState, Status
 from hetis_sim.control.step import NOTHING, Chunk, Flow, Outcome, Step, StepKind, Transfer
 from hetis_sim.control.swap import HostMemory
 from hetis_sim.control.timing import InstanceTimer
@@ -42,6 +42,7 @@ class Engine:
         active: requests that hold cache here or in host memory, by id.
         blocked: the head of the queue found no room; until cache is given back nobody asks again.
         cycle_units: units per local device that all decoding requests open in block_tokens iterations.
+        landings: cache held for requests that are still prefilled elsewhere, by id.
         changes: counts changes of membership.
     """
 
@@ -67,6 +68,7 @@ class Engine:
         self.active: dict[int, RequestState] = {}
         self.blocked = False
         self.news = Outcome()
+        self.landings: dict[int, HeldCache] = {}
         self.changes = 0
         self.pressure = Pressure(self, host_memory)
         self.bytes_per_group_token = model.kv_bytes_per_token_per_layer_per_group
@@ -93,7 +95,8 @@ class Engine:
         while step is None and changes != self.changes:
             changes = self.changes
             step = self._first_step(now_s)
-        self._cap_open_steps()
+        if len(self.lanes) > 1:
+            self.cap_open_steps()
         return step
 
     def _first_step(self, now_s: float) -> Step | None:
@@ -107,10 +110,8 @@ class Engine:
                 return step
         return None
 
-    def _cap_open_steps(self) -> None:
+    def cap_open_steps(self) -> None:
         """Have the steps under way end before they need cache that has been given to somebody since."""
-        if len(self.lanes) == 1:
-            return
         safe = self._safe_iterations()
         for lane in self.lanes:
             if lane.step is not None:
@@ -317,7 +318,34 @@ class Engine:
             lane.prefilling -= 1
             self._finish(state, now_s)
             return
+        if self.plan.role == "prefill":
+            lane.prefilling -= 1
+            self.news.prefilled.append(state)
+            return
         self._join_when_ready(state)
+
+    def release(self, state: RequestState) -> None:
+        """Let go of a request that goes on elsewhere."""
+        self.books.release(state)
+        del self.active[state.request_id]
+        self.membership_changed()
+
+    def land(self, state: RequestState, held: HeldCache) -> None:
+        """Take over a request that was prefilled elsewhere; its cache is here."""
+        lane = min(self.lanes, key=lambda lane: (lane.load, lane.index))
+        state.shape, state.held_blocks, state.cached_tokens = held.shape, held.blocks, held.tokens
+        state.remote_share = held.shape.remote_share
+        state.instance, state.lane = self.index, lane.index
+        self.active[state.request_id] = state
+        lane.prefilling += 1
+        self._join_when_ready(state)
+
+    def take_back(self, state: RequestState) -> None:
+        """Queue a request, which has lost its cache in another instance, before all others."""
+        self.sync()
+        state.instance = self.index
+        self.waiting.appendleft(state)
+        self.waiting_tokens += state.context_tokens
 
     def _join_when_ready(self, state: RequestState) -> None:
         if state.status != Status.TRANSFER or state.in_flight_transfers:

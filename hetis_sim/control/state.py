@@ -43,6 +43,24 @@ class SwappedCache:
     host_bytes: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HeldCache:
+    """Cache held for a request: blocks of every group of a shape, for so many tokens."""
+
+    shape: PlacementShape
+    blocks: int
+    tokens: int
+
+
+@dataclass(slots=True, eq=False)
+class Landing:
+    """A handoff under way: where the request will decode, and what is held for it there."""
+
+    instance: int
+    held: HeldCache
+    arrived: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class RequestState:
     """One request as the controller keeps it.
@@ -64,6 +82,7 @@ class RequestState:
         in_flight_transfers: transfers it waits for before it decodes.
         move: the move under way, if any.
         swap: its cache in host memory, if any.
+        landing: its handoff to another instance, if one is under way.
     """
 
     request: Request
@@ -82,6 +101,7 @@ class RequestState:
     staged_blocks: int = 0
     move: PendingMove | None = None
     swap: SwappedCache | None = None
+    landing: Landing | None = None
     first_scheduled_s: float = math.nan
     first_token_s: float = math.nan
     finish_s: float = math.nan

@@ -44,12 +44,16 @@ TransferKind = Literal["push", "move", "swap_out", "swap_in", "handoff"]
 
 @dataclass(slots=True, eq=False)
 class Transfer:
-    """Cache of one request on its way. The driver reports it once all its flows have ended."""
+    """Cache of one request on its way. The driver reports it once all its flows have ended.
+
+    ``target`` is the instance that it leads to where that is another one, else -1.
+    """
 
     request_id: int
     instance: int
     kind: TransferKind
     flows: tuple[Flow, ...]
+    target: int = -1
 
     @property
     def size_bytes(self) -> float:
@@ -97,6 +101,8 @@ class Outcome:
     """What happened at the end of a step or a transfer, for the driver to act on and record.
 
     ``gaps_s`` are times between two tokens of requests that had lost their cache meanwhile.
+    ``prefilled`` and ``evicted`` requests are to go on in another instance; the controller sees
+    to it and names the instances it has ``touched``, for the driver to look at again.
     """
 
     finished: list[RequestState] = field(default_factory=list)
@@ -104,11 +110,15 @@ class Outcome:
     first_tokens: list[RequestState] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
+    prefilled: list[RequestState] = field(default_factory=list)
+    evicted: list[RequestState] = field(default_factory=list)
+    touched: list[int] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
         """Whether nothing has happened."""
-        return not (self.finished or self.rejected or self.first_tokens or self.gaps_s or self.transfers)
+        return not (self.finished or self.rejected or self.first_tokens or self.gaps_s or self.transfers
+                    or self.prefilled or self.evicted or self.touched)
 
 
 NOTHING = Outcome()

@@ -64,6 +64,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     preemption: PreemptionMode = "recompute"
+    streams_handoff: bool = False
 
     @abstractmethod
     def plan(self, problem: PlanningProblem) -> Plan:
@@ -76,6 +77,14 @@ class Policy(ABC):
     def route(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
         """Index (into ``instances``) of the replica that serves the request.
 
+        The default joins the replica with the least outstanding tokens per unit of cache.
+        """
+        return min(range(len(instances)), key=lambda i: (_pressure(instances[i]), i))
+
+    def handoff(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+        """Index (into ``instances``) of the decoding replica for a prefilled request.
+
+        With ``streams_handoff`` it is asked, and the cache sent, while the prompt is computed.
         The default joins the replica with the least outstanding tokens per unit of cache.
         """
         return min(range(len(instances)), key=lambda i: (_pressure(instances[i]), i))

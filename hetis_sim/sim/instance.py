@@ -181,9 +181,8 @@ class Instance:
             return min(ends, max(self.pipeline.free_s[0], turn[0]))
         rival = None
         if len(self._runs) > 1 and not self._declined:
-            rival = min([(lane.ready_at_s, lane.index) for lane, run
-                         in zip(self._engine.lanes, self._runs, strict=True) if run is None and lane.has_work],
-                        default=None)
+            idle = [lane for lane, run in zip(self._engine.lanes, self._runs, strict=True) if run is None]
+            rival = min([(lane.ready_at_s, lane.index) for lane in idle if lane.has_work], default=None)
         return self.pipeline.run_ahead(runs, now, self._horizon(), rival)
 
     # -- records -----------------------------------------------------------------------------

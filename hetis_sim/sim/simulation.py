@@ -61,6 +61,7 @@ class Simulation:
                   for plan in given.plan.instances]
         self.controller = Controller(given.cluster, given.model, given.policy, given.plan, timers,
                                      given.settings, DecisionLog(given.log_decisions))
+        self._handoffs = any(instance.role != "both" for instance in given.plan.instances)
         self._unit_bytes = unit_bytes(given.model, given.settings.limits)
         self.recorder = self._make_recorder()
         self.network = self.make_network()
@@ -138,6 +139,8 @@ class Simulation:
             self._ended(state)
         for transfer in outcome.transfers:
             self.network.start(transfer)
+        for index in outcome.touched:
+            self.instances[index].ring()
         self._after_event()
 
     def _ended(self, state: RequestState) -> None:
@@ -171,7 +174,7 @@ class Simulation:
 
     def _horizon(self) -> float:
         """No event from outside can reach an instance before this time."""
-        if self.network.busy or self.arrivals.reacts:
+        if self.network.busy or self.arrivals.reacts or self._handoffs:
             return self.clock.peek()
         return self.arrivals.next_s
 
