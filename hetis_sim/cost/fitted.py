@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,6 +53,11 @@ class TokenCurve:
         low, high = LATTICE[i - 1], LATTICE[i]
         share = (tokens - low) / (high - low)
         return self.seconds[i - 1] + share * (self.seconds[i] - self.seconds[i - 1])
+
+
+def _nearest_head(classes: Sequence[PrefillClass], model: ModelSpec) -> PrefillClass:
+    """The class whose head size is nearest in ratio."""
+    return min(classes, key=lambda c: abs(math.log(c.head_dim / model.head_dim)))
 
 
 class ProfileCost(MemoisedCost):
@@ -169,16 +175,31 @@ class ProfileCost(MemoisedCost):
 
     def _prefill_attention_layer_s(self, gpu: GpuSpec, model: ModelSpec, query_heads: int,
                                    new_tokens: int, context_tokens: int) -> float:
+        bound = floor.prefill_attention_floor_s(gpu, model, query_heads, new_tokens, context_tokens)
         profile = self._with_module(gpu.name, "prefill_attention")
         if profile is None or model.weight_bytes == 4:
-            return max(self._roofline.prefill_attention_layer_s(gpu, model, query_heads, new_tokens, context_tokens),
-                       floor.prefill_attention_floor_s(gpu, model, query_heads, new_tokens, context_tokens))
+            seconds = self._roofline.prefill_attention_layer_s(gpu, model, query_heads, new_tokens, context_tokens)
+            return max(seconds, bound)
         self._check_range(profile, "prefill_attention", keys=new_tokens + context_tokens)
-        nearest: PrefillClass = min(profile.prefill_attention, key=lambda c: abs(np.log(c.head_dim / model.head_dim)))
+        nearest = _nearest_head(profile.prefill_attention, model)
+        if context_tokens == 0 and new_tokens < LATTICE[-1]:
+            return max(self._prompt_curve(nearest, gpu, model, query_heads).at(new_tokens), bound)
         kv_heads = -(-query_heads // model.heads_per_group)
         seconds = nearest.seconds_one(query_heads, kv_heads, new_tokens, context_tokens, model.kv_bytes,
                                       model.head_dim)
-        return max(seconds, floor.prefill_attention_floor_s(gpu, model, query_heads, new_tokens, context_tokens))
+        return max(seconds, bound)
+
+    def _prompt_curve(self, fitted: PrefillClass, gpu: GpuSpec, model: ModelSpec, query_heads: int) -> TokenCurve:
+        """Whole prompts without context, worked out once for each number of heads; never falling."""
+        key = (f"prompt {query_heads}", gpu, model, 0)
+        curve = self._curves.get(key)
+        if curve is None:
+            new = np.array(LATTICE, dtype=np.float64)
+            heads = np.full(len(new), float(query_heads))
+            kv_heads = np.ceil(heads / model.heads_per_group)
+            seconds = fitted.seconds(heads, kv_heads, new, np.zeros(len(new)), model.kv_bytes, model.head_dim)
+            curve = self._curves[key] = TokenCurve(tuple(np.maximum.accumulate(seconds).tolist()))
+        return curve
 
     def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         profile = self._with_module(gpu.name, "decode_attention")
@@ -187,7 +208,7 @@ class ProfileCost(MemoisedCost):
         r = model.heads_per_group
         self._check_range(profile, "decode_attention", heads_per_group=r, head_dim=model.head_dim)
         nearest: DecodeClass = min(profile.decode_attention, key=lambda c: (
-            abs(np.log(c.head_dim / model.head_dim)), abs(np.log(c.heads_per_group / r))))
+            abs(math.log(c.head_dim / model.head_dim)), abs(math.log(c.heads_per_group / r))))
         a = nearest.cost.a_s_per_head * (model.head_dim / nearest.head_dim) * (nearest.heads_per_group / r)
         b = max(nearest.cost.b_s_per_byte, floor.decode_floor_s_per_byte(gpu, model))
         return replace(nearest.cost, a_s_per_head=a, b_s_per_byte=b)
@@ -239,7 +260,11 @@ class ProfileCost(MemoisedCost):
         profile = self._with_module(LINKS_DEVICE, "transfer")
         if profile is None or profile.transfer is None or link.name not in profile.transfer.messages:
             return ProvenanceRow("transfer", link.name, "roofline", "", link.source or "link specification")
-        return self._row("transfer", link.name, profile)
+        row = self._row("transfer", link.name, profile)
+        remark = profile.transfer.remarks.get(link.name)
+        if remark is None:
+            return row
+        return replace(row, kind=remark[0], note=remark[1], median_error=None, p95_error=None)
 
     @staticmethod
     def _row(module: str, subject: str, profile: Profile) -> ProvenanceRow:

@@ -15,10 +15,14 @@ from hetis_sim.spec.errors import SpecError, require
 
 @dataclass(frozen=True)
 class LinkTable:
-    """By name of the link: coefficients of a message, and all-reduce curves by number of ranks."""
+    """By name of the link: coefficients of a message, and all-reduce curves by number of ranks.
+
+    ``remarks`` holds (status, note) of links whose origin differs from that of the module.
+    """
 
     messages: Mapping[str, TransferCost]
     all_reduce: Mapping[str, Mapping[int, Curve]]
+    remarks: Mapping[str, tuple[str, str]]
 
     def all_reduce_s(self, link: str, size_bytes: float, ranks: int) -> float | None:
         """Seconds of an all-reduce; None where the link was not measured.
@@ -51,17 +55,22 @@ class LinkTable:
         """Read ``{link: {gamma_s_per_byte, beta_s}}`` or ``{link: {ranks: {bytes, seconds}}}``."""
         messages: dict[str, TransferCost] = {}
         reduces: dict[str, dict[int, Curve]] = {}
+        remarks: dict[str, tuple[str, str]] = {}
         require(isinstance(raw, dict) and bool(raw), key, raw, "an object with at least one link")
         for link, body in raw.items():
             place = f"{key}.{link}"
             require(isinstance(body, dict), place, body, "an object")
+            if "status" in body:
+                remarks[link] = (str(body["status"]), str(body.get("note", "")))
             if "gamma_s_per_byte" in body:
                 messages[link] = TransferCost(positive(body["gamma_s_per_byte"], f"{place}.gamma_s_per_byte"),
                                               positive(body.get("beta_s"), f"{place}.beta_s", zero=True))
                 continue
             reduces[link] = {}
             for ranks, curve in body.items():
+                if ranks in ("status", "note"):
+                    continue
                 if not ranks.isdigit() or int(ranks) < 2:
                     raise SpecError(f"{place}.{ranks}", ranks, "a number of ranks >= 2")
                 reduces[link][int(ranks)] = Curve.parse(curve, f"{place}.{ranks}")
-        return cls(messages, reduces)
+        return cls(messages, reduces, remarks)
