@@ -1,0 +1,204 @@
+"""Carries out cache operations on one worker, and the journeys of cache between workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis_exec.attention import attend
+from hetis_exec.errors import CacheError
+from hetis_exec.kvcache import KvPool, TableKey
+from hetis_exec.messages import (
+    DRIVER,
+    Array,
+    Arrived,
+    AttentionItem,
+    Await,
+    CacheData,
+    Close,
+    Control,
+    Drop,
+    Expect,
+    Forget,
+    Grow,
+    Message,
+    Op,
+    Open,
+    Park,
+    Send,
+)
+
+
+@dataclass(slots=True)
+class Parked:
+    """Cache of one group in host memory, shapes (layers, tokens, head_dim)."""
+
+    keys: Array
+    values: Array
+
+
+class CacheKeeper:
+    """The cache of one device.
+
+    Attributes:
+        seq: number of the driver's latest message that has been carried out.
+        pool: the tables.
+        parked: cache in host memory.
+    """
+
+    def __init__(self, device: int, pool: KvPool, send: Callable[[int, Message], None]) -> None:
+        self.device = device
+        self.pool = pool
+        self.seq = 0
+        self.parked: dict[TableKey, Parked] = {}
+        self._send = send
+        self._early: list[CacheData] = []
+        self._copies: list[Send | Park] = []
+        self._expected: dict[int, int] = {}
+
+    def apply(self, control: Control) -> None:
+        """Carry out the operations of a message.
+
+        Raises:
+            CacheError: afterwards the pool does not hold what the ledger says.
+        """
+        self.seq = control.seq
+        for op in control.ops:
+            self._carry_out(op)
+        if self.pool.used_units != control.used_units:
+            raise CacheError(f"device {self.device} holds {self.pool.used_units} units of cache, the ledger "
+                             f"says {control.used_units}, after message {control.seq}: {control.ops}")
+        due = [data for data in self._early if data.after <= self.seq]
+        self._early = [data for data in self._early if data.after > self.seq]
+        for data in due:
+            self._store(data)
+        self._settle()
+
+    def take(self, data: CacheData) -> None:
+        """Store a piece of cache, or put it aside until there is room for it."""
+        if data.after > self.seq:
+            self._early.append(data)
+        else:
+            self._store(data)
+            self._settle()
+
+    def ready(self, request_id: int, stage: int, groups: Sequence[int]) -> bool:
+        """Whether all of the groups' tokens are here."""
+        return all(self.pool.table(TableKey(request_id, stage, g)).ready for g in groups)
+
+    # -- operations --------------------------------------------------------------------------------
+
+    def _carry_out(self, op: Op) -> None:
+        match op:
+            case Open() | Grow() | Close() | Await():
+                for g in op.groups:
+                    self._change_table(op, TableKey(op.request_id, op.stage, g))
+            case Drop(request_id):
+                for key in self.pool.keys_of(request_id):
+                    self.pool.close(key)
+            case Forget(request_id):
+                self.parked = {key: data for key, data in self.parked.items() if key.request_id != request_id}
+            case Expect(tag, pieces):
+                self._count(tag, pieces)
+            case Send(final=True):
+                # What comes next may close its table.
+                self._copy(op)
+            case Send() | Park():
+                self._copies.append(op)
+
+    def _change_table(self, op: Open | Grow | Close | Await, key: TableKey) -> None:
+        match op:
+            case Open():
+                self.pool.open(key, op.layers, op.blocks, op.tag)
+            case Grow():
+                self.pool.grow(key, op.blocks)
+            case Close():
+                self.pool.close(key)
+            case Await():
+                self.pool.table(key).ready = False
+
+    # -- journeys ----------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Make the copies whose data is complete."""
+        waiting: list[Send | Park] = []
+        for op in self._copies:
+            if (isinstance(op, Send) and op.parked) or self._complete(op):
+                self._copy(op)
+            else:
+                waiting.append(op)
+        self._copies = waiting
+
+    def _complete(self, op: Send | Park) -> bool:
+        """Whether what is to be copied is here, or never will be because its table has been closed."""
+        tables = [self.pool.tables.get(TableKey(op.request_id, op.stage, g)) for g in op.groups]
+        return all(table is None or table.ready for table in tables)
+
+    def _copy(self, op: Send | Park) -> None:
+        keys = [TableKey(op.request_id, op.stage, g) for g in op.groups]
+        if isinstance(op, Park):
+            k, v = self._read_layers(keys, 0, op.tokens)
+            for n, key in enumerate(keys):
+                self.parked[key] = Parked(k[:, n], v[:, n])
+            self._count(op.tag, -1)
+            return
+        groups = op.groups
+        if op.parked:
+            parts = [self.parked.pop(key) for key in keys]
+            k, v = np.stack([part.keys for part in parts], 1), np.stack([part.values for part in parts], 1)
+        elif all(key in self.pool.tables for key in keys):
+            k, v = self._read_layers(keys, op.first, op.last)
+        else:
+            # The request has given this cache up: its target only counts the piece.
+            groups, k, v = (), np.empty((0, 0, 0, 0)), np.empty((0, 0, 0, 0))
+        self._send(op.target, CacheData(self.seq, op.tag, op.request_id, op.stage, tuple(range(len(k))),
+                                        groups, op.first, k, v, op.final))
+
+    def _read_layers(self, keys: Sequence[TableKey], first: int, last: int) -> tuple[Array, Array]:
+        """Keys and values of all layers, shapes (layers, groups, tokens, head_dim)."""
+        request_id, stage, _ = keys[0]
+        groups = [key.group for key in keys]
+        parts = [self.pool.read(request_id, stage, groups, layer, first, last)
+                 for layer in range(len(self.pool.table(keys[0]).units))]
+        return np.stack([k for k, _ in parts]), np.stack([v for _, v in parts])
+
+    def _store(self, data: CacheData) -> None:
+        """Write a piece of cache, unless its table has been closed meanwhile, and count it."""
+        for n, g in enumerate(data.groups):
+            key = TableKey(data.request_id, data.stage, g)
+            table = self.pool.tables.get(key)
+            if table is None or table.tag != data.tag:
+                continue
+            for m, layer in enumerate(data.layers):
+                self.pool.write(key, layer, data.start, data.keys[m, n], data.values[m, n])
+            table.ready = table.ready or data.final
+        if not data.final:
+            self._count(data.tag, -1)
+
+    def _count(self, tag: int, change: int) -> None:
+        """Keep count of the pieces that are still to come; at zero all have."""
+        left = self._expected[tag] = self._expected.get(tag, 0) + change
+        if left == 0:
+            del self._expected[tag]
+            self._send(DRIVER, Arrived(self.device, tag))
+
+    # -- attention ---------------------------------------------------------------------------------
+
+    def decode_attention(self, stage: int, layer: int, items: Sequence[AttentionItem], queries: Array,
+                         keys: Array, values: Array) -> Array:
+        """Store the new token's keys and values and attend to all tokens, request by request.
+
+        Shapes as in :class:`AttentionRequest`; the groups of an item lie side by side.
+        """
+        out = np.empty_like(queries)
+        at = 0
+        for request_id, position, groups in items:
+            here = slice(at, at + len(groups))
+            for g, k, v in zip(groups, keys[here], values[here], strict=True):
+                self.pool.write(TableKey(request_id, stage, g), layer, position, k[None], v[None])
+            all_keys, all_values = self.pool.read(request_id, stage, groups, layer, 0, position + 1)
+            out[here] = attend(queries[here], all_keys, all_values)
+            at = here.stop
+        return out

@@ -1,0 +1,118 @@
+"""The workers of a run: what each is to be, and threads of this process that run them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from threading import Thread
+from typing import Protocol
+
+from hetis_exec.kvcache import KvPool
+from hetis_exec.messages import DRIVER, Stop
+from hetis_exec.primary import PrimaryWorker, Rank
+from hetis_exec.toy_model import ToyModel, ToyShard
+from hetis_exec.transport import Endpoint, InProcessTransport, Transport
+from hetis_exec.workers import AttentionWorker, Worker
+from hetis_sim.control.engine import Engine
+from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.spec.model import ModelSpec
+
+STOP_S = 2.0
+"""How long the workers are given to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """All that a worker needs to know to come to life, wherever that is.
+
+    Attributes:
+        stage, rank: place of a primary worker; an attention worker has stage -1.
+        capacity_units: of its cache, as the ledger has it.
+        seed: of the model's weights.
+        timeout_s: how long it waits for a peer.
+    """
+
+    device: int
+    plan: InstancePlan
+    stage: int
+    rank: int
+    capacity_units: int
+    block_tokens: int
+    model: ModelSpec
+    seed: int
+    timeout_s: float
+
+
+def worker_specs(engine: Engine, seed: int, timeout_s: float) -> list[WorkerSpec]:
+    """One worker for each device of an instance."""
+    plan = engine.plan
+    places = [(device, s, rank) for s, stage in enumerate(plan.stages)
+              for rank, device in enumerate(stage.devices)]
+    places += [(device, -1, 0) for device in plan.attention_workers]
+    block_tokens = engine.settings.limits.block_tokens
+    return [WorkerSpec(device, plan, stage, rank, engine.capacity_units[device], block_tokens, engine.model,
+                       seed, timeout_s) for device, stage, rank in places]
+
+
+def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
+    """Make a worker.
+
+    Raises:
+        HetisError: its model or its cache is not possible.
+    """
+    pool = KvPool(spec.capacity_units, spec.block_tokens, spec.model.head_dim)
+    if spec.stage < 0:
+        return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s)
+    shard = ToyShard(ToyModel(spec.model, spec.seed), spec.plan, spec.stage, spec.rank)
+    place = Rank(spec.plan, spec.stage, spec.rank)
+    return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard)
+
+
+class Crew(Protocol):
+    """Runs workers, wherever they are. ``endpoint`` is the driver's."""
+
+    endpoint: Endpoint
+
+    def start(self) -> None:
+        """Set the workers to work."""
+
+    def dead(self) -> list[tuple[int, str]]:
+        """Workers that have ended: device, and how."""
+
+    def stop(self, at_once: bool) -> None:
+        """End the workers, after all they have been told or at once; returns when they are gone."""
+
+
+class ThreadCrew:
+    """Workers as threads. They are daemons: one that hangs cannot keep the process alive.
+
+    Attributes:
+        workers: by device.
+    """
+
+    def __init__(self, specs: Sequence[WorkerSpec], transport: Transport | None = None) -> None:
+        transport = transport or InProcessTransport()
+        self.endpoint: Endpoint = transport.endpoint(DRIVER)
+        self.workers = {spec.device: build_worker(spec, transport.endpoint(spec.device)) for spec in specs}
+        self._threads = {device: Thread(target=worker.run, name=f"worker-{device}", daemon=True)
+                         for device, worker in self.workers.items()}
+
+    def start(self) -> None:
+        """Start the threads."""
+        for thread in self._threads.values():
+            thread.start()
+
+    def dead(self) -> list[tuple[int, str]]:
+        """Threads that have ended."""
+        return [(device, "its thread has ended without a word")
+                for device, thread in self._threads.items() if not thread.is_alive()]
+
+    def stop(self, at_once: bool) -> None:
+        """Ask the threads to end; those that do not come back in time are left behind."""
+        for device in self.workers:
+            self.endpoint.send(device, Stop(at_once))
+        deadline_s = time.monotonic() + STOP_S
+        for thread in self._threads.values():
+            if thread.ident is not None:
+                thread.join(max(0.0, deadline_s - time.monotonic()))

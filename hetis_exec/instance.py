@@ -1,0 +1,220 @@
+"""One instance under the real clock: its engine's steps become work for its workers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from hetis_exec.errors import ExecutorError
+from hetis_exec.messages import Arrived, Control, Row, StageDone, Task, Tokens
+from hetis_exec.mirror import Mirror, Shipment
+from hetis_exec.records import Measurements, RunRecord, StepRecord
+from hetis_exec.transport import Endpoint
+from hetis_sim.control.controller import Controller
+from hetis_sim.control.engine import Engine
+from hetis_sim.control.state import RequestState
+from hetis_sim.control.step import Outcome, Step, Transfer
+
+Texts = dict[int, list[int]]
+"""Token ids of every request: its prompt, then what it has generated."""
+
+
+@dataclass(slots=True, eq=False)
+class StepRun:
+    """A step under way.
+
+    Attributes:
+        sampled: requests that get a token, in the order of the batch.
+        fresh: of the decoding ones, those that had their last token outside this lane.
+        stages: reports of the stages so far.
+    """
+
+    step: Step
+    record: StepRecord
+    sampled: list[int]
+    fresh: list[RequestState]
+    stages: list[StageDone] = field(default_factory=list)
+
+
+class InstanceDriver:
+    """Asks the engine for steps, sends them to the workers and reports what they report.
+
+    Attributes:
+        landed: transfers that need not be waited for.
+        ended: requests that have ended and not been looked at yet.
+    """
+
+    def __init__(self, controller: Controller, engine: Engine, hosts: Sequence[int], endpoint: Endpoint,
+                 texts: Texts, measurements: Measurements, record: RunRecord) -> None:
+        self._controller = controller
+        self._engine = engine
+        self._endpoint = endpoint
+        self._texts = texts
+        self._measurements = measurements
+        self._record = record
+        self._mirror = Mirror(engine, hosts)
+        self._seq = 0
+        self._runs: dict[int, StepRun] = {}
+        self._first_stage: int | None = None
+        self._declined = False
+        self._shipments: dict[int, Shipment] = {}
+        self.landed: deque[Transfer] = deque()
+        self.ended: deque[RequestState] = deque()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any report of a worker is due."""
+        return bool(self._runs or self._shipments)
+
+    # -- what happens ----------------------------------------------------------------------------
+
+    def submitted(self, now_s: float) -> None:
+        """A request has come to this instance."""
+        self._look_again(now_s)
+
+    def stage_done(self, done: StageDone, now_s: float) -> None:
+        """A rank has computed its stage: the first one takes the next step, the last one ends this one."""
+        self._measurements.busy(done)
+        run = self._runs.get(done.seq)
+        if run is None or done.rank:
+            return
+        run.stages.append(done)
+        if self._first_stage == done.seq:
+            self._first_stage = None
+            run.record.free_s = now_s
+        if done.tokens is not None:
+            del self._runs[done.seq]
+            self._complete(run, done.tokens, now_s)
+            self._look_again(now_s)
+        else:
+            self._begin_steps(now_s)
+
+    def cache_arrived(self, arrived: Arrived, now_s: float) -> None:
+        """A device has all of its share of a shipment."""
+        shipment = self._shipments[arrived.tag]
+        del shipment.pieces[arrived.device]
+        if shipment.pieces:
+            return
+        del self._shipments[arrived.tag]
+        assert shipment.transfer is not None
+        self._measurements.shipment(shipment, now_s)
+        self.transfer_arrived(shipment.transfer, now_s)
+
+    def transfer_arrived(self, transfer: Transfer, now_s: float) -> None:
+        """A transfer of the control plane has ended."""
+        self._record.arrivals.append((transfer.request_id, transfer.kind, now_s))
+        self._follow(self._controller.arrived(transfer, now_s), None, now_s)
+        self._look_again(now_s)
+
+    def _complete(self, run: StepRun, tokens: Tokens, now_s: float) -> None:
+        step = run.step
+        run.record.ended_s = now_s
+        for request_id, token in zip(run.sampled, tokens.tolist(), strict=True):
+            self._texts[request_id].append(token)
+        if step.decoding:
+            self._measurements.tokens(self._engine.index, step.lane, run.fresh, step.decoding, now_s)
+        self._measurements.step(step, run.record.begun_s, now_s, run.stages)
+        self._follow(self._controller.complete(step, now_s), None, now_s)
+
+    # -- steps -------------------------------------------------------------------------------------
+
+    def _look_again(self, now_s: float) -> None:
+        self._declined = False
+        self._begin_steps(now_s)
+
+    def _begin_steps(self, now_s: float) -> None:
+        """While the first stage is free and a lane may have work, ask for its step."""
+        while self._first_stage is None and not self._declined and self._may_have_work():
+            step = self._controller.next_step(self._engine.index, now_s)
+            self._declined = step is None
+            self._follow(self._controller.news(self._engine.index), step, now_s)
+
+    def _may_have_work(self) -> bool:
+        admits = self._engine.admits
+        return any(lane.step is None and (admits or lane.has_work) for lane in self._engine.lanes)
+
+    def _follow(self, outcome: Outcome, step: Step | None, now_s: float) -> None:
+        """Have the workers do what a verb of the controller has set off."""
+        self._measurements.gaps(outcome)
+        self.ended += outcome.finished
+        self.ended += outcome.rejected
+        self._mirror.follow()
+        rows = self._rows(step) if step is not None else []
+        ops, shipments = self._mirror.take()
+        transfers = [*outcome.transfers, *(step.transfers if step is not None else ())]
+        self._bind(transfers, shipments, now_s)
+        if ops or step is not None:
+            self._seq += 1
+            tasks = self._tasks(rows, now_s) if step is not None else {}
+            for d, device in enumerate(self._engine.plan.devices):
+                self._endpoint.send(device, Control(self._seq, ops.get(device, ()),
+                                                    self._engine.books.ledger.used[d], tasks.get(device)))
+        if step is not None:
+            self._enter(step, [row for row, _ in rows], now_s)
+
+    def _enter(self, step: Step, rows: list[Row], now_s: float) -> None:
+        lane = self._engine.lanes[step.lane]
+        fresh: list[RequestState] = []
+        if step.decoding:
+            fresh, lane.fresh = lane.fresh, fresh
+        record = StepRecord.of(step, now_s)
+        self._record.steps.append(record)
+        self._runs[self._seq] = StepRun(step, record, [row.request_id for row in rows if row.samples], fresh)
+        self._first_stage = self._seq
+
+    def _rows(self, step: Step) -> list[tuple[Row, Tokens]]:
+        """The batch, without the holders that each stage fills in, and its new token ids."""
+        rows: list[tuple[Row, Tokens]] = []
+        lane = self._engine.lanes[step.lane]
+        for state in lane.members.values() if step.decoding else ():
+            position = lane.cached_tokens(state) - 1
+            rows.append(self._row(state, position, 1, samples=True, prefill=False))
+        for state, new_tokens, context, last in step.chunks:
+            push_tag = self._mirror.push(state) if last else -1
+            rows.append(self._row(state, context, new_tokens, samples=last, prefill=True, push_tag=push_tag))
+        return rows
+
+    def _row(self, state: RequestState, position: int, new_tokens: int, *, samples: bool, prefill: bool,
+             push_tag: int = -1) -> tuple[Row, Tokens]:
+        text = self._texts[state.request_id]
+        if samples and len(text) != position + new_tokens:
+            raise ExecutorError(f"request {state.request_id} has {len(text)} tokens, its cache is to have "
+                                f"{position + new_tokens}")
+        tokens = np.array(text[position:position + new_tokens], dtype=np.int64)
+        return Row(state.request_id, position, new_tokens, samples, prefill, (), push_tag), tokens
+
+    def _tasks(self, rows: list[tuple[Row, Tokens]], now_s: float) -> dict[int, Task]:
+        tasks: dict[int, Task] = {}
+        for stage, part in enumerate(self._engine.plan.stages):
+            held = tuple(row._replace(holders=self._mirror.devices(row.request_id, stage)) for row, _ in rows)
+            tokens = np.concatenate([tokens for _, tokens in rows]) if stage == 0 else None
+            for device in part.devices:
+                tasks[device] = Task(held, tokens, now_s)
+        return tasks
+
+    # -- transfers -----------------------------------------------------------------------------------
+
+    def _bind(self, transfers: list[Transfer], shipments: list[Shipment], now_s: float) -> None:
+        """Join what the control plane calls a transfer with what the devices carry out."""
+        for transfer in transfers:
+            shipment = next((s for s in shipments if _fits(s, transfer)), None)
+            if shipment is not None:
+                shipments.remove(shipment)
+                shipment.transfer, shipment.begun_s = transfer, now_s
+                self._shipments[shipment.tag] = shipment
+            elif transfer.kind == "move":
+                # Given up again in the same breath: there is nothing to carry.
+                self.landed.append(transfer)
+            else:
+                raise ExecutorError(f"nothing is to be carried for {transfer}")
+        if shipments:
+            raise ExecutorError(f"the control plane knows nothing of {shipments}")
+
+
+def _fits(shipment: Shipment, transfer: Transfer) -> bool:
+    if shipment.transfer is not None:
+        return shipment.transfer is transfer
+    return shipment.kind == transfer.kind and shipment.request_id == transfer.request_id

@@ -1,0 +1,293 @@
+"""What the driver and the workers tell each other.
+
+The driver numbers its messages; every worker of an instance gets each of them, in order. A
+message between workers that touches cache carries in ``after`` the number of the driver's
+message that made room for it; whoever is not that far yet puts it aside. So no link has to
+be faster than another one. Arrays belong to the receiver once they are sent.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+DRIVER = -1
+"""Address of the driver; workers have their device ids."""
+
+Array = NDArray[np.float64]
+Tokens = NDArray[np.int64]
+
+
+# -- what is to be done with the cache -------------------------------------------------
+
+
+class Open(NamedTuple):
+    """Allocate ``blocks`` for each of the groups; ``tag`` marks the data meant for them."""
+
+    request_id: int
+    stage: int
+    groups: tuple[int, ...]
+    layers: int
+    blocks: int
+    tag: int
+
+
+class Grow(NamedTuple):
+    """Have ``blocks`` for each of the groups."""
+
+    request_id: int
+    stage: int
+    groups: tuple[int, ...]
+    blocks: int
+
+
+class Close(NamedTuple):
+    """Free the blocks of the groups."""
+
+    request_id: int
+    stage: int
+    groups: tuple[int, ...]
+
+
+class Drop(NamedTuple):
+    """Free everything the request holds on this device; what is parked in host memory stays."""
+
+    request_id: int
+
+
+class Forget(NamedTuple):
+    """Discard what is parked of the request in host memory."""
+
+    request_id: int
+
+
+class Send(NamedTuple):
+    """Copy tokens ``first .. last - 1`` of the groups to another worker.
+
+    ``final`` pieces make the tables at their target ready for attention. ``parked`` takes the
+    data from host memory, once and for all.
+    """
+
+    request_id: int
+    stage: int
+    groups: tuple[int, ...]
+    first: int
+    last: int
+    target: int
+    tag: int
+    final: bool = False
+    parked: bool = False
+
+
+class Await(NamedTuple):
+    """The groups are not to be read until their final piece has come."""
+
+    request_id: int
+    stage: int
+    groups: tuple[int, ...]
+
+
+class Park(NamedTuple):
+    """Copy the first ``tokens`` of the groups to host memory, then report the tag."""
+
+    request_id: int
+    stage: int
+    groups: tuple[int, ...]
+    tokens: int
+    tag: int
+
+
+class Expect(NamedTuple):
+    """Report the tag once ``pieces`` of it have come."""
+
+    tag: int
+    pieces: int
+
+
+Op = Open | Grow | Close | Drop | Forget | Send | Await | Park | Expect
+
+
+# -- from the driver to the workers ------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """One request in one step, as one stage sees it.
+
+    Attributes:
+        position: of its first new token.
+        new_tokens: 1 when it decodes.
+        samples: whether a token is sampled from its last position.
+        prefill: its attention is computed where its weights are, over the whole prompt so far.
+        holders: device that holds each KV group of the stage.
+        push_tag: with the last piece of a prompt, remote groups go to their holders under
+            this tag; -1 otherwise.
+    """
+
+    request_id: int
+    position: int
+    new_tokens: int
+    samples: bool
+    prefill: bool
+    holders: tuple[int, ...]
+    push_tag: int
+
+
+class Task(NamedTuple):
+    """A step for one stage; ``tokens`` packs the new token ids of all rows, for the first stage."""
+
+    rows: tuple[Row, ...]
+    tokens: Tokens | None
+    issued_s: float
+
+
+class Control(NamedTuple):
+    """What to do with the cache, then what to compute.
+
+    ``used_units`` is what the ledger says this device holds after the operations.
+    """
+
+    seq: int
+    ops: tuple[Op, ...]
+    used_units: int
+    task: Task | None
+
+
+class Stop(NamedTuple):
+    """End: after everything that was said before, or at once."""
+
+    at_once: bool
+
+
+# -- between workers -----------------------------------------------------------------------
+
+
+class Hidden(NamedTuple):
+    """Activations for the next stage, shape (tokens, hidden)."""
+
+    seq: int
+    values: Array
+    sent_s: float
+
+
+class Partial(NamedTuple):
+    """One rank's share of the ``number``-th sum of a step, shape (tokens, hidden)."""
+
+    seq: int
+    number: int
+    rank: int
+    values: Array
+
+
+class AttentionItem(NamedTuple):
+    """Groups of one request, and the position of its new token."""
+
+    request_id: int
+    position: int
+    groups: tuple[int, ...]
+
+
+class AttentionRequest(NamedTuple):
+    """Decode attention of one layer for remote groups, in the order of the items' groups.
+
+    Shapes: queries (groups, heads per group, head_dim), keys and values (groups, head_dim).
+    """
+
+    after: int
+    sender: int
+    stage: int
+    layer: int
+    items: tuple[AttentionItem, ...]
+    queries: Array
+    keys: Array
+    values: Array
+
+
+class AttentionResult(NamedTuple):
+    """Its answer, shape (groups, heads per group, head_dim), and the time it took."""
+
+    seq: int
+    layer: int
+    sender: int
+    values: Array
+    busy_s: float
+
+
+class CacheData(NamedTuple):
+    """A piece of cache on its way. Shapes: keys and values (layers, groups, tokens, head_dim)."""
+
+    after: int
+    tag: int
+    request_id: int
+    stage: int
+    layers: tuple[int, ...]
+    groups: tuple[int, ...]
+    start: int
+    keys: Array
+    values: Array
+    final: bool
+
+
+# -- from the workers to the driver ----------------------------------------------------------
+
+
+class StageTimes(NamedTuple):
+    """Where the time of a stage went, in seconds; the points in time are on the worker's clock.
+
+    Attributes:
+        sent_s: when its input was sent.
+        free_s: when the worker was done with the step before.
+        begun_s, ended_s: first and last moment of its own work.
+        dense_s, attention_s: computing.
+        head_transfer_s: packing for attention workers and waiting for them.
+        collective_s: sums over the ranks.
+    """
+
+    sent_s: float
+    free_s: float
+    begun_s: float
+    ended_s: float
+    dense_s: float
+    attention_s: float
+    head_transfer_s: float
+    collective_s: float
+
+
+class StageDone(NamedTuple):
+    """A rank has computed its stage of a step; rank 0 of the last stage adds the sampled tokens."""
+
+    seq: int
+    device: int
+    stage: int
+    rank: int
+    times: StageTimes
+    worker_busy_s: tuple[tuple[int, float], ...]
+    tokens: Tokens | None
+
+
+class Arrived(NamedTuple):
+    """A worker has all pieces of a tag."""
+
+    device: int
+    tag: int
+
+
+class Beat(NamedTuple):
+    """A worker is alive."""
+
+    device: int
+
+
+class Failed(NamedTuple):
+    """A worker cannot go on."""
+
+    device: int
+    reason: str
+
+
+Message = (Control | Stop | Hidden | Partial | AttentionRequest | AttentionResult | CacheData | StageDone
+           | Arrived | Beat | Failed)
+
+Report = StageDone | Arrived | Beat | Failed
+"""What comes from workers to the driver."""

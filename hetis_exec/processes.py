@@ -1,0 +1,121 @@
+"""Workers as processes of this host, joined by one pipe for each pair."""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Sequence
+from itertools import combinations
+from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from threading import Thread
+
+from hetis_exec.crew import STOP_S, WorkerSpec, build_worker
+from hetis_exec.messages import DRIVER, Message, Stop
+from hetis_exec.transport import Endpoint
+
+
+class PipeEndpoint:
+    """One party of a set of processes: a pipe to every other one.
+
+    A thread of its own writes, so that a party whose peer is busy or gone goes on receiving.
+    A pipe whose other end is gone is forgotten; the driver sees to the rest.
+    """
+
+    def __init__(self, address: int, pipes: dict[int, Connection]) -> None:
+        self._address = address
+        self._pipes = pipes
+        self._own: deque[Message] = deque()
+        self._outbox: SimpleQueue[tuple[int, Message]] = SimpleQueue()
+        self._open = list(pipes.values())
+        Thread(target=self._write, name=f"outbox-{address}", daemon=True).start()
+
+    def send(self, target: int, message: Message) -> None:
+        """Have a message written."""
+        if target == self._address:
+            self._own.append(message)
+        else:
+            self._outbox.put((target, message))
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message from anyone, within the time."""
+        if self._own:
+            return self._own.popleft()
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            if not self._open:
+                time.sleep(left_s)
+                return None
+            ready = wait(self._open, left_s)
+            if not ready:
+                return None
+            pipe = ready[0]
+            assert isinstance(pipe, Connection)
+            # Whoever has just been heard goes to the end of the line.
+            self._open.remove(pipe)
+            try:
+                message: Message = pipe.recv()
+            except (EOFError, OSError):
+                continue
+            self._open.append(pipe)
+            return message
+
+    def _write(self) -> None:
+        while True:
+            target, message = self._outbox.get()
+            try:
+                self._pipes[target].send(message)
+            except OSError:
+                continue
+
+
+def _work(spec: WorkerSpec, pipes: dict[int, Connection]) -> None:
+    """Life of a worker process."""
+    build_worker(spec, PipeEndpoint(spec.device, pipes)).run()
+
+
+class ProcessCrew:
+    """Workers as processes. They end with this one.
+
+    Attributes:
+        processes: by device.
+    """
+
+    def __init__(self, specs: Sequence[WorkerSpec]) -> None:
+        context = multiprocessing.get_context("spawn")
+        pipes: dict[int, dict[int, Connection]] = {DRIVER: {}, **{spec.device: {} for spec in specs}}
+        for a, b in combinations(pipes, 2):
+            pipes[a][b], pipes[b][a] = context.Pipe()
+        self.endpoint: Endpoint = PipeEndpoint(DRIVER, pipes[DRIVER])
+        self._pipes = {spec.device: pipes[spec.device] for spec in specs}
+        self.processes = {spec.device: context.Process(target=_work, args=(spec, pipes[spec.device]),
+                                                       name=f"worker-{spec.device}", daemon=True)
+                          for spec in specs}
+
+    def start(self) -> None:
+        """Start the processes; from then on their ends of the pipes are theirs alone."""
+        for process in self.processes.values():
+            process.start()
+        for ends in self._pipes.values():
+            for pipe in ends.values():
+                pipe.close()
+
+    def dead(self) -> list[tuple[int, str]]:
+        """Processes that have ended."""
+        return [(device, f"its process has ended with exit code {process.exitcode}")
+                for device, process in self.processes.items() if process.exitcode is not None]
+
+    def stop(self, at_once: bool) -> None:
+        """Ask the processes to end; those that do not in time are killed."""
+        for device in self.processes:
+            self.endpoint.send(device, Stop(at_once))
+        deadline_s = time.monotonic() + STOP_S
+        for process in self.processes.values():
+            if process.pid is None:
+                continue
+            process.join(max(0.0, deadline_s - time.monotonic()))
+            if process.exitcode is None:
+                process.kill()
+                process.join()

@@ -1,0 +1,104 @@
+"""How messages travel: an interface, and its implementation inside one process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from heapq import heappop, heappush
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+from hetis_exec.messages import CacheData, Message
+
+Delay = Callable[[int, int, Message], float]
+"""Seconds that a message from a sender to a target spends on the wire."""
+
+
+class Endpoint(Protocol):
+    """One party's access to the others. Messages from one sender come in the order of sending."""
+
+    def send(self, target: int, message: Message) -> None:
+        """Hand a message over; returns without waiting for its receiver."""
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message, or None if none comes in time."""
+
+
+class Transport(Protocol):
+    """Connects the driver and the workers."""
+
+    def endpoint(self, address: int) -> Endpoint:
+        """The endpoint of a party. Each is used by one thread only."""
+
+
+class InProcessTransport:
+    """Queues between threads.
+
+    ``delay`` puts messages on a wire of some length. Cache is sent at low priority: it never
+    holds up other messages of its link, and keeps its own order.
+    """
+
+    def __init__(self, delay: Delay | None = None) -> None:
+        self._delay = delay
+        self._queues: dict[int, SimpleQueue[tuple[float, Message]]] = {}
+
+    def queue(self, address: int) -> SimpleQueue[tuple[float, Message]]:
+        """What is on its way to a party: (when it is due, message)."""
+        return self._queues.setdefault(address, SimpleQueue())
+
+    def delay_s(self, sender: int, target: int, message: Message) -> float:
+        """Seconds on the wire."""
+        return self._delay(sender, target, message) if self._delay else 0.0
+
+    def endpoint(self, address: int) -> QueueEndpoint:
+        """The endpoint of a party."""
+        return QueueEndpoint(self, address)
+
+
+class QueueEndpoint:
+    """One party of an :class:`InProcessTransport`."""
+
+    def __init__(self, transport: InProcessTransport, address: int) -> None:
+        self._transport = transport
+        self._address = address
+        self._inbox = transport.queue(address)
+        self._on_the_way: list[tuple[float, int, Message]] = []
+        self._received = 0
+        self._last_due_s: dict[tuple[int, bool], float] = {}
+
+    def send(self, target: int, message: Message) -> None:
+        """Put a message into the target's queue, due when its time on the wire is over."""
+        delay_s = self._transport.delay_s(self._address, target, message)
+        due_s = 0.0
+        if delay_s > 0 or self._last_due_s:
+            link = (target, isinstance(message, CacheData))
+            due_s = max(time.monotonic() + delay_s, self._last_due_s.get(link, 0.0))
+            self._last_due_s[link] = due_s
+        self._transport.queue(target).put((due_s, message))
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """The next message that is due within the time."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            self._take_in()
+            now_s = time.monotonic()
+            if self._on_the_way and self._on_the_way[0][0] <= now_s:
+                return heappop(self._on_the_way)[2]
+            until_s = min(deadline_s, self._on_the_way[0][0] if self._on_the_way else deadline_s)
+            if until_s <= now_s:
+                return None
+            try:
+                self._push(self._inbox.get(timeout=until_s - now_s))
+            except Empty:
+                continue
+
+    def _take_in(self) -> None:
+        while True:
+            try:
+                self._push(self._inbox.get_nowait())
+            except Empty:
+                return
+
+    def _push(self, item: tuple[float, Message]) -> None:
+        self._received += 1
+        heappush(self._on_the_way, (item[0], self._received, item[1]))

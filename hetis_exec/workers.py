@@ -1,0 +1,147 @@
+"""Workers: what computes. Each has the cache of one device and talks through one endpoint.
+
+A primary worker (:mod:`hetis_exec.primary`) holds weights: it computes the steps it is told to,
+in order. An attention worker holds cache and nothing else: it answers whoever asks. Neither
+decides anything.
+
+No two workers ever wait for each other. The driver numbers its messages alike for all workers
+of an instance; a primary works through them in that order and waits only for results that
+belong to the same or an earlier number, and an attention worker never waits for anything but
+its inbox.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+
+from hetis_exec.cachekeeper import CacheKeeper
+from hetis_exec.errors import ExecutorError
+from hetis_exec.kvcache import KvPool
+from hetis_exec.messages import (
+    DRIVER,
+    AttentionRequest,
+    AttentionResult,
+    Beat,
+    CacheData,
+    Control,
+    Failed,
+    Message,
+    Stop,
+)
+from hetis_exec.transport import Endpoint
+
+BEAT_S = 0.2
+"""A worker that works or waits shows that it is alive this often."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The driver has said stop."""
+
+
+class Worker(ABC):
+    """What both kinds of worker share: the inbox and the cache.
+
+    Attributes:
+        device: id of the device.
+        cache: its cache.
+    """
+
+    def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float) -> None:
+        self.device = device
+        self.cache = CacheKeeper(device, pool, endpoint.send)
+        self.send = endpoint.send
+        self._endpoint = endpoint
+        self._timeout_s = timeout_s
+        self._beat_s = -math.inf
+
+    def run(self) -> None:
+        """Work until told to stop; whatever goes wrong is reported to the driver."""
+        try:
+            while True:
+                self.turn()
+        except Stopped:
+            return
+        except Exception:  # noqa: BLE001 - the driver is told, and raises
+            self.send(DRIVER, Failed(self.device, traceback.format_exc()))
+
+    @abstractmethod
+    def turn(self) -> None:
+        """Deal with what has come."""
+
+    @abstractmethod
+    def take(self, message: Message) -> None:
+        """Sort one message in."""
+
+    def pump(self) -> None:
+        """Take in one message, if one comes soon.
+
+        Raises:
+            Stopped: it said so.
+        """
+        now_s = time.monotonic()
+        if now_s - self._beat_s >= BEAT_S:
+            self._beat_s = now_s
+            self.send(DRIVER, Beat(self.device))
+        message = self._endpoint.receive(BEAT_S)
+        if isinstance(message, Stop) and message.at_once:
+            raise Stopped
+        if isinstance(message, CacheData):
+            self.cache.take(message)
+        elif message is not None:
+            self.take(message)
+
+    def wait_until(self, done: Callable[[], bool], for_what: str) -> None:
+        """Take in messages until something holds.
+
+        Raises:
+            ExecutorError: it does not come about in time.
+        """
+        deadline_s = time.monotonic() + self._timeout_s
+        while not done():
+            self.pump()
+            if time.monotonic() > deadline_s:
+                raise ExecutorError(f"device {self.device} has waited {self._timeout_s:g} s for {for_what}")
+
+
+class AttentionWorker(Worker):
+    """Cache and decode attention of one device, for all stages of its instance."""
+
+    def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float) -> None:
+        super().__init__(device, endpoint, pool, timeout_s)
+        self._requests: deque[AttentionRequest] = deque()
+
+    def turn(self) -> None:
+        self.pump()
+        for _ in range(len(self._requests)):
+            request = self._requests.popleft()
+            if self._can_answer(request):
+                self._answer(request)
+            else:
+                self._requests.append(request)
+
+    def take(self, message: Message) -> None:
+        match message:
+            case Control():
+                self.cache.apply(message)
+            case AttentionRequest():
+                self._requests.append(message)
+            case Stop():
+                raise Stopped
+            case _:
+                raise ExecutorError(f"attention worker {self.device} does not know what to do with {message}")
+
+    def _can_answer(self, request: AttentionRequest) -> bool:
+        return request.after <= self.cache.seq and all(
+            self.cache.ready(item.request_id, request.stage, item.groups) for item in request.items)
+
+    def _answer(self, request: AttentionRequest) -> None:
+        begun_s = time.perf_counter()
+        values = self.cache.decode_attention(request.stage, request.layer, request.items, request.queries,
+                                             request.keys, request.values)
+        self.send(request.sender, AttentionResult(request.after, request.layer, self.device, values,
+                                                  time.perf_counter() - begun_s))
