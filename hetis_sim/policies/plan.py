@@ -73,6 +73,8 @@ class InstancePlan:
         require(len(self.stages) >= 1, "instance.stages", self.stages, "at least one stage")
         used = [d for stage in self.stages for d in stage.devices] + list(self.attention_workers)
         require(len(used) == len(set(used)), "instance.devices", used, "each device in one role only")
+        require(self.role != "prefill" or not self.attention_workers, "instance.attention_workers",
+                self.attention_workers, "empty where an instance only prefills")
 
     @cached_property
     def positions(self) -> tuple[Position, ...]:
