@@ -108,14 +108,13 @@ def _fill_in_order(stages: Sequence[StageLoad], layers: int, spare_bytes: float,
     left = layers - len(stages)
     for s in order:
         stage = stages[s]
-        wanted = min(left, int((level - stage.fixed_s) / stage.layer_s) - 1)
-        for _ in range(wanted):
-            price = _price(stage, counts[s])
-            if price is None or price > spare:
-                break
-            spare -= price
-            counts[s] += 1
-            left -= 1
+        in_time = (level - stage.fixed_s) / stage.layer_s
+        affordable = max(stage.local_layers, 1.0) + spare / stage.layer_bytes
+        count = min(1 + left, int(min(in_time, affordable, stage.most_layers) + CLEARANCE))
+        if count > 1:
+            spare -= max(0.0, count - max(stage.local_layers, 1.0)) * stage.layer_bytes
+            counts[s] = count
+            left -= count - 1
     return counts if left == 0 else None
 
 

@@ -28,6 +28,9 @@ def place_jointly(context: AttentionContext, load: Load, items: Sequence[tuple[i
         placed: placements found one by one, which fit.
     """
     pairs = _useful_pairs(context, load, items, placed)
+    busy = any(any(load.groups[stage.middle:stage.last]) for stage in context.stages)
+    if not pairs and not busy:
+        return placed
     spread = solve(context, [Item(tokens, blocks) for tokens, blocks in items], load.groups, load.tokens,
                    load.free, pairs)
     if spread is None:

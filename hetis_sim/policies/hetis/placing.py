@@ -82,8 +82,8 @@ def place(context: AttentionContext, load: Load, tokens: int, blocks: int,
         tempting = tempting or level > stage.remote_fixed
     if not shortage and not tempting:
         return context.local_placement
-    if not context.workers and old is None:
-        return None if shortage else context.local_placement
+    if not context.workers:
+        return None if shortage and old is None else context.local_placement
     placing = _Placing(context, load, tokens, blocks, old, levels)
     if shortage:
         return placing.run(range(len(context.stages)), shortage=True)
@@ -201,6 +201,7 @@ class _Placing:
         else:
             limits = [[n * self.parts for n in stage.owned] for stage in stages]
             lack = [0] * len(stages)
+        home = 0.0 if shortage or len(stages) == 1 else self._now()
         owed = 0.0
         if shortage:
             owed = sum(n * stage.layers * self.blocks for n, stage in zip(lack, stages, strict=True))
@@ -220,7 +221,14 @@ class _Placing:
             if self.old is not None:
                 _keep_in_place(self.old[stages[s].first:stages[s].last], work, level)
             self._book(work)
-        return tuple(self.placement)
+        return self.context.local_placement if home and self._now() >= home else tuple(self.placement)
+
+    def _now(self) -> float:
+        """F with the stages placed so far, all others at home."""
+        total = 0.0
+        for stage, level, row in zip(self.context.stages, self.levels, self.wires, strict=True):
+            total += stage.layers * max(level, *map(add, self.busy, row))
+        return total
 
     def _local_limits(self, stage: Stage) -> list[int]:
         unit, free = stage.layers * self.blocks, self.load.free

@@ -132,15 +132,11 @@ def _fill(share: Array, speed: Array, local: Array, hard: Array, layers: int, sp
         inside = (share * np.minimum(wanted, local)).sum(axis=1)
         beyond = (share * np.minimum(wanted, hard)).sum(axis=1) - inside
         missing = layers - inside - np.minimum(beyond, spare)
-        if bool((missing <= 1e-6 * layers).all()):
-            break
         rate = (share * speed * (wanted < local)).sum(axis=1)
         stretch = (share * speed * ((wanted >= local) & (wanted < hard))).sum(axis=1)
         rate += np.where(beyond < spare, stretch, 0.0)
-        step = np.divide(missing, rate, out=np.full(len(level), np.inf), where=rate > 0.0)
-        level = np.where(missing > 1e-6 * layers, level + step, level)
-        level = np.where(np.isfinite(level), level, np.inf)
-        if not np.isfinite(level).all():
-            share = np.where(np.isfinite(level)[:, None], share, 0.0)
-            speed = np.where(np.isfinite(level)[:, None], speed, 0.0)
+        open_ = (missing > 1e-6 * layers) & (rate > 0.0)
+        if not open_.any():
+            break
+        level = level + np.divide(missing, rate, out=np.zeros(len(level)), where=open_)
     return np.where(missing <= 1e-3 * layers, level, np.inf)

@@ -99,9 +99,9 @@ class LayoutSearch:
                    int(memory / self.problem.model.weight_bytes_total))
         if most <= INSTANCE_COUNTS:
             return list(range(1, most + 1))
-        sizes = [len(kind.devices) for kind in primaries]
+        sizes, stride = [len(kind.devices) for kind in primaries], -(-most // INSTANCE_COUNTS)
         return [n for n in range(1, most + 1)
-                if n <= INSTANCE_COUNTS // 2 or any(size % n == 0 for size in sizes)]
+                if n <= INSTANCE_COUNTS // 2 or n % stride == 0 or any(size % n == 0 for size in sizes)]
 
     def _layout(self, primaries: Sequence[GpuType], workers: Sequence[GpuType], count: int,
                 degrees: Sequence[int]) -> Layout | None:
