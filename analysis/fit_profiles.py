@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from analysis.fit.crosscheck import cross_table
 from analysis.fit.data import Store
 from analysis.fit.derived import derive_all
 from analysis.fit.network import all_reduce_modules, transfer_module
@@ -48,7 +49,8 @@ def write(profiles: dict[str, dict[str, Any]], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, profile in profiles.items():
         parse_profile(profile, name)
-        lines = [f"  {json.dumps(module)}: {json.dumps(content)}" for module, content in profile["modules"].items()]
+        lines = [f"  {json.dumps(module)}: {json.dumps(content)}"
+                 for module, content in profile["modules"].items()]
         head = {key: profile[key] for key in ("schema", "name", "device")}
         text = json.dumps(head)[:-1] + ', "modules": {\n' + ",\n".join(lines) + "\n}}\n"
         (folder / f"{name}.json").write_text(text, encoding="utf-8")
@@ -56,15 +58,20 @@ def write(profiles: dict[str, dict[str, Any]], folder: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder of the public timings (manifest.json in it)")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True,
+                        help="folder of the public timings (manifest.json in it)")
     parser.add_argument("--out", type=Path, default=PROFILES, help="folder of the profiles")
     chosen = parser.parse_args(arguments)
     if not (chosen.data / "manifest.json").is_file():
         parser.error(f"--data {chosen.data}: no manifest.json there")
-    profiles = fit_all(Store(chosen.data))
+    store = Store(chosen.data)
+    profiles = fit_all(store)
     write(profiles, chosen.out)
     print(error_table(profiles))
+    print()
+    print(cross_table(store, profiles))
     return 0
 
 

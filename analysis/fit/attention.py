@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,9 +24,10 @@ PREFILL_SHARED = ("flops_per_s", "block_flops_per_s", "bytes_per_s", "fixed_s", 
 
 def predict_prefill(model: PrefillClass, rows: pd.DataFrame, *, corrected: bool = True) -> Floats:
     """Seconds for each row of one head size."""
-    columns = [rows[key].to_numpy(dtype=np.float64) for key in ("heads", "kv_heads", "new", "context", "batch")]
+    heads, kv_heads, new, context, batch = (rows[key].to_numpy(dtype=np.float64) for key in (
+        "heads", "kv_heads", "new", "context", "batch"))
     call = model.seconds if corrected else model.base_s
-    return call(*columns[:4], KV_BYTES, batch=columns[4])
+    return call(heads, kv_heads, new, context, KV_BYTES, batch=batch)
 
 
 def fit_prefill(rows: pd.DataFrame, flops_per_s: float, bytes_per_s: float) -> PrefillClass:
@@ -34,14 +36,16 @@ def fit_prefill(rows: pd.DataFrame, flops_per_s: float, bytes_per_s: float) -> P
                       flops_per_s, bytes_per_s) for block in BLOCKS]
     model = min(tries, key=lambda found: found[0])[1]
     blocks = rows["batch"] * rows["heads"] * np.ceil(rows["new"] / model.block)
-    coordinates = (np.log2(blocks.to_numpy()), np.log2((rows["context"] + rows["new"]).to_numpy(dtype=np.float64)),
-                   np.log2((rows["heads"] / rows["kv_heads"]).to_numpy()))
+    keys = (rows["context"] + rows["new"]).to_numpy(dtype=np.float64)
+    group = (rows["heads"] / rows["kv_heads"]).to_numpy()
+    coordinates = (np.log2(blocks.to_numpy()), np.log2(keys), np.log2(group))
     target = np.log(rows["seconds"].to_numpy() / predict_prefill(model, rows))
     return model.with_correction(fit_surface(coordinates, target, (BLOCK_KNOTS, KEY_KNOTS, GROUP_KNOTS)))
 
 
 def _prefill_start(head_dim: int, block: int, flops_per_s: float, bytes_per_s: float) -> PrefillClass:
-    return PrefillClass(head_dim, block, 0.6 * flops_per_s, 0.6 * flops_per_s / 100, 0.8 * bytes_per_s, 8e-6, 3.0)
+    rate = 0.6 * flops_per_s
+    return PrefillClass(head_dim, block, rate, rate / 100, 0.8 * bytes_per_s, fixed_s=8e-6, sharpness=3.0)
 
 
 def _descend(model: PrefillClass, rows: pd.DataFrame, flops_per_s: float,
@@ -59,7 +63,8 @@ def _descend(model: PrefillClass, rows: pd.DataFrame, flops_per_s: float,
         for key in PREFILL_SHARED:
             for factor in (np.exp(step), np.exp(-step)):
                 value = min(getattr(model, key) * factor, limits.get(key, np.inf))
-                trial = replace(model, **{key: float(max(value, 1.2) if key == "sharpness" else value)})
+                changed: dict[str, Any] = {key: float(max(value, 1.2) if key == "sharpness" else value)}
+                trial = replace(model, **changed)
                 found = loss(trial)
                 if found < best:
                     best, model = found, trial
@@ -83,7 +88,8 @@ def fit_decode(rows: pd.DataFrame, limited: Mask, bytes_per_s: float) -> Attenti
     seconds = rows["seconds"].to_numpy()
     weight = np.where(limited, 1.0, 0.2)
     unit = (1e-9, 1e-12, 1e-6)
-    design = np.column_stack([heads * unit[0], moved * unit[1], np.full(len(rows), unit[2])]) / seconds[:, None]
+    columns = [heads * unit[0], moved * unit[1], np.full(len(rows), unit[2])]
+    design = np.column_stack(columns) / seconds[:, None]
     count = len(rows)
     identity = np.eye(count)
     found = linprog(np.concatenate([np.zeros(3), weight]),
@@ -101,12 +107,15 @@ def predict_decode(cost: AttentionCost, rows: pd.DataFrame) -> Floats:
     return cost.a_s_per_head * heads + cost.b_s_per_byte * moved + cost.c_s
 
 
-def decode_classes(rows: pd.DataFrame, limited: Mask, bytes_per_s: float, least: int = 12) -> list[DecodeClass]:
+def decode_classes(rows: pd.DataFrame, limited: Mask, bytes_per_s: float,
+                   least: int = 12) -> list[DecodeClass]:
     """One fit for each head size and number of heads per group with at least ``least`` limited rows."""
     found = []
-    ratio = rows["heads"] // rows["kv_heads"]
-    for (head_dim, group), part in rows.groupby([rows["head_dim"], ratio]):
-        marks = limited[rows.index.get_indexer(part.index)]
-        if marks.sum() >= least:
-            found.append(DecodeClass(int(head_dim), int(group), fit_decode(part, marks, bytes_per_s)))
+    head_dims = rows["head_dim"].to_numpy()
+    groups = (rows["heads"] // rows["kv_heads"]).to_numpy()
+    for head_dim, group in sorted(set(zip(head_dims.tolist(), groups.tolist(), strict=True))):
+        chosen = (head_dims == head_dim) & (groups == group)
+        if (chosen & limited).sum() >= least:
+            cost = fit_decode(rows[chosen], limited[chosen], bytes_per_s)
+            found.append(DecodeClass(head_dim, group, cost))
     return found

@@ -23,7 +23,7 @@ CHIPS = {
     "a10": (72, 6 * MB), "a10g": (80, 6 * MB), "rtx3090": (82, 6 * MB), "a30": (56, 24 * MB),
     "v100-16gb": (80, 6 * MB), "v100-32gb": (80, 6 * MB), "v100-sxm2-16gb": (80, 6 * MB),
     "v100-sxm2-32gb": (80, 6 * MB), "t4": (40, 4 * MB), "p100-16gb": (56, 4 * MB), "p100-12gb": (56, 3 * MB),
-    "p100-sxm2-16gb": (56, 4 * MB), 
+    "p100-sxm2-16gb": (56, 4 * MB),
 }
 
 # Cards whose timings show products of small weights served from the cache: rates beyond those of

@@ -23,6 +23,7 @@ NS = 1e-9
 HALF = 2
 
 # (hidden, query heads, KV heads, head_dim, inner width) of the architectures in the layer timings.
+Architecture = tuple[int, int, int, int, int]
 LLAMA_3_8B = (4096, 32, 8, 128, 14336)
 QWEN_3_32B = (5120, 64, 8, 128, 25600)
 
@@ -44,12 +45,16 @@ class Store:
         return [{"file": file, **{key: manifest[file][key] for key in keys}} for file in files]
 
 
+def _median(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """One row for each combination of ``keys``, with the median time."""
+    return rows.groupby(keys)["seconds"].median().reset_index()
+
+
 def gemm_aiconfigurator(store: Store, file: str) -> pd.DataFrame:
     """16-bit matrix products of a card, warm clocks, launches hidden in a CUDA graph."""
     rows = pd.read_parquet(store.path(file))
     rows = rows[rows["gemm_dtype"] == "bfloat16"]
-    rows = rows.assign(seconds=rows["latency"] * MS)
-    return rows.groupby(["m", "n", "k"], as_index=False)["seconds"].median()
+    return _median(rows.assign(seconds=rows["latency"] * MS), ["m", "n", "k"])
 
 
 def gemm_apex(store: Store, file: str) -> pd.DataFrame:
@@ -80,7 +85,7 @@ def gemm_vidur(store: Store, files: list[str]) -> pd.DataFrame:
                                 "seconds": rows[f"time_stats.{op}.median"] * MS})
                   for op, (n, k) in shapes.items()]
     rows = pd.concat(parts)
-    return rows[rows["seconds"] > 0].groupby(["m", "n", "k"], as_index=False)["seconds"].median()
+    return _median(rows[rows["seconds"] > 0], ["m", "n", "k"])
 
 
 def elementwise_vidur(store: Store, files: list[str]) -> pd.DataFrame:
@@ -96,7 +101,7 @@ def elementwise_vidur(store: Store, files: list[str]) -> pd.DataFrame:
                   pd.DataFrame({"kind": "activation", "bytes": np.where(rows["use_gated_mlp"], 3, 2) * inner,
                                 "seconds": rows["time_stats.mlp_act.median"] * MS})]
     rows = pd.concat(parts)
-    return rows[rows["seconds"] > 0].groupby(["kind", "bytes"], as_index=False)["seconds"].median()
+    return _median(rows[rows["seconds"] > 0], ["kind", "bytes"])
 
 
 def gemm_layers_ns(store: Store, files: list[tuple[str, int]]) -> pd.DataFrame:
@@ -123,12 +128,12 @@ def elementwise_layers_ns(store: Store, files: list[tuple[str, int]]) -> pd.Data
         chosen = rows[rows["layer_name"] == "act_fn"]
         # Activation and product are two kernels there: five elements move for each inner one.
         moved = chosen["input"] * LLAMA_3_8B[4] // tp * 5 * HALF
-        parts.append(pd.DataFrame({"kind": "activation", "bytes": moved, "seconds": chosen["latency(ns)"] * NS}))
-    rows = pd.concat(parts)
-    return rows.groupby(["kind", "bytes"], as_index=False)["seconds"].median()
+        parts.append(pd.DataFrame({"kind": "activation", "bytes": moved,
+                                   "seconds": chosen["latency(ns)"] * NS}))
+    return _median(pd.concat(parts), ["kind", "bytes"])
 
 
-def gemm_vllm_layers(store: Store, files: list[tuple[str, tuple[int, int, int, int, int], int, int]]) -> pd.DataFrame:
+def gemm_vllm_layers(store: Store, files: list[tuple[str, Architecture, int, int]]) -> pd.DataFrame:
     """Projections inside vLLM 0.19: (file, architecture, tp, vocabulary); microseconds."""
     parts = []
     for file, (hidden, heads, kv_heads, head_dim, inner), tp, vocab in files:
@@ -138,7 +143,8 @@ def gemm_vllm_layers(store: Store, files: list[tuple[str, tuple[int, int, int, i
                   "gate_up_proj": (2 * inner // tp, hidden), "down_proj": (hidden, inner // tp)}
         for layer, (n, k) in shapes.items():
             chosen = rows[rows["layer"] == layer]
-            parts.append(pd.DataFrame({"m": chosen["tokens"], "n": n, "k": k, "seconds": chosen["time_us"] * US}))
+            parts.append(pd.DataFrame({"m": chosen["tokens"], "n": n, "k": k,
+                                       "seconds": chosen["time_us"] * US}))
         heads_file = pd.read_csv(store.path(file.replace("dense", "per_sequence")))
         chosen = heads_file[heads_file["layer"] == "lm_head"]
         parts.append(pd.DataFrame({"m": chosen["sequences"], "n": vocab // tp, "k": hidden,
@@ -146,8 +152,7 @@ def gemm_vllm_layers(store: Store, files: list[tuple[str, tuple[int, int, int, i
     return pd.concat(parts, ignore_index=True)
 
 
-def elementwise_vllm_layers(store: Store,
-                            files: list[tuple[str, tuple[int, int, int, int, int], int, int]]) -> pd.DataFrame:
+def elementwise_vllm_layers(store: Store, files: list[tuple[str, Architecture, int, int]]) -> pd.DataFrame:
     """Fused norm with residual, activation and rotary embedding inside vLLM 0.19."""
     parts = []
     for file, (hidden, heads, kv_heads, head_dim, inner), tp, _ in files:
@@ -158,18 +163,17 @@ def elementwise_vllm_layers(store: Store,
             chosen = rows[rows["layer"] == layer]
             parts.append(pd.DataFrame({"kind": kind, "bytes": chosen["tokens"] * elements * HALF,
                                        "seconds": chosen["time_us"] * US}))
-    rows = pd.concat(parts)
-    return rows.groupby(["kind", "bytes"], as_index=False)["seconds"].median()
+    return _median(pd.concat(parts), ["kind", "bytes"])
 
 
 def gemm_neusight(store: Store, device: str) -> pd.DataFrame:
     """FP32 linear layers with TF32 off, widths that are multiples of 4; mean of the five fastest of 25."""
-    parts = [pd.read_csv(store.path(f"kernels/neusight_fp32/{split}_linear.csv.gz")) for split in ("train", "test")]
-    rows = pd.concat(parts)
+    rows = pd.concat([pd.read_csv(store.path(f"kernels/neusight_fp32/{split}_linear.csv.gz"))
+                      for split in ("train", "test")])
     aligned = (rows["N"] % 4 == 0) & (rows["K"] % 4 == 0)
     rows = rows[(rows["Device"] == device) & aligned]
-    return pd.DataFrame({"m": rows["B"] * rows["M"], "n": rows["K"], "k": rows["N"],
-                         "seconds": rows["Latency"] * MS}).groupby(["m", "n", "k"], as_index=False)["seconds"].median()
+    return _median(pd.DataFrame({"m": rows["B"] * rows["M"], "n": rows["K"], "k": rows["N"],
+                                 "seconds": rows["Latency"] * MS}), ["m", "n", "k"])
 
 
 def elementwise_neusight(store: Store, device: str) -> pd.DataFrame:
@@ -205,8 +209,7 @@ def prefill_aiconfigurator(store: Store, file: str) -> pd.DataFrame:
     frame = pd.DataFrame({"batch": rows["batch_size"], "heads": rows["num_heads"],
                           "kv_heads": rows["num_key_value_heads"], "head_dim": rows["head_dim"],
                           "new": rows["isl"], "context": 0, "seconds": rows["latency"] * MS})
-    keys = ["batch", "heads", "kv_heads", "head_dim", "new", "context"]
-    return frame.groupby(keys, as_index=False)["seconds"].median()
+    return _median(frame, ["batch", "heads", "kv_heads", "head_dim", "new", "context"])
 
 
 def decode_aiconfigurator(store: Store, file: str) -> pd.DataFrame:
@@ -215,8 +218,7 @@ def decode_aiconfigurator(store: Store, file: str) -> pd.DataFrame:
     frame = pd.DataFrame({"batch": rows["batch_size"], "heads": rows["num_heads"],
                           "kv_heads": rows["num_key_value_heads"], "head_dim": rows["head_dim"],
                           "length": rows["isl"] + rows["step"], "seconds": rows["latency"] * MS})
-    keys = ["batch", "heads", "kv_heads", "head_dim", "length"]
-    return frame.groupby(keys, as_index=False)["seconds"].median()
+    return _median(frame, ["batch", "heads", "kv_heads", "head_dim", "length"])
 
 
 def attention_vidur(store: Store, file: str) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -236,8 +238,8 @@ def attention_vidur(store: Store, file: str) -> tuple[pd.DataFrame, pd.DataFrame
             decode[["batch", "heads", "kv_heads", "head_dim", "length", "seconds"]])
 
 
-def attention_vllm_layers(store: Store, files: list[tuple[str, tuple[int, int, int, int, int], int]]
-                          ) -> tuple[pd.DataFrame, pd.DataFrame]:
+def attention_vllm_layers(store: Store,
+                          files: list[tuple[str, Architecture, int]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(prefill, decode) attention inside vLLM 0.19: one prompt chunk alone, or decodes alone."""
     prefills, decodes = [], []
     for file, (_, heads, kv_heads, head_dim, _), tp in files:

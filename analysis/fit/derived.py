@@ -30,10 +30,11 @@ from analysis.fit.recipes import Fitted
 from hetis_sim.cost.fitted import ProfileCost
 from hetis_sim.cost.gemm import TileWaveGemm
 from hetis_sim.cost.grid import STORED_UNIT, Grid
-from hetis_sim.cost.profile import Profile, parse_profile
+from hetis_sim.cost.profile import SCHEMA, Profile, parse_profile
 from hetis_sim.cost.roofline import RooflineCost
 from hetis_sim.spec.architectures import MODELS
 
+HELIX_FILE = "kernels/helix/layer_time_by_batch.csv"
 HELIX_MODELS = {"llama1_30b": "llama-30b", "llama2_70b": "llama2-70b"}
 # Rows used: prompts long enough for the rounding to whole ms not to matter, decode batches
 # so small that attention over a context of unknown length does not count.
@@ -50,9 +51,9 @@ class Relative:
 
 
 RELATIVES = (
-    Relative("a100-40gb", "a100-80gb", "same GA100 chip at the same clocks; memory at 1555 instead of 2039 GB/s"),
-    Relative("a100-pcie-80gb", "a100-80gb", "same GA100 chip; memory at 1935 GB/s; the 300 W limit is not modelled"),
-    Relative("a100-pcie-40gb", "a100-80gb", "same GA100 chip; memory at 1555 GB/s; the 250 W limit is not modelled"),
+    Relative("a100-40gb", "a100-80gb", "same GA100 chip and clocks; memory at 1555 instead of 2039 GB/s"),
+    Relative("a100-pcie-80gb", "a100-80gb", "same GA100 chip; memory at 1935 GB/s; its 300 W not modelled"),
+    Relative("a100-pcie-40gb", "a100-80gb", "same GA100 chip; memory at 1555 GB/s; its 250 W not modelled"),
     Relative("h100-pcie", "h100-sxm", "same GH100 chip with 114 multiprocessors and HBM2e; datasheet ratios"),
     Relative("rtx6000-ada", "l40s", "same AD102 chip and 142 multiprocessors; datasheet ratios"),
     Relative("a10", "a40", "GA102 with 72 multiprocessors; datasheet ratios"),
@@ -60,7 +61,7 @@ RELATIVES = (
     Relative("v100-32gb", "v100-16gb", "same card with more memory"),
     Relative("v100-sxm2-16gb", "v100-16gb", "same GV100 chip at higher clocks; datasheet ratios"),
     Relative("v100-sxm2-32gb", "v100-16gb", "same GV100 chip at higher clocks; datasheet ratios"),
-    Relative("p100-12gb", "p100-16gb", "same GP100 chip with three of four memory stacks: 549 instead of 732 GB/s"),
+    Relative("p100-12gb", "p100-16gb", "same GP100 chip with three of four memory stacks: 549, not 732 GB/s"),
     Relative("p100-sxm2-16gb", "p100-16gb", "same GP100 chip at higher clocks; datasheet ratios"),
 )
 
@@ -76,19 +77,19 @@ LENT = (
      "no attention timings of Volta: the A100's shares of the peaks; an older kernel may reach less"),
 )
 
-# On the P100 products with rows of more than 2^13 fp32 elements are slow; the least tokens with timings are 2^5.
+# On the P100 products with rows of more than 2^13 fp32 elements are slow; timings start at 2^5 tokens.
 LONG_ROW_LOG2 = 13.0
 LEAST_MEASURED_LOG2 = 5.0
 
 # Memory rate of streaming kernels on each card, column measured_max_GBps of hardware/gpu_catalogue.csv.
 STREAM_BYTES_PER_S = {
-    "a100-80gb": 1780e9, "h100-sxm": 3112e9, "h200": 4350e9, "l40s": 757e9, "rtx-pro-6000": 1632e9, "a30": 801e9,
-    "rtx4090": 954e9, "a40": 557e9, "a6000": 747e9, "rtx3090": 887e9, "v100-16gb": 883e9, "t4": 247e9, "l4": 248e9,
-    "p100-16gb": 559e9,
+    "a100-80gb": 1780e9, "h100-sxm": 3112e9, "h200": 4350e9, "l40s": 757e9, "rtx-pro-6000": 1632e9,
+    "a30": 801e9, "rtx4090": 954e9, "a40": 557e9, "a6000": 747e9, "rtx3090": 887e9, "v100-16gb": 883e9,
+    "t4": 247e9, "l4": 248e9, "p100-16gb": 559e9,
 }
 # Cards without decode timings, and the card whose kernel's launch and cost of a head they are given.
-DECODE_DONORS = {"a40": "l40s", "a6000": "l40s", "rtx3090": "rtx4090", "v100-16gb": "a100-80gb", "t4": "a100-80gb",
-                 "l4": "l40s", "p100-16gb": "a100-80gb"}
+DECODE_DONORS = {"a40": "l40s", "a6000": "l40s", "rtx3090": "rtx4090", "v100-16gb": "a100-80gb",
+                 "t4": "a100-80gb", "l4": "l40s", "p100-16gb": "a100-80gb"}
 
 
 def lend(found: dict[str, Fitted], target: str, source: str, modules: tuple[str, ...], reason: str,
@@ -124,7 +125,7 @@ def relatives(found: dict[str, Fitted]) -> None:
 
 def profile_of(card: Fitted) -> Profile:
     """The parsed form, as the simulator will read it."""
-    return parse_profile({"schema": 1, "name": card.name, "device": card.name, "modules": card.modules}, card.name)
+    return parse_profile({"schema": SCHEMA, "name": card.name, "device": card.name, "modules": card.modules})
 
 
 def helix_layers(store: Store, device: str) -> pd.DataFrame:
@@ -139,8 +140,9 @@ def predicted_layers(card: Fitted, rows: pd.DataFrame) -> np.ndarray[tuple[int],
     """Dense layer of the profile for each row of whole-layer timings."""
     cost = ProfileCost({card.name: (profile_of(card),)}, RooflineCost())
     facts = spec(card.name)
-    return np.array([cost.dense_layer_s(facts, MODELS[HELIX_MODELS[row.architecture]], int(row.tokens), 1)
-                     for row in rows.itertuples()])
+    pairs = zip(rows["architecture"].tolist(), rows["tokens"].tolist(), strict=True)
+    return np.array([cost.dense_layer_s(facts, MODELS[HELIX_MODELS[name]], int(tokens), 1)
+                     for name, tokens in pairs])
 
 
 def layer_check(store: Store, card: Fitted, device: str, architecture: str | None = None) -> HeldOut:
@@ -150,12 +152,12 @@ def layer_check(store: Store, card: Fitted, device: str, architecture: str | Non
         rows = rows[rows["architecture"] == architecture].reset_index(drop=True)
     measured = rows["seconds"].to_numpy()
     return score(predicted_layers(card, rows), measured, np.ones(len(rows), dtype=bool),
-                 f"whole decoder layers of {architecture or 'both models'} in vLLM on this card (attention and "
-                 f"kernel gaps included in the measurement, not in the prediction)")
+                 f"whole decoder layers of {architecture or 'both models'} in vLLM on this card "
+                 f"(attention and kernel gaps are in the measurement, not in the prediction)")
 
 
 def whole_layer_card(store: Store, found: dict[str, Fitted], name: str, donor: str) -> None:
-    """A card timed in whole layers only: a relative's shapes, two rates set on one model, tested on the other."""
+    """A card timed in whole layers only: a relative's shapes, rates set on one model, tested on another."""
     card, base, giver = found[name], ratio(name, donor), found[donor]
     assert giver.gemm is not None
     rows = helix_layers(store, name)
@@ -171,18 +173,19 @@ def whole_layer_card(store: Store, found: dict[str, Fitted], name: str, donor: s
     lend(found, name, donor, ("gemm",), "", by)
     error = layer_check(store, card, name, "llama2_70b")
     card.modules["gemm"].update(
-        sources=[*store.sources(["kernels/helix/layer_time_by_batch.csv"]), *giver.modules["gemm"]["sources"]],
+        sources=[*store.sources([HELIX_FILE]), *giver.modules["gemm"]["sources"]],
         held_out=error.dump(),
-        note=f"tile structure of {donor}; compute and memory rates set by whole layers of Llama-30B timed on this "
-             f"card ({by.compute / base.compute:.2f} and {by.bandwidth / base.bandwidth:.2f} of the datasheet "
-             f"ratios), tested on those of Llama-2-70B")
+        note=f"tile structure of {donor}; compute and memory rates set by whole layers of Llama-30B timed on "
+             f"this card ({by.compute / base.compute:.2f} and {by.bandwidth / base.bandwidth:.2f} of the "
+             f"datasheet ratios), tested on those of Llama-2-70B")
     lend(found, name, donor, ("prefill_attention",),
-         "its shares of the peaks, with the compute rate that whole layers of this card reach relative to it", by)
+         "its shares of the peaks, with the compute rate that whole layers of this card reach", by)
 
 
 def neusight_elementwise(store: Store, card: Fitted, device: str) -> None:
     """Streaming kernels from fp32 layer norm and softmax."""
-    files = [f"kernels/neusight_fp32/{split}_{kind}.csv.gz" for kind in ("ln", "softmax") for split in ("train", "test")]
+    files = [f"kernels/neusight_fp32/{split}_{kind}.csv.gz" for kind in ("ln", "softmax")
+             for split in ("train", "test")]
     card.curves, card.modules["elementwise"] = streaming_module(
         data.elementwise_neusight(store, device), store.sources(files),
         "fp32 layer norm and softmax; small sizes there include the launch and are replaced by 2 us")
@@ -202,10 +205,10 @@ def pascal_card(store: Store, found: dict[str, Fitted], name: str, device: str) 
     card.gemm = half_operands(fitted, STREAM_BYTES_PER_S[name])
     module["range"]["m"][0] = 1.0
     module.update(coefficients=card.gemm.dump(), note=(
-        "error is that of fp32 operands, TF32 off; 16-bit operands run at the same rate with fp32 accumulation "
-        "(PyTorch's only choice below compute capability 7.0) and half the bytes, and the fall beyond k = 8192 "
-        "(rows longer than the address caches reach) comes at twice the k; below 32 tokens nothing is measured: the "
-        "time runs from that of streaming the weights for one token to the fit at 32"))
+        "error is that of fp32 operands, TF32 off; 16-bit operands run at the same rate with fp32 "
+        "accumulation (PyTorch's only choice below compute capability 7.0) and half the bytes, and the fall "
+        "beyond k = 8192 (taken to be address caches, so a matter of bytes) comes at twice the k; below 32 "
+        "tokens nothing is measured: the time runs from that of streaming the weights once to the fit"))
     card.modules["gemm"] = module
     neusight_elementwise(store, card, device)
     donor = "a100-80gb"
@@ -217,18 +220,20 @@ def pascal_card(store: Store, found: dict[str, Fitted], name: str, device: str) 
     card.modules["prefill_attention"] = body(
         "flash_blocks", "derived", {"classes": [c.dump() for c in card.prefill]},
         ranges=found[donor].modules["prefill_attention"]["range"], sources=store.sources(batched),
-        note=f"blocks of the A100's kernel at {efficiency:.2f} of this card's fp32 peak: the harmonic mean of what its "
-             f"batched products reach in the shapes of QK and PV (inner or outer size 48 to 160, 256 rows and more)")
+        note=f"blocks of the A100's kernel at {efficiency:.2f} of this card's fp32 peak: the harmonic mean "
+             f"of what its batched products reach in the shapes of QK and PV (inner or outer size 48 to 160, "
+             f"256 rows and more)")
 
 
 def half_operands(fitted: TileWaveGemm, stream_bytes_per_s: float) -> TileWaveGemm:
-    """The fp32 fit for 16-bit operands: knots of long rows at twice the k, thin products towards streaming."""
+    """The fp32 fit for 16-bit operands: knots of long rows at twice the k, thin products nearer streaming."""
     assert fitted.correction is not None
     m_knots, n_knots, k_knots = fitted.correction.knots
     values = np.asarray(fitted.correction.values).reshape(len(m_knots), len(n_knots), len(k_knots))
     k_moved = tuple(knot + 1.0 if knot >= LONG_ROW_LOG2 else knot for knot in k_knots)
     first = m_knots.index(LEAST_MEASURED_LOG2)
-    n, k = (axis.ravel() for axis in np.meshgrid(2.0 ** np.array(n_knots), 2.0 ** np.array(k_moved), indexing="ij"))
+    widths = np.meshgrid(2.0 ** np.array(n_knots), 2.0 ** np.array(k_moved), indexing="ij")
+    n, k = (axis.ravel() for axis in widths)
     ones = np.ones(len(n))
     at_start = 2.0 * n * k / stream_bytes_per_s + fitted.fixed_s
     at_fit = fitted.base_s(ones * 2.0 ** m_knots[first], n, k, ones) * np.exp(values[first].ravel())
@@ -251,8 +256,9 @@ def streaming_decode(found: dict[str, Fitted], name: str, donor: str) -> None:
         ranges=found[donor].modules["decode_attention"]["range"],
         sources=[{"text": "streaming rate: hardware/gpu_catalogue.csv, measured_max_GBps"},
                  *found[donor].modules["decode_attention"]["sources"]],
-        note=f"streaming rate measured on this card ({STREAM_BYTES_PER_S[name] / 1e9:.0f} GB/s) times {share:.2f}, the "
-             f"median of decode over streaming rate on seven measured cards; launch and cost of a head from {donor}")
+        note=f"streaming rate measured on this card ({STREAM_BYTES_PER_S[name] / 1e9:.0f} GB/s) times "
+             f"{share:.2f}, the median of decode over streaming rate on seven measured cards; launch and "
+             f"cost of a head from {donor}")
 
 
 def _product_efficiency(store: Store, device: str) -> float:
@@ -276,7 +282,8 @@ def seconds_per_byte(card: Fitted) -> float:
 def decode_over_stream(found: dict[str, Fitted]) -> float:
     """Median over measured cards of decode's memory rate over the streaming rate."""
     measured = [name for name in STREAM_BYTES_PER_S if name not in DECODE_DONORS]
-    return float(np.median([1.0 / seconds_per_byte(found[name]) / STREAM_BYTES_PER_S[name] for name in measured]))
+    shares = [1.0 / seconds_per_byte(found[name]) / STREAM_BYTES_PER_S[name] for name in measured]
+    return float(np.median(shares))
 
 
 def derive_all(store: Store, found: dict[str, Fitted]) -> None:
@@ -295,5 +302,6 @@ def derive_all(store: Store, found: dict[str, Fitted]) -> None:
     for name, device in (("a100-40gb", "a100"), ("v100-16gb", "v100")):
         check = layer_check(store, found[name], device)
         module: Module = found[name].modules["gemm"]
-        module["note"] += (f"{'; ' if module['note'] else ''}against whole layers timed on this card (not fitted): "
-                           f"median {check.median:.1%}, p95 {check.p95:.1%} of {check.n}")
+        joint = "; " if module["note"] else ""
+        module["note"] += (f"{joint}against whole layers timed on this card (not fitted): median "
+                           f"{check.median:.1%}, p95 {check.p95:.1%} of {check.n}")

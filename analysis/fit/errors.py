@@ -58,5 +58,6 @@ def score(predicted: Floats, measured: Floats, counts: Mask, rows: str) -> HeldO
     error = relative_error(predicted, measured)
     if not counts.any():
         raise ValueError(f"no row left to score: {rows}")
-    return HeldOut(int(counts.sum()), float(np.median(error[counts])), float(np.quantile(error[counts], 0.95)),
+    limited = error[counts]
+    return HeldOut(len(limited), float(np.median(limited)), float(np.quantile(limited, 0.95)),
                    len(error), float(np.median(error)), float(np.quantile(error, 0.95)), rows)

@@ -9,6 +9,7 @@ curvature penalty; base and correction are refitted in turn twice.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -68,8 +69,8 @@ class Descent:
                 low, high = LIMITS.get(key, (0.0, np.inf))
                 if key == "bytes_per_s":
                     high = self._card.bytes_per_s
-                value = float(np.clip(getattr(model, key) * factor, low, high))
-                trial = replace(model, **{key: value})
+                changed: dict[str, Any] = {key: float(np.clip(getattr(model, key) * factor, low, high))}
+                trial = replace(model, **changed)
                 loss = self._loss(self._columns(trial), trial)
                 if loss < best:
                     best, model = loss, trial
@@ -121,9 +122,11 @@ def start(card: Card, generator: np.random.Generator | None) -> TileWaveGemm:
     shares = np.array(TILE_SHARES)
     if generator is not None:
         shares = np.clip(shares * np.exp(generator.normal(0.0, 0.15, len(shares))), 0.1, 0.99)
-    tiles = tuple(Tile(*size, float(share) * card.flops_per_s) for size, share in zip(TILES, shares, strict=True))
-    return TileWaveGemm(card.multiprocessors, tiles, SPLITS, ragged=0.9, depth=160.0, bytes_per_s=0.85 * card.bytes_per_s,
-                        fixed_s=3e-6, split_fixed_s=1.5e-6, reduction=0.5, sharpness=4.0, choice=CHOICE)
+    tiles = tuple(Tile(*size, float(share) * card.flops_per_s)
+                  for size, share in zip(TILES, shares, strict=True))
+    return TileWaveGemm(card.multiprocessors, tiles, SPLITS, ragged=0.9, depth=160.0,
+                        bytes_per_s=0.85 * card.bytes_per_s, fixed_s=3e-6, split_fixed_s=1.5e-6,
+                        reduction=0.5, sharpness=4.0, choice=CHOICE)
 
 
 def fit_base(rows: pd.DataFrame, card: Card, starts: int = 5, sample: int = 4000) -> TileWaveGemm:
@@ -172,7 +175,8 @@ def _roughness(shape: tuple[int, ...], stiffness: float) -> sparse.csr_matrix:
         left, middle, right = moved[:-2].ravel(), moved[1:-1].ravel(), moved[2:].ravel()
         row = np.arange(len(left))
         entries = np.concatenate([np.ones(len(row)), -2.0 * np.ones(len(row)), np.ones(len(row))])
-        parts.append(sparse.csr_matrix((entries * stiffness, (np.tile(row, 3), np.concatenate([left, middle, right]))),
+        column = np.concatenate([left, middle, right])
+        parts.append(sparse.csr_matrix((entries * stiffness, (np.tile(row, 3), column)),
                                        shape=(len(row), lattice.size)))
     return sparse.vstack(parts).tocsr()
 
@@ -208,4 +212,5 @@ def ideal_s(rows: pd.DataFrame, card: Card) -> Floats:
     """Datasheet time of each product: the larger of FLOPs and bytes over their peaks."""
     m, n, k = (rows[key].to_numpy(dtype=np.float64) for key in "mnk")
     moved = card.operand_bytes * (n * k + m * (n + k))
-    return np.maximum(2.0 * m * n * k / card.flops_per_s, moved / card.bytes_per_s)
+    ideal: Floats = np.maximum(2.0 * m * n * k / card.flops_per_s, moved / card.bytes_per_s)
+    return ideal

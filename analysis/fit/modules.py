@@ -37,8 +37,9 @@ SIZE_KNOTS = tuple(float(n) for n in range(12, 34, 2))
 LIMITED = "rows whose datasheet time is at least 10 us, so that the launch is not the limit"
 
 
-def body(model: str, status: str, coefficients: Any, *, ranges: Mapping[str, tuple[float, float]] | None = None,
-         error: HeldOut | None = None, sources: list[dict[str, Any]] | None = None, note: str = "") -> Module:
+def body(model: str, status: str, coefficients: Any, *,
+         ranges: Mapping[str, tuple[float, float]] | None = None, error: HeldOut | None = None,
+         sources: list[dict[str, Any]] | None = None, note: str = "") -> Module:
     """One module of a profile."""
     return {"model": model, "status": status, "note": note,
             "range": {key: [float(low), float(high)] for key, (low, high) in (ranges or {}).items()},
@@ -79,7 +80,8 @@ def fit_gemm(rows: pd.DataFrame, bounds: gemm.Card, starts: int = 5) -> TileWave
 
 
 def gemm_module(name: str, rows: pd.DataFrame, sources: list[dict[str, Any]], *,
-                bounds: gemm.Card | None = None, status: str = "measured", note: str = "") -> tuple[TileWaveGemm, Module]:
+                bounds: gemm.Card | None = None, status: str = "measured",
+                note: str = "") -> tuple[TileWaveGemm, Module]:
     """The matrix products of a card.
 
     With many weight shapes a quarter of them is held out and never fitted on. With few, the
@@ -101,7 +103,8 @@ def gemm_module(name: str, rows: pd.DataFrame, sources: list[dict[str, Any]], *,
     limited = gemm_limited(tested, bounds)
     error = score(predicted, tested["seconds"].to_numpy(), limited, f"{split}; {LIMITED}")
     ranges = {key: (rows[key].min(), rows[key].max()) for key in "mnk"}
-    return model, body("tile_wave", status, model.dump(), ranges=ranges, error=error, sources=sources, note=note)
+    return model, body("tile_wave", status, model.dump(), ranges=ranges, error=error, sources=sources,
+                       note=note)
 
 
 def folds(rows: pd.DataFrame) -> Floats:
@@ -151,7 +154,8 @@ def elementwise_module(rows: pd.DataFrame, sources: list[dict[str, Any]],
                        sources=sources, note=note)
 
 
-def streaming_module(rows: pd.DataFrame, sources: list[dict[str, Any]], note: str) -> tuple[dict[str, Curve], Module]:
+def streaming_module(rows: pd.DataFrame, sources: list[dict[str, Any]],
+                     note: str) -> tuple[dict[str, Curve], Module]:
     """One streaming rate, from the large sizes of kernels that were timed with their launch."""
     large = rows[rows["bytes"] >= 64e6]
     rate = float(np.median(large["bytes"] / large["seconds"]))
@@ -160,8 +164,8 @@ def streaming_module(rows: pd.DataFrame, sources: list[dict[str, Any]], note: st
     predicted = curves.predict(curve, large["bytes"].to_numpy(float))
     error = score(predicted, large["seconds"].to_numpy(), np.ones(len(large), dtype=bool),
                   "spread of all sizes from 64 MB around one rate (nothing held out: one coefficient)")
-    return found, body("curves", "measured", {"activation": curve.dump()}, error=error, sources=sources, note=note,
-                       ranges={"bytes": (64e6, rows["bytes"].max())})
+    return found, body("curves", "measured", {"activation": curve.dump()}, error=error, sources=sources,
+                       note=note, ranges={"bytes": (64e6, rows["bytes"].max())})
 
 
 def scaled_curves(found: Mapping[str, Curve], bandwidth: float) -> dict[str, Curve]:
@@ -212,8 +216,10 @@ def prefill_module(name: str, rows: pd.DataFrame,
     classes = [attention.fit_prefill(part, bounds.flops_per_s, bounds.bytes_per_s)
                for _, part in rows[~held].groupby("head_dim")]
     tested = rows[held]
-    error = score(predict_prefill(classes, tested), tested["seconds"].to_numpy(), prefill_limited(name, tested),
-                  f"a quarter of the groups (heads in all, new tokens, context), up to eight prompts; {LIMITED}")
+    error = score(predict_prefill(classes, tested), tested["seconds"].to_numpy(),
+                  prefill_limited(name, tested),
+                  "a quarter of the groups (heads in all, new tokens, context), at most eight prompts; "
+                  f"{LIMITED}")
     keys = rows["new"] + rows["context"]
     return classes, body("flash_blocks", "measured", {"classes": [c.dump() for c in classes]},
                          ranges={"keys": (keys.min(), keys.max())}, error=error, sources=sources)
@@ -256,7 +262,8 @@ def predict_decode(classes: Iterable[DecodeClass], rows: pd.DataFrame) -> Floats
     return predicted
 
 
-def decode_module(name: str, rows: pd.DataFrame, sources: list[dict[str, Any]]) -> tuple[list[DecodeClass], Module]:
+def decode_module(name: str, rows: pd.DataFrame,
+                  sources: list[dict[str, Any]]) -> tuple[list[DecodeClass], Module]:
     """The linear decode model of a card, one class for each head size and heads per group."""
     rows = decode_rows(name, rows)
     held = decode_split(rows)
@@ -271,8 +278,8 @@ def decode_module(name: str, rows: pd.DataFrame, sources: list[dict[str, Any]]) 
     group = [c.heads_per_group for c in classes]
     ranges = {"heads_per_group": (min(group), max(group)),
               "head_dim": (rows["head_dim"].min(), rows["head_dim"].max())}
-    return classes, body("linear", "measured", {"classes": [c.dump() for c in classes]}, ranges=ranges, error=error,
-                         sources=sources)
+    return classes, body("linear", "measured", {"classes": [c.dump() for c in classes]}, ranges=ranges,
+                         error=error, sources=sources)
 
 
 def scaled_prefill(classes: Iterable[PrefillClass], by: Ratio) -> list[PrefillClass]:

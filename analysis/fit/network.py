@@ -17,6 +17,9 @@ from analysis.fit.recipes import Fitted
 from hetis_sim.spec.links import LINKS
 
 KIB = 1024
+AICONFIGURATOR = "network/aiconfigurator/"
+RTX_PRO_NCCL = AICONFIGURATOR + "rtx_pro_6000_server/comm/nccl/2.29.2/nccl_perf.parquet"
+VIDUR_2023 = "network/vidur_2023/"
 REDUCE_KNOTS = tuple(float(n) for n in range(8, 34, 2))
 SMALL_MESSAGE_BYTES = 64 * KIB
 LARGE_MESSAGE_BYTES = 16e6
@@ -67,13 +70,15 @@ MEASURED = (
     Messages("nvlink3", "network/vidur/a100_dgx_send_recv.csv.gz", _vidur_messages(2)),
     Messages("nvlink4", "network/vidur/h100_dgx_send_recv.csv.gz", _vidur_messages(2)),
     Messages("nvlink-bridge", "network/vidur/a100_pairwise_nvlink_send_recv.csv.gz", _vidur_messages(2)),
-    Messages("nvlink2", "network/vidur_2023/v100_p2p_intra_node.csv.gz", _vidur_2023_messages, large_only=True),
-    Messages("nvlink-bridge-ga102", "network/vidur_2023/a40_p2p_intra_node.csv.gz", _vidur_2023_messages, large_only=True),
-    Messages("infiniband-hdr", "network/vidur_2023/a100_p2p_inter_node.csv.gz", _vidur_2023_messages, large_only=True),
+    Messages("nvlink2", VIDUR_2023 + "v100_p2p_intra_node.csv.gz", _vidur_2023_messages, large_only=True),
+    Messages("nvlink-bridge-ga102", VIDUR_2023 + "a40_p2p_intra_node.csv.gz", _vidur_2023_messages,
+             large_only=True),
+    Messages("infiniband-hdr", VIDUR_2023 + "a100_p2p_inter_node.csv.gz", _vidur_2023_messages,
+             large_only=True),
     Messages("infiniband-ndr", "network/vidur/h100_dgx_send_recv.csv.gz", _vidur_messages(1)),
     Messages("ethernet-10g", "network/apex/V100-PCIE-16GB_sendrecv.csv", _apex_messages(2)),
-    Messages("pcie4x16", "network/aiconfigurator/l40s/comm/nccl/2.27.3/nccl_perf.parquet", _pair_exchange),
-    Messages("pcie5x16", "network/aiconfigurator/rtx_pro_6000_server/comm/nccl/2.29.2/nccl_perf.parquet", _pair_exchange),
+    Messages("pcie4x16", AICONFIGURATOR + "l40s/comm/nccl/2.27.3/nccl_perf.parquet", _pair_exchange),
+    Messages("pcie5x16", RTX_PRO_NCCL, _pair_exchange),
 )
 
 
@@ -98,7 +103,7 @@ def transfer_module(store: Store) -> Module:
         rows = rows[(rows["bytes"] > 0) & (rows["seconds"] > 0)]
         if source.large_only:
             rows = rows[rows["bytes"] >= LARGE_MESSAGE_BYTES]
-        rows = rows.groupby("bytes", as_index=False)["seconds"].median()
+        rows = rows.groupby("bytes")["seconds"].median().reset_index()
         held = held_out(rows, ["bytes"])
         known = LINKS[source.link].latency_s + SOFTWARE_S if source.large_only else None
         gamma, beta = _line(rows[~held], known)
@@ -114,8 +119,8 @@ def transfer_module(store: Store) -> Module:
                   "a quarter of the sizes of each measured link; messages of at least 16 MB")
     return body("links", "measured", {link: _rounded(entry) for link, entry in sorted(coefficients.items())},
                 error=error, sources=store.sources(sorted(set(files))),
-                note="gamma of large messages; where small ones were timed with Python's launch, beta is the link's "
-                     "latency plus 6 us")
+                note="gamma of large messages; where small ones were timed with Python's launch, beta is the "
+                     "link's latency plus 6 us")
 
 
 def _rounded(entry: dict[str, Any]) -> dict[str, Any]:
@@ -129,15 +134,15 @@ def _add_relatives(coefficients: dict[str, Any]) -> None:
 
     pcie = (share("pcie4x16") + share("pcie5x16")) / 2.0
     slow, fast = share("ethernet-10g"), share("infiniband-hdr")
-    wanted = [("pcie3x16", pcie, "mean share of the line rate on PCIe 4 and 5; without peer access V100 cards of a "
-                                 "cloud host reached 4.4 GB/s (network/apex)")]
-    wanted += [(f"ethernet-{rate}g", slow, "share of the line rate measured at 10 Gb/s") for rate in (1, 25, 50)]
-    wanted += [(f"ethernet-{rate}g", fast, "share of the line rate measured on a 200 Gb/s fabric")
+    of_rate = "share of the line rate"
+    wanted = [("pcie3x16", pcie, f"mean {of_rate} on PCIe 4 and 5; without peer access V100 cards of a cloud "
+                                 "host reached 4.4 GB/s (network/apex)"),
+              ("infiniband-edr", fast, f"{of_rate} measured on a 200 Gb/s fabric"),
+              ("nvlink5", share("nvlink4"), f"{of_rate} measured on NVLink 4"),
+              ("nvlink-bridge-a30", share("nvlink-bridge-ga102"), f"{of_rate} measured on the A40's bridge")]
+    wanted += [(f"ethernet-{rate}g", slow, f"{of_rate} measured at 10 Gb/s") for rate in (1, 25, 50)]
+    wanted += [(f"ethernet-{rate}g", fast, f"{of_rate} measured on a 200 Gb/s fabric")
                for rate in (100, 200, 400)]
-    wanted += [("infiniband-edr", fast, "share of the line rate measured on a 200 Gb/s fabric")]
-    wanted += [(link, share("nvlink4"), "share of the line rate measured on NVLink 4") for link in ("nvlink5",)]
-    wanted += [(link, share("nvlink-bridge-ga102"), "share of the line rate measured on the A40's bridge")
-               for link in ("nvlink-bridge-a30",)]
     for link, reached, note in wanted:
         facts = LINKS[link]
         coefficients[link] = {"gamma_s_per_byte": 1.0 / (reached * facts.bandwidth_bytes_per_s),
@@ -167,8 +172,10 @@ def _apex_reduce(store: Store, file: str) -> pd.DataFrame:
 
 def _vidur_reduce(store: Store, file: str) -> pd.DataFrame:
     rows = pd.read_csv(store.path(file))
-    rows = rows[(rows["num_workers"] == 4) & (rows["devices_per_node"] == 4) & (rows["rank"] == 0) & (rows["size"] > 0)]
-    return pd.DataFrame({"ranks": 4, "bytes": rows["size"], "seconds": rows["time_stats.all_reduce.median"] * MS})
+    four = (rows["num_workers"] == 4) & (rows["devices_per_node"] == 4)
+    rows = rows[four & (rows["rank"] == 0) & (rows["size"] > 0)]
+    return pd.DataFrame({"ranks": 4, "bytes": rows["size"],
+                         "seconds": rows["time_stats.all_reduce.median"] * MS})
 
 
 @dataclass(frozen=True)
@@ -181,14 +188,13 @@ class Reduces:
     read: Callable[[Store, str], pd.DataFrame]
 
 
-AICONFIGURATOR = "network/aiconfigurator/"
+VLLM_REDUCE = AICONFIGURATOR + "{card}/comm/vllm/{version}/custom_allreduce_perf.parquet"
 REDUCES = (
-    Reduces("a100-80gb", "nvlink3", AICONFIGURATOR + "a100_sxm/comm/vllm/0.14.0/custom_allreduce_perf.parquet", _nccl_rows),
-    Reduces("h100-sxm", "nvlink4", AICONFIGURATOR + "h100_sxm/comm/vllm/0.24.0/custom_allreduce_perf.parquet", _nccl_rows),
-    Reduces("h200", "nvlink4", AICONFIGURATOR + "h200_sxm/comm/vllm/0.24.0/custom_allreduce_perf.parquet", _nccl_rows),
-    Reduces("l40s", "pcie4x16", AICONFIGURATOR + "l40s/comm/vllm/0.22.0/custom_allreduce_perf.parquet", _nccl_rows),
-    Reduces("rtx-pro-6000", "pcie5x16", AICONFIGURATOR + "rtx_pro_6000_server/comm/nccl/2.29.2/nccl_perf.parquet",
-            _nccl_rows),
+    Reduces("a100-80gb", "nvlink3", VLLM_REDUCE.format(card="a100_sxm", version="0.14.0"), _nccl_rows),
+    Reduces("h100-sxm", "nvlink4", VLLM_REDUCE.format(card="h100_sxm", version="0.24.0"), _nccl_rows),
+    Reduces("h200", "nvlink4", VLLM_REDUCE.format(card="h200_sxm", version="0.24.0"), _nccl_rows),
+    Reduces("l40s", "pcie4x16", VLLM_REDUCE.format(card="l40s", version="0.22.0"), _nccl_rows),
+    Reduces("rtx-pro-6000", "pcie5x16", RTX_PRO_NCCL, _nccl_rows),
     Reduces("v100-16gb", "pcie3x16", "network/apex/V100-PCIE-16GB_all_reduce.csv", _apex_reduce),
 )
 # Tables for cards without their own: link -> (card whose curve it is, numbers of ranks taken).
@@ -201,7 +207,7 @@ def _reduce_curves(rows: pd.DataFrame) -> tuple[dict[str, Any], Floats, Floats]:
     """(curves by ranks, predictions, measurements of held-out sizes)."""
     found, predicted, measured = {}, [], []
     for ranks, part in rows.groupby("ranks"):
-        part = part.groupby("bytes", as_index=False)["seconds"].median()
+        part = part.groupby("bytes")["seconds"].median().reset_index()
         held = held_out(part, ["bytes"], salt=str(ranks))
         seen = part[~held]
         curve = curves.fit_curve(seen["bytes"].to_numpy(float), seen["seconds"].to_numpy(), REDUCE_KNOTS)
@@ -225,8 +231,10 @@ def all_reduce_modules(store: Store, found: dict[str, Fitted]) -> Module:
                               for link, (card, ranks) in SHARED.items()}
     ring, predicted, measured = _reduce_curves(_vidur_reduce(store, PCIE_RING))
     shared["pcie4x16"].update(ring)
-    error = score(predicted, measured, measured >= 20e-6, "a quarter of the message sizes of the PCIe ring of four A100")
-    files = [PCIE_RING, *(source.file for source in REDUCES if source.card in {card for card, _ in SHARED.values()})]
+    error = score(predicted, measured, measured >= 20e-6,
+                  "a quarter of the message sizes of the PCIe ring of four A100")
+    givers = {card for card, _ in SHARED.values()}
+    files = [PCIE_RING, *(source.file for source in REDUCES if source.card in givers)]
     return body("links", "measured", shared, error=error, sources=store.sources(files),
-                note="for cards without timings of their own: A100 (NVLink 3), H100 (NVLink 4), two L40S and a ring "
-                     "of four A100 over PCIe 4, RTX PRO 6000 (PCIe 5)")
+                note="for cards without timings of their own: A100 (NVLink 3), H100 (NVLink 4), two L40S and "
+                     "a ring of four A100 over PCIe 4, RTX PRO 6000 (PCIe 5)")

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.fit import data
-from analysis.fit.data import LLAMA_3_8B, QWEN_3_32B, Store
+from analysis.fit.data import LLAMA_3_8B, QWEN_3_32B, Architecture, Store
 from analysis.fit.modules import (
     Module,
     decode_module,
@@ -25,8 +25,8 @@ VIDUR_MODELS = ("Llama-2-70b-hf", "Llama-2-7b-hf", "internlm-20b", "CodeLlama-34
 LAYERS = "kernels/llmservingsim/"
 RTX4090 = LAYERS + "RTX4090_Llama-3.1-8B_tp1_{part}.csv.gz"
 RTX_PRO = tuple((LAYERS + f"RTXPRO6000_{model}_tp{tp}_{{part}}.csv.gz", shape, tp, vocab)
-                for model, shape, vocab in (("Llama-3.1-8B", LLAMA_3_8B, 128256), ("Qwen3-32B", QWEN_3_32B, 151936))
-                for tp in (1, 2))
+                for model, shape, vocab in (("Llama-3.1-8B", LLAMA_3_8B, 128256),
+                                            ("Qwen3-32B", QWEN_3_32B, 151936)) for tp in (1, 2))
 
 Rows = Callable[[Store], pd.DataFrame]
 
@@ -81,7 +81,7 @@ def _vidur(folder: str, models: Iterable[str]) -> tuple[Table, Table]:
                   "norm and residual add were two kernels when measured; their sum stands for the fused one"))
 
 
-def _vllm_layers(files: tuple[tuple[str, tuple[int, int, int, int, int], int, int], ...]) -> Recipe:
+def _vllm_layers(files: tuple[tuple[str, Architecture, int, int], ...]) -> Recipe:
     dense = [(file.format(part="dense"), shape, tp, vocab) for file, shape, tp, vocab in files]
     attention = [(file.format(part="attention"), shape, tp) for file, shape, tp, _ in files]
     names = tuple(file for file, *_ in dense)
@@ -107,19 +107,23 @@ def _recipes() -> dict[str, Recipe]:
     a30_dense = _vidur("kernels/vidur_opt_a30", ("qwen2_7b", "Llama-2-7b-hf"))
     apex = "kernels/apex/V100-PCIE-16GB_gemm_half.csv.gz"
     return {
-        "a100-80gb": Recipe(_gemm_dense("a100_sxm", "sglang/0.5.10"), _vidur("kernels/vidur/a100", VIDUR_MODELS)[1],
+        "a100-80gb": Recipe(_gemm_dense("a100_sxm", "sglang/0.5.10"),
+                            _vidur("kernels/vidur/a100", VIDUR_MODELS)[1],
                             *_attention("a100_sxm", "vllm/0.14.0")),
-        "h100-sxm": Recipe(_gemm_dense("h100_sxm", "vllm/0.24.0"), _vidur("kernels/vidur/h100", VIDUR_MODELS)[1],
+        "h100-sxm": Recipe(_gemm_dense("h100_sxm", "vllm/0.24.0"),
+                           _vidur("kernels/vidur/h100", VIDUR_MODELS)[1],
                            *_attention("h100_sxm", "vllm/0.24.0")),
         "h200": Recipe(_gemm_dense("h200_sxm", "vllm/0.24.0"), None, *_attention("h200_sxm", "vllm/0.24.0")),
         "l40s": Recipe(_gemm_dense("l40s", "vllm/0.24.0"), None, *_attention("l40s", "vllm/0.24.0")),
-        "rtx-pro-6000": Recipe(_gemm_dense("rtx_pro_6000_server", "vllm/0.24.0"), _vllm_layers(RTX_PRO).elementwise,
+        "rtx-pro-6000": Recipe(_gemm_dense("rtx_pro_6000_server", "vllm/0.24.0"),
+                               _vllm_layers(RTX_PRO).elementwise,
                                *_attention("rtx_pro_6000_server", "vllm/0.24.0")),
         "rtx4090": _vllm_layers(((RTX4090, LLAMA_3_8B, 1, 128256),)),
         "a40": Recipe(*_vidur("kernels/vidur/a40", VIDUR_MODELS)),
         "a30": Recipe(*a30_dense, Table((a30,), lambda store: data.attention_vidur(store, a30)[0]),
                       Table((a30,), lambda store: data.attention_vidur(store, a30)[1])),
-        "a6000": _layers_ns(("A6000_Llama-3.1-8B_tp1_layers.csv.gz", 1), ("A6000_Llama-3.1-8B_tp2_layers.csv.gz", 2)),
+        "a6000": _layers_ns(("A6000_Llama-3.1-8B_tp1_layers.csv.gz", 1),
+                            ("A6000_Llama-3.1-8B_tp2_layers.csv.gz", 2)),
         "rtx3090": _layers_ns(("RTX3090_Llama-3.1-8B_tp1_layers.csv.gz", 1)),
         "v100-16gb": Recipe(Table((apex,), lambda store: data.gemm_apex(store, apex),
                                   "whole microseconds, launch included")),

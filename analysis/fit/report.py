@@ -16,6 +16,7 @@ def error_table(profiles: dict[str, dict[str, Any]]) -> str:
             error = content["held_out"]
             if error is None:
                 continue
-            rows.append(f"| {name} | {module} | {content['status']} | {error['n']} | {error['median']:.1%} | "
-                        f"{error['p95']:.1%} | {error['n_all']} | {error['median_all']:.1%} | {error['p95_all']:.1%} |")
+            figures = [f"{error['n']}", f"{error['median']:.1%}", f"{error['p95']:.1%}", f"{error['n_all']}",
+                       f"{error['median_all']:.1%}", f"{error['p95_all']:.1%}"]
+            rows.append(f"| {' | '.join([name, module, content['status'], *figures])} |")
     return "\n".join(rows)

@@ -6,5 +6,6 @@ from hetis_sim.cost.model import AttentionCost, CostModel, ProvenanceRow, Transf
 from hetis_sim.cost.profile import Profile, read_profile
 from hetis_sim.cost.roofline import HostOverhead, RooflineCost, RooflineSettings
 
-__all__ = ["AttentionCost", "CostModel", "HostOverhead", "Profile", "ProfileCost", "ProvenanceRow", "RooflineCost",
-           "RooflineSettings", "TransferCost", "load_cost_model", "read_profile", "shipped_devices"]
+__all__ = ["AttentionCost", "CostModel", "HostOverhead", "Profile", "ProfileCost", "ProvenanceRow",
+           "RooflineCost", "RooflineSettings", "TransferCost", "load_cost_model", "read_profile",
+           "shipped_devices"]

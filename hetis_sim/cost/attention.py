@@ -56,7 +56,9 @@ class PrefillClass:
             return seconds
         blocks = batch * heads * np.ceil(new / self.block)
         group = np.log2(np.maximum(heads / kv_heads, 1.0))
-        return seconds * np.exp(self.correction.at(np.log2(np.maximum(blocks, 1.0)), np.log2(context + new), group))
+        corrected: Floats = seconds * np.exp(
+            self.correction.at(np.log2(np.maximum(blocks, 1.0)), np.log2(context + new), group))
+        return corrected
 
     def base_s(self, heads: Floats, kv_heads: Floats, new: Floats, context: Floats, kv_bytes: int,
                head_dim: int | None = None, batch: float | Floats = 1.0) -> Floats:
@@ -70,15 +72,16 @@ class PrefillClass:
         compute: Floats = (total**self.sharpness + longest**self.sharpness) ** (1.0 / self.sharpness)
         return self.fixed_s + compute + moved / self.bytes_per_s
 
-    def seconds_one(self, heads: int, kv_heads: int, new: int, context: int, kv_bytes: int, head_dim: int) -> float:
+    def seconds_one(self, heads: int, kv_heads: int, new: int, context: int, kv_bytes: int,
+                    head_dim: int) -> float:
         """:meth:`seconds` of one request, without the cost of arrays."""
         blocks = heads * -(-new // self.block)
         rows = -(-new // self.block) * self.block
         total = 4.0 * head_dim * heads * rows * (context + (new + 1.0) / 2.0) / self.flops_per_s
         longest = 4.0 * head_dim * self.block * (context + new) / self.block_flops_per_s
         moved = head_dim * kv_bytes * (2.0 * heads * new + kv_heads * (6.0 * new + 2.0 * context))
-        most = max(total, longest)
-        compute = most * ((total / most) ** self.sharpness + (longest / most) ** self.sharpness) ** (1.0 / self.sharpness)
+        most, p = max(total, longest), self.sharpness
+        compute = most * math.pow(math.pow(total / most, p) + math.pow(longest / most, p), 1.0 / p)
         seconds = self.fixed_s + compute + moved / self.bytes_per_s
         if self.correction is None:
             return seconds
@@ -93,11 +96,11 @@ class PrefillClass:
     def parse(cls, raw: Any, key: str) -> PrefillClass:
         """Read a profile's coefficients; :class:`SpecError` names the faulty key."""
         require(isinstance(raw, dict), key, raw, "an object")
-        numbers = {name: positive(raw.get(name), f"{key}.{name}", zero=name == "fixed_s") for name in PREFILL_NUMBERS}
-        correction = raw.get("correction")
+        numbers = {name: positive(raw.get(name), f"{key}.{name}", zero=name == "fixed_s")
+                   for name in PREFILL_NUMBERS}
         return cls(int(positive(raw.get("head_dim"), f"{key}.head_dim")),
                    int(positive(raw.get("block"), f"{key}.block")),
-                   correction=None if correction is None else Grid.parse(correction, f"{key}.correction"), **numbers)
+                   correction=Grid.parse_optional(raw.get("correction"), f"{key}.correction"), **numbers)
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""
@@ -128,5 +131,6 @@ class DecodeClass:
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""
+        names = ("a_s_per_head", "b_s_per_byte", "c_s")
         return {"head_dim": self.head_dim, "heads_per_group": self.heads_per_group,
-                **{name: float(f"{getattr(self.cost, name):.4g}") for name in ("a_s_per_head", "b_s_per_byte", "c_s")}}
+                **{name: float(f"{getattr(self.cost, name):.4g}") for name in names}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from hetis_sim.cost.parse import ascending, positive_list
@@ -23,9 +24,10 @@ class Curve:
     seconds: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        require(len(self.sizes) == len(self.seconds) >= 1, "curve", len(self.seconds), "as many seconds as sizes")
-        falls = any(b < a for a, b in zip(self.seconds, self.seconds[1:], strict=False))
-        require(not falls, "curve.seconds", self.seconds, "a sequence that never falls")
+        require(len(self.sizes) == len(self.seconds) >= 1, "curve", len(self.seconds),
+                "as many seconds as sizes")
+        require(not any(b < a for a, b in pairwise(self.seconds)), "curve.seconds", self.seconds,
+                "a sequence that never falls")
 
     def at(self, size: float) -> float:
         """Seconds for ``size``."""
@@ -36,7 +38,7 @@ class Curve:
             return seconds[-1] * size / sizes[-1]
         i = bisect_right(sizes, size)
         share = math.log(size / sizes[i - 1]) / math.log(sizes[i] / sizes[i - 1])
-        return seconds[i - 1] * (seconds[i] / seconds[i - 1]) ** share
+        return seconds[i - 1] * math.pow(seconds[i] / seconds[i - 1], share)
 
     @classmethod
     def parse(cls, raw: Any, key: str, size: str = "bytes") -> Curve:
@@ -50,4 +52,5 @@ class Curve:
 
     def dump(self, size: str = "bytes") -> dict[str, Any]:
         """The form for a profile file."""
-        return {size: [float(f"{x:.6g}") for x in self.sizes], "seconds": [float(f"{x:.4g}") for x in self.seconds]}
+        return {size: [float(f"{x:.6g}") for x in self.sizes],
+                "seconds": [float(f"{x:.4g}") for x in self.seconds]}

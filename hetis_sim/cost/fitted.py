@@ -142,8 +142,8 @@ class ProfileCost(MemoisedCost):
         """Sum of the matrix products and elementwise kernels at each count of the lattice."""
         layer = module == "dense_layer"
         kernels = work.layer_elementwise if layer else work.head_elementwise
-        total = np.array([sum(self._elementwise_s(gpu, kind, moved) for kind, moved in kernels(model, tokens, tp))
-                          for tokens in LATTICE])
+        total = np.array([sum(self._elementwise_s(gpu, kind, moved)
+                              for kind, moved in kernels(model, tokens, tp)) for tokens in LATTICE])
         columns = zip(*(work.layer_gemms(model, tokens, tp) if layer else (work.head_gemm(model, tokens, tp),)
                         for tokens in LATTICE), strict=True)
         for products in columns:
@@ -178,8 +178,8 @@ class ProfileCost(MemoisedCost):
         bound = floor.prefill_attention_floor_s(gpu, model, query_heads, new_tokens, context_tokens)
         profile = self._with_module(gpu.name, "prefill_attention")
         if profile is None or model.weight_bytes == 4:
-            seconds = self._roofline.prefill_attention_layer_s(gpu, model, query_heads, new_tokens, context_tokens)
-            return max(seconds, bound)
+            return max(bound, self._roofline.prefill_attention_layer_s(gpu, model, query_heads, new_tokens,
+                                                                       context_tokens))
         self._check_range(profile, "prefill_attention", keys=new_tokens + context_tokens)
         nearest = _nearest_head(profile.prefill_attention, model)
         if context_tokens == 0 and new_tokens < LATTICE[-1]:
@@ -189,7 +189,8 @@ class ProfileCost(MemoisedCost):
                                       model.head_dim)
         return max(seconds, bound)
 
-    def _prompt_curve(self, fitted: PrefillClass, gpu: GpuSpec, model: ModelSpec, query_heads: int) -> TokenCurve:
+    def _prompt_curve(self, fitted: PrefillClass, gpu: GpuSpec, model: ModelSpec,
+                      query_heads: int) -> TokenCurve:
         """Whole prompts without context, worked out once for each number of heads; never falling."""
         key = (f"prompt {query_heads}", gpu, model, 0)
         curve = self._curves.get(key)
@@ -217,7 +218,8 @@ class ProfileCost(MemoisedCost):
 
     def _transfer_cost(self, link: LinkSpec) -> TransferCost:
         profile = self._with_module(LINKS_DEVICE, "transfer")
-        found = None if profile is None or profile.transfer is None else profile.transfer.messages.get(link.name)
+        table = None if profile is None else profile.transfer
+        found = None if table is None else table.messages.get(link.name)
         if found is None:
             return self._roofline.transfer(link)
         return TransferCost(max(found.gamma_s_per_byte, 1.0 / link.bandwidth_bytes_per_s),

@@ -31,6 +31,7 @@ from hetis_sim.spec.errors import SpecError, require
 PARTIAL_SUM_BYTES = 8
 NUMBERS = ("ragged", "depth", "bytes_per_s", "fixed_s", "split_fixed_s", "reduction", "sharpness",
            "choice")
+MAY_BE_ZERO = ("ragged", "depth", "fixed_s", "split_fixed_s", "reduction")
 
 
 def soft_minimum(candidates: Floats, choice: float) -> Floats:
@@ -124,10 +125,10 @@ class TileWaveGemm:
         splits = tuple(int(s) for s in positive_list(raw.get("splits"), f"{key}.splits"))
         if 1 not in splits:
             raise SpecError(f"{key}.splits", splits, "a list with 1 in it")
-        correction = raw.get("correction")
-        numbers = {name: positive(raw.get(name), f"{key}.{name}", zero=name != "bytes_per_s") for name in NUMBERS}
+        numbers = {name: positive(raw.get(name), f"{key}.{name}", zero=name in MAY_BE_ZERO)
+                   for name in NUMBERS}
         return cls(int(positive(raw.get("multiprocessors"), f"{key}.multiprocessors")), tuple(tiles), splits,
-                   correction=None if correction is None else Grid.parse(correction, f"{key}.correction"), **numbers)
+                   correction=Grid.parse_optional(raw.get("correction"), f"{key}.correction"), **numbers)
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""

@@ -73,13 +73,19 @@ class Grid:
             raise SpecError(key, raw, "{knots: [[log2 coordinates], ...], values_milli: [...]}") from error
         return cls(knots, values)
 
+    @classmethod
+    def parse_optional(cls, raw: Any, key: str) -> Grid | None:
+        """:meth:`parse`, or None for a model without a correction."""
+        return None if raw is None else cls.parse(raw, key)
+
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""
         return {"knots": [list(axis) for axis in self.knots],
                 "values_milli": [round(value / STORED_UNIT) for value in self.values]}
 
 
-def corners(axes: tuple[Floats, ...], coordinates: tuple[Floats, ...]) -> tuple[npt.NDArray[np.int64], Floats]:
+def corners(axes: tuple[Floats, ...],
+            coordinates: tuple[Floats, ...]) -> tuple[npt.NDArray[np.int64], Floats]:
     """(flat index, weight) of the 2^d lattice points around each point, each of shape (2^d, n)."""
     size = np.broadcast_shapes(*(np.shape(x) for x in coordinates))
     index = np.zeros((1, *size), dtype=np.int64)

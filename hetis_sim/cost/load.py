@@ -41,7 +41,8 @@ class ProfileShelf(Mapping[str, Sequence[Profile]]):
 def shipped_devices() -> tuple[str, ...]:
     """Devices that a profile is shipped for, ``links`` among them."""
     folder = files("hetis_sim.cost") / "profiles"
-    return tuple(sorted(item.name.removesuffix(".json") for item in folder.iterdir() if item.name.endswith(".json")))
+    names = [item.name for item in folder.iterdir()]
+    return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
 
 
 def read_shipped(device: str) -> Profile | None:
@@ -73,7 +74,8 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
     behind = RooflineCost(roofline, host)
     if kind == "roofline":
         if profiles:
-            raise SpecError("cost.profiles", [str(path) for path in profiles], "empty with cost.kind=roofline")
+            raise SpecError("cost.profiles", [str(path) for path in profiles],
+                            "empty with cost.kind=roofline")
         return behind
     user = [read_profile(path) for path in profiles]
     for profile in user:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 from hetis_sim.spec.errors import SpecError
@@ -28,6 +29,6 @@ def positive_list(value: Any, key: str, *, length: int | None = None, zero: bool
 def ascending(value: Any, key: str) -> list[float]:
     """``value`` as a list of strictly ascending numbers >= 0."""
     numbers = positive_list(value, key, zero=True)
-    if any(b <= a for a, b in zip(numbers, numbers[1:], strict=False)):
+    if any(b <= a for a, b in pairwise(numbers)):
         raise SpecError(key, value, "strictly ascending")
     return numbers

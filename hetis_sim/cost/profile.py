@@ -35,6 +35,7 @@ from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
 from hetis_sim.cost.gemm import TileWaveGemm
 from hetis_sim.cost.links import LinkTable
+from hetis_sim.cost.parse import positive, positive_list
 from hetis_sim.cost.tables import TokenTables
 from hetis_sim.spec.errors import SpecError, require
 from hetis_sim.spec.gpu import GpuSpec
@@ -116,7 +117,8 @@ def parse_profile(raw: Any, key: str = "profile") -> Profile:
         require(body.get("model") == MODELS[module], f"{place}.model", body.get("model"), MODELS[module])
         infos[module] = _info(body, place)
         coefficients = body.get("coefficients")
-        require(isinstance(coefficients, dict), f"{place}.coefficients", type(coefficients).__name__, "an object")
+        require(isinstance(coefficients, dict), f"{place}.coefficients", type(coefficients).__name__,
+                "an object")
         parts[module] = _coefficients(module, coefficients, f"{place}.coefficients")
     return Profile(raw["name"], raw["device"], infos, **parts)
 
@@ -145,13 +147,13 @@ def _info(body: dict[str, Any], key: str) -> ModuleInfo:
     require(status in STATUSES, f"{key}.status", status, " or ".join(STATUSES))
     ranges = {}
     for quantity, ends in (body.get("range") or {}).items():
-        good = isinstance(ends, list) and len(ends) == 2 and all(
-            isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends) and ends[0] <= ends[1]
-        require(good, f"{key}.range.{quantity}", ends, "[least, largest]")
-        ranges[quantity] = (float(ends[0]), float(ends[1]))
+        low, high = positive_list(ends, f"{key}.range.{quantity}", length=2, zero=True)
+        require(low <= high, f"{key}.range.{quantity}", ends, "[least, largest]")
+        ranges[quantity] = (low, high)
     error = body.get("held_out") or {}
-    median, p95 = error.get("median"), error.get("p95")
-    sources = body.get("sources") or []
-    text = "; ".join(str(item.get("file") or item.get("text", "")) for item in sources if isinstance(item, dict))
-    return ModuleInfo(str(status), ranges, None if median is None else float(median),
-                      None if p95 is None else float(p95), text, str(body.get("note", "")))
+    place = f"{key}.held_out"
+    median, p95 = (None if error.get(name) is None else positive(error[name], f"{place}.{name}", zero=True)
+                   for name in ("median", "p95"))
+    sources = [item for item in body.get("sources") or [] if isinstance(item, dict)]
+    text = "; ".join(str(item.get("file") or item.get("text", "")) for item in sources)
+    return ModuleInfo(str(status), ranges, median, p95, text, str(body.get("note", "")))

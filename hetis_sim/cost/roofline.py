@@ -37,7 +37,7 @@ class HostOverhead:
     def provenance(self) -> ProvenanceRow:
         """The row that says that this is a setting."""
         return ProvenanceRow("host_overhead", "host", "setting", "", "configuration",
-                             note=f"{self.base_s:g} s + {self.per_sequence_s:g} s per sequence; an assumption")
+                             note=f"{self.base_s:g} s + {self.per_sequence_s:g} s per sequence")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from hetis_sim.spec.errors import SpecError, require
 from hetis_sim.spec.model import ModelSpec
 
 # What decides the work of a layer or of the head; a table is used only where all of it agrees.
-SHAPE_FIELDS = ("hidden", "query_heads", "kv_heads", "head_dim", "ffn_hidden", "vocab", "gated_mlp", "experts",
-                "experts_per_token", "shared_ffn_hidden", "weight_bytes")
+SHAPE_FIELDS = ("hidden", "query_heads", "kv_heads", "head_dim", "ffn_hidden", "vocab", "gated_mlp",
+                "experts", "experts_per_token", "shared_ffn_hidden", "weight_bytes")
 
 ShapeKey = tuple[int, ...]
 
@@ -46,7 +46,8 @@ class TokenTables:
             if not isinstance(shape, dict) or set(shape) != set(SHAPE_FIELDS):
                 raise SpecError(f"{place}.shape", shape, f"an object with {', '.join(SHAPE_FIELDS)}")
             for name, value in shape.items():
-                require(isinstance(value, (int, bool)) and value >= 0, f"{place}.shape.{name}", value, "an integer >= 0")
+                require(isinstance(value, int) and value >= 0, f"{place}.shape.{name}", value,
+                        "an integer >= 0")
             require(isinstance(tp, int) and tp >= 1, f"{place}.tp", tp, "an integer >= 1")
             curve = Curve.parse(table, place, "tokens")
             curves[tuple(int(shape[name]) for name in SHAPE_FIELDS), tp] = curve
@@ -55,4 +56,5 @@ class TokenTables:
     @staticmethod
     def dump_table(model: ModelSpec, tp: int, curve: Curve) -> dict[str, Any]:
         """One entry of ``tables``."""
-        return {"shape": {name: getattr(model, name) for name in SHAPE_FIELDS}, "tp": tp, **curve.dump("tokens")}
+        shape = {name: getattr(model, name) for name in SHAPE_FIELDS}
+        return {"shape": shape, "tp": tp, **curve.dump("tokens")}

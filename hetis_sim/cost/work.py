@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from hetis_sim.spec.model import ModelSpec
 
+
 @dataclass(frozen=True, slots=True)
 class Gemm:
     """``count`` products of an (m, k) activation with a (k, n) weight matrix.
@@ -121,12 +122,14 @@ def causal_pairs(new_tokens: int, context_tokens: int) -> float:
     return new_tokens * context_tokens + new_tokens * (new_tokens + 1) / 2.0
 
 
-def prefill_attention_flops(model: ModelSpec, query_heads: int, new_tokens: int, context_tokens: int) -> float:
+def prefill_attention_flops(model: ModelSpec, query_heads: int, new_tokens: int,
+                            context_tokens: int) -> float:
     """FLOPs of causal attention of ``query_heads`` heads."""
     return 4.0 * query_heads * model.head_dim * causal_pairs(new_tokens, context_tokens)
 
 
-def prefill_attention_bytes(model: ModelSpec, query_heads: int, new_tokens: int, context_tokens: int) -> float:
+def prefill_attention_bytes(model: ModelSpec, query_heads: int, new_tokens: int,
+                            context_tokens: int) -> float:
     """Bytes of K and V that the same attention must read at least once."""
     groups = _shard(query_heads, model.heads_per_group)
     return float(groups * (new_tokens + context_tokens) * model.kv_bytes_per_token_per_layer_per_group)
