@@ -1,8 +1,8 @@
 """The scheduler of one instance: continuous batching over its micro-batches.
 
 Story of a request here: it waits; a prefill step computes its prompt while heads meant for
-attention workers stream to them; once its cache is in place it joins the lane; every
-iteration gives it a token; after its last token it leaves. Whatever cannot be carried on
+attention workers stream to them (:mod:`.admission`); once its cache is in place it joins the lane;
+every iteration gives it a token; after its last token it leaves. Whatever cannot be carried on
 with the cache at hand is relieved, preempted or made to wait (:mod:`.pressure`).
 
 Drivers call the four public verbs: :meth:`submit`, :meth:`next_step`, :meth:`complete` and
@@ -14,19 +14,18 @@ from __future__ import annotations
 from collections import deque
 from operator import sub
 
+from hetis_sim.control.admission import Admission
 from hetis_sim.control.books import CacheBooks
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.loads import Loads
-from hetis_sim.control.placement import PlacementError
 from hetis_sim.control.pressure import Pressure
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.control.state import HeldCache, RequestState, Status
-from hetis_sim.control.step import NOTHING, Chunk, Flow, Outcome, Step, StepKind, Transfer
+from hetis_sim.control.step import NOTHING, Chunk, Outcome, Step, StepKind, Transfer
 from hetis_sim.control.swap import HostMemory
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.policies.base import Policy
-from hetis_sim.policies.plan import Placement
 from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
 from hetis_sim.spec.model import ModelSpec
 
@@ -70,6 +69,7 @@ class Engine:
         self.news = Outcome()
         self.landings: dict[int, HeldCache] = {}
         self.changes = 0
+        self.admission = Admission(self)
         self.pressure = Pressure(self, host_memory)
         self.bytes_per_group_token = model.kv_bytes_per_token_per_layer_per_group
 
@@ -122,8 +122,8 @@ class Engine:
             self.pressure.swap_in(lane)
         if self.settings.chunked_prefill:
             return self._mixed_step(lane, now_s)
-        step = self._prefill_step(lane, now_s) if self.admits else None
-        return step or self._decode_step(lane, now_s)
+        chunks = self.admission.whole_prompts(lane, now_s) if self.admits else []
+        return self._step_with(chunks, lane, 0) if chunks else self._decode_step(lane, now_s)
 
     @property
     def admits(self) -> bool:
@@ -225,81 +225,7 @@ class Engine:
         self.news = Outcome()
         return news
 
-    # -- prefill -----------------------------------------------------------------------
-
-    def _prefill_step(self, lane: Lane, now_s: float) -> Step | None:
-        limits = self.settings.limits
-        batch: list[RequestState] = []
-        tokens = 0
-        for state in self.waiting:
-            tokens += state.context_tokens
-            full = len(batch) + lane.load >= limits.max_batch_requests
-            if full or (batch and tokens > limits.max_batch_tokens):
-                break
-            batch.append(state)
-        if not batch:
-            self.blocked = all(other.load >= limits.max_batch_requests for other in self.lanes)
-        admitted = self._admit(batch, lane, now_s)
-        if not admitted:
-            return None
-        chunks = tuple(Chunk(state, state.context_tokens, 0, True) for state in admitted)
-        step = Step(self.index, lane.index, StepKind.PREFILL, chunks, issued=1, accounted=1)
-        step.transfers = [t for state in admitted if (t := self._push(state))]
-        lane.step = step
-        return step
-
-    def _admit(self, batch: list[RequestState], lane: Lane, now_s: float,
-               budget: int | None = None) -> list[RequestState]:
-        """Give cache to the longest prefix of ``batch`` that fits, and take it off the queue.
-
-        ``budget`` is the number of tokens of it that can be computed at once, None for all.
-        """
-        if not batch:
-            return []
-        view = self.view()
-        requests = [self.request_view(state) for state in batch]
-        placements = self.policy.dispatch(requests, view)
-        self.log.record("dispatch", view, requests, placements)
-        admitted = [state for state, placement in zip(batch, placements, strict=False)
-                    if self._accept(state, placement, lane, now_s, budget)]
-        if len(admitted) < len(batch):
-            self.blocked = True
-        if not admitted and not self.active:
-            raise PlacementError(f"policy {self.policy.name!r} places request {batch[0].request_id} "
-                                 f"({batch[0].context_tokens} tokens) nowhere on the empty instance "
-                                 f"{self.index}")
-        return admitted
-
-    def _accept(self, state: RequestState, placement: Placement, lane: Lane, now_s: float,
-                budget: int | None) -> bool:
-        if self.waiting[0] is not state:
-            return False
-        staged = budget is not None and state.context_tokens > budget
-        if staged and not self.books.fits(placement, state.context_tokens, staged):
-            return False
-        self.books.accept(state, placement, state.context_tokens, staged)
-        self.waiting.popleft()
-        self.waiting_tokens -= state.context_tokens
-        self.active[state.request_id] = state
-        state.status, state.lane, state.prefilled_tokens = Status.PREFILL, lane.index, 0
-        if state.first_scheduled_s != state.first_scheduled_s:
-            state.first_scheduled_s = now_s
-        lane.prefilling += 1
-        return True
-
-    def _push(self, state: RequestState) -> Transfer | None:
-        """Send a prompt's remote heads to their workers, layer by layer as the prefill computes.
-
-        The last layer of each stage can only follow the step.
-        """
-        assert state.shape is not None
-        if not state.shape.pushes:
-            return None
-        size = self.bytes_per_group_token * state.context_tokens
-        state.in_flight_transfers += 1
-        return Transfer(state.request_id, self.index, "push", tuple(
-            Flow(source, target, size * group_layers, size * group_layers / layers)
-            for source, target, group_layers, layers in state.shape.pushes))
+    # -- from prefill to decode ---------------------------------------------------------
 
     def _complete_chunk(self, chunk: Chunk, lane: Lane, now_s: float) -> None:
         state = chunk.state
@@ -426,37 +352,18 @@ class Engine:
     def _mixed_step(self, lane: Lane, now_s: float) -> Step | None:
         """One iteration of the lane's decodes with as many prompt tokens as the budget leaves."""
         decoding = self._begin_iteration(lane, now_s)
-        chunks = self._chunks(lane, self.settings.chunk_tokens - decoding, now_s)
+        chunks = self.admission.pieces(lane, self.settings.chunk_tokens - decoding, now_s)
         if not chunks:
             return self._long_decode(lane) if decoding else None
+        return self._step_with(chunks, lane, decoding)
+
+    def _step_with(self, chunks: list[Chunk], lane: Lane, decoding: int) -> Step:
+        """A step of one iteration that computes prompts, and whatever decodes already."""
         kind = StepKind.MIXED if decoding else StepKind.PREFILL
         step = Step(self.index, lane.index, kind, tuple(chunks), decoding=decoding, issued=1, accounted=1)
-        step.transfers = [t for c in chunks if c.last and (t := self._push(c.state))]
+        step.transfers = [t for c in chunks if c.last and (t := self.admission.push(c.state))]
         lane.step = step
         return step
-
-    def _chunks(self, lane: Lane, budget: int, now_s: float) -> list[Chunk]:
-        chunks: list[Chunk] = []
-        for state in lane.partial:
-            if budget > 0:
-                chunks.append(self._chunk(state, budget))
-                budget -= chunks[-1].new_tokens
-        while (budget > 0 and self.waiting and not self.blocked
-               and lane.load < self.settings.limits.max_batch_requests):
-            state = self.waiting[0]
-            if not self._admit([state], lane, now_s, budget):
-                break
-            lane.partial.append(state)
-            chunks.append(self._chunk(state, budget))
-            budget -= chunks[-1].new_tokens
-        lane.partial = [c.state for c in chunks if not c.last] + lane.partial[len(chunks):]
-        return chunks
-
-    @staticmethod
-    def _chunk(state: RequestState, budget: int) -> Chunk:
-        left = state.context_tokens - state.prefilled_tokens
-        new = min(left, budget)
-        return Chunk(state, new, state.prefilled_tokens, new == left)
 
     # -- ends ----------------------------------------------------------------------------
 
