@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Protocol
 
-from hetis_exec.kvcache import KvPool
+from hetis_exec.kvcache import KvPool, check_pool
 from hetis_exec.messages import DRIVER, Stop
 from hetis_exec.primary import PrimaryWorker, Rank
 from hetis_exec.toy_model import ToyModel, ToyShard
@@ -19,7 +19,8 @@ from hetis_sim.policies.plan import InstancePlan
 from hetis_sim.spec.model import ModelSpec
 
 STOP_S = 2.0
-"""How long the workers are given to end."""
+STOP_AT_ONCE_S = 1.0
+"""How long the workers are given to end, after their work or at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,15 @@ class WorkerSpec:
 
 
 def worker_specs(engine: Engine, seed: int, timeout_s: float) -> list[WorkerSpec]:
-    """One worker for each device of an instance."""
+    """One worker for each device of an instance.
+
+    Raises:
+        HetisError: workers of this kind cannot serve the model, or not with so much cache.
+    """
+    ToyModel(engine.model, seed)
     plan = engine.plan
+    for units in engine.capacity_units.values():
+        check_pool(units, engine.settings.limits.block_tokens, engine.model.head_dim)
     places = [(device, s, rank) for s, stage in enumerate(plan.stages)
               for rank, device in enumerate(stage.devices)]
     places += [(device, -1, 0) for device in plan.attention_workers]
@@ -56,11 +64,7 @@ def worker_specs(engine: Engine, seed: int, timeout_s: float) -> list[WorkerSpec
 
 
 def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
-    """Make a worker.
-
-    Raises:
-        HetisError: its model or its cache is not possible.
-    """
+    """Make a worker."""
     pool = KvPool(spec.capacity_units, spec.block_tokens, spec.model.head_dim)
     if spec.stage < 0:
         return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s)
@@ -112,7 +116,7 @@ class ThreadCrew:
         """Ask the threads to end; those that do not come back in time are left behind."""
         for device in self.workers:
             self.endpoint.send(device, Stop(at_once))
-        deadline_s = time.monotonic() + STOP_S
+        deadline_s = time.monotonic() + (STOP_AT_ONCE_S if at_once else STOP_S)
         for thread in self._threads.values():
             if thread.ident is not None:
                 thread.join(max(0.0, deadline_s - time.monotonic()))

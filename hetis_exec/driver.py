@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -151,7 +152,7 @@ class Executor:
         engines = self.controller.engines
         self.record = RunRecord(decisions=self.controller.log.lines)
         self.crew = make_crew([spec for engine in engines
-                               for spec in worker_specs(engine, given.seed, given.timeout_s)])
+                               for spec in worker_specs(engine, given.seed, 2 * given.timeout_s)])
         self._texts: Texts = {r.request_id: given.prompt(r).tolist() for r in given.requests}
         self._measurements = Measurements([device.label for device in given.cluster.devices], engines,
                                           unit_bytes(given.model, given.settings.limits))
@@ -163,6 +164,7 @@ class Executor:
         self._clock = RunClock()
         self._heard_s = dict.fromkeys(self._instance_of, -math.inf)
         self._progress_s = 0.0
+        self._looked_s = 0.0
 
     def _make_instance(self, engine: Engine) -> InstanceDriver:
         hosts = [device.host_id for device in self.given.cluster.devices]
@@ -192,6 +194,7 @@ class Executor:
 
     def result(self) -> ExecutionResult:
         """What there is so far."""
+        self._measurements.peaks()
         states = self.controller.states
         finished = {request_id: self._texts[request_id][state.request.prompt_tokens:]
                     for request_id, state in states.items() if state.status == Status.FINISHED}
@@ -214,7 +217,8 @@ class Executor:
         for instance in self._instances:
             while instance.ended:
                 self._end(instance.ended.popleft())
-        self._measurements.sample(now_s)
+        due = bisect_right(self.given.requests, now_s, lo=self._arrived, key=lambda r: r.arrival_s)
+        self._measurements.sample(now_s, due - self._arrived)
         if self.given.debug:
             check_controller(self.controller)
 
@@ -274,9 +278,11 @@ class Executor:
         Raises:
             WorkerError: a worker has failed, died or hung.
         """
+        if time.monotonic() - self._looked_s > POLL_S:
+            self._looked_s = time.monotonic()
+            self._look_after_workers()
         message = self.crew.endpoint.receive(timeout_s)
         if message is None:
-            self._look_after_workers()
             return None
         if not isinstance(message, Report):
             raise ExecutorError(f"the driver does not know what to do with {message}")

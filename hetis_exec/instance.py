@@ -148,7 +148,7 @@ class InstanceDriver:
         self._bind(transfers, shipments, now_s)
         if ops or step is not None:
             self._seq += 1
-            tasks = self._tasks(rows, now_s) if step is not None else {}
+            tasks = self._tasks(rows) if step is not None else {}
             for d, device in enumerate(self._engine.plan.devices):
                 self._endpoint.send(device, Control(self._seq, ops.get(device, ()),
                                                     self._engine.books.ledger.used[d], tasks.get(device)))
@@ -186,13 +186,13 @@ class InstanceDriver:
         tokens = np.array(text[position:position + new_tokens], dtype=np.int64)
         return Row(state.request_id, position, new_tokens, samples, prefill, (), push_tag), tokens
 
-    def _tasks(self, rows: list[tuple[Row, Tokens]], now_s: float) -> dict[int, Task]:
+    def _tasks(self, rows: list[tuple[Row, Tokens]]) -> dict[int, Task]:
         tasks: dict[int, Task] = {}
         for stage, part in enumerate(self._engine.plan.stages):
             held = tuple(row._replace(holders=self._mirror.devices(row.request_id, stage)) for row, _ in rows)
             tokens = np.concatenate([tokens for _, tokens in rows]) if stage == 0 else None
             for device in part.devices:
-                tasks[device] = Task(held, tokens, now_s)
+                tasks[device] = Task(held, tokens)
         return tasks
 
     # -- transfers -----------------------------------------------------------------------------------

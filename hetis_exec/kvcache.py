@@ -21,6 +21,18 @@ from hetis_sim.spec.errors import InfeasibleError
 POOL_BYTES_MAX = 1 << 30
 
 
+def check_pool(capacity_units: int, block_tokens: int, head_dim: int) -> None:
+    """Check that a pool fits in the memory that one worker may take.
+
+    Raises:
+        InfeasibleError: it does not.
+    """
+    size_bytes = 2 * 8 * capacity_units * block_tokens * head_dim
+    if size_bytes > POOL_BYTES_MAX:
+        raise InfeasibleError(f"a worker would take {size_bytes} bytes of this host for its cache, at most "
+                              f"{POOL_BYTES_MAX} are allowed; use devices with less memory")
+
+
 class TableKey(NamedTuple):
     """Which cache: one KV group of one request at one stage."""
 
@@ -47,16 +59,9 @@ class KvPool:
     """Keys and values of one device, in units that are allocated one by one.
 
     Freed memory is filled with nan, so that whoever reads what was never written is found out.
-
-    Raises:
-        InfeasibleError: more memory than one worker of this process may take.
     """
 
     def __init__(self, capacity_units: int, block_tokens: int, head_dim: int) -> None:
-        size_bytes = 2 * 8 * capacity_units * block_tokens * head_dim
-        if size_bytes > POOL_BYTES_MAX:
-            raise InfeasibleError(f"a worker of this process would take {size_bytes} bytes for its cache, "
-                                  f"at most {POOL_BYTES_MAX} are allowed; use devices with less memory")
         self.block_tokens = block_tokens
         self.capacity_units = capacity_units
         self.tables: dict[TableKey, Table] = {}

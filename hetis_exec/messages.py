@@ -139,7 +139,6 @@ class Task(NamedTuple):
 
     rows: tuple[Row, ...]
     tokens: Tokens | None
-    issued_s: float
 
 
 class Control(NamedTuple):
@@ -233,10 +232,10 @@ class CacheData(NamedTuple):
 
 
 class StageTimes(NamedTuple):
-    """Where the time of a stage went, in seconds; the points in time are on the worker's clock.
+    """Where the time of a stage went, in seconds; points in time are on the clock of the host.
 
     Attributes:
-        sent_s: when its input was sent.
+        sent_s: when its input was sent by the stage before; of the first stage, ``begun_s``.
         free_s: when the worker was done with the step before.
         begun_s, ended_s: first and last moment of its own work.
         dense_s, attention_s: computing.

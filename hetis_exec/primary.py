@@ -158,8 +158,7 @@ class PrimaryWorker(Worker):
 
     def _execute(self, seq: int, task: Task) -> None:
         """One stage of a step: attention and MLP of every layer, then on to the next stage."""
-        hidden, sent_s = self._input(seq, task)
-        begun_s = time.perf_counter()
+        hidden, sent_s, begun_s = self._input(seq, task)
         batch = self._batch(seq, task.rows)
         stage, items = self._place.stage, batch.local.items
         self.wait_until(lambda: all(self.cache.ready(i.request_id, stage, i.groups) for i in items),
@@ -169,13 +168,14 @@ class PrimaryWorker(Worker):
             hidden = hidden + self._sum(batch, 2 * layer + 1, self._mlp(batch, layer, hidden))
         self._hand_over(batch, hidden, sent_s, begun_s)
 
-    def _input(self, seq: int, task: Task) -> tuple[Array, float]:
-        if self._place.stage == 0:
-            assert task.tokens is not None
-            return self._shard.embed(task.tokens), task.issued_s
+    def _input(self, seq: int, task: Task) -> tuple[Array, float, float]:
+        """Activations, when they were sent, and when work on them begins."""
+        begun_s = time.perf_counter()
+        if task.tokens is not None:
+            return self._shard.embed(task.tokens), begun_s, begun_s
         message = self._fetch((Hidden, seq), f"activations of step {seq}")
         assert isinstance(message, Hidden)
-        return message.values, message.sent_s
+        return message.values, message.sent_s, time.perf_counter()
 
     def _batch(self, seq: int, rows: tuple[Row, ...]) -> Batch:
         positions = np.concatenate([np.arange(row.position, row.position + row.new_tokens) for row in rows])

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
 from threading import Thread
 
-from hetis_exec.crew import STOP_S, WorkerSpec, build_worker
+from hetis_exec.crew import STOP_AT_ONCE_S, STOP_S, WorkerSpec, build_worker
 from hetis_exec.messages import DRIVER, Message, Stop
 from hetis_exec.transport import Endpoint
 
@@ -27,9 +27,10 @@ class PipeEndpoint:
         self._address = address
         self._pipes = pipes
         self._own: deque[Message] = deque()
-        self._outbox: SimpleQueue[tuple[int, Message]] = SimpleQueue()
+        self._outbox: SimpleQueue[tuple[int, Message] | None] = SimpleQueue()
         self._open = list(pipes.values())
-        Thread(target=self._write, name=f"outbox-{address}", daemon=True).start()
+        self._writer = Thread(target=self._write, name=f"outbox-{address}", daemon=True)
+        self._writer.start()
 
     def send(self, target: int, message: Message) -> None:
         """Have a message written."""
@@ -62,9 +63,14 @@ class PipeEndpoint:
             self._open.append(pipe)
             return message
 
+    def close(self) -> None:
+        """Write what is left."""
+        self._outbox.put(None)
+        self._writer.join(STOP_S)
+
     def _write(self) -> None:
-        while True:
-            target, message = self._outbox.get()
+        while (item := self._outbox.get()) is not None:
+            target, message = item
             try:
                 self._pipes[target].send(message)
             except OSError:
@@ -73,7 +79,9 @@ class PipeEndpoint:
 
 def _work(spec: WorkerSpec, pipes: dict[int, Connection]) -> None:
     """Life of a worker process."""
-    build_worker(spec, PipeEndpoint(spec.device, pipes)).run()
+    endpoint = PipeEndpoint(spec.device, pipes)
+    build_worker(spec, endpoint).run()
+    endpoint.close()
 
 
 class ProcessCrew:
@@ -111,7 +119,7 @@ class ProcessCrew:
         """Ask the processes to end; those that do not in time are killed."""
         for device in self.processes:
             self.endpoint.send(device, Stop(at_once))
-        deadline_s = time.monotonic() + STOP_S
+        deadline_s = time.monotonic() + (STOP_AT_ONCE_S if at_once else STOP_S)
         for process in self.processes.values():
             if process.pid is None:
                 continue

@@ -109,8 +109,8 @@ class Measurements:
             collective += times.collective_s
             attention += times.attention_s
             heads += times.head_transfer_s
-            waiting += max(0.0, times.free_s - times.sent_s)
             if done.stage:
+                waiting += max(0.0, times.free_s - times.sent_s)
                 hop += times.begun_s - max(times.sent_s, times.free_s)
         total = ended_s - begun_s
         parts = dense + collective + attention + heads + hop + waiting
@@ -147,8 +147,8 @@ class Measurements:
             preemptions=state.preemptions, moves=state.moves, moved_bytes=state.moved_bytes,
             remote_share=state.remote_share)
 
-    def sample(self, now_s: float) -> None:
-        """Look at the system, if it is time to."""
+    def sample(self, now_s: float, outside: int) -> None:
+        """Look at the system, if it is time to; ``outside`` requests have come and wait to be taken in."""
         recorder = self.recorder
         if now_s < recorder.next_sample_s:
             return
@@ -156,5 +156,12 @@ class Measurements:
         for engine in self._engines:
             for d, device in enumerate(engine.plan.devices):
                 used[device] = float(engine.books.ledger.used[d] * self._unit_bytes)
+        self.peaks()
         running = sum(len(engine.active) for engine in self._engines)
-        recorder.sample(now_s, running, sum(len(engine.waiting) for engine in self._engines), used)
+        recorder.sample(now_s, running, outside + sum(len(engine.waiting) for engine in self._engines), used)
+
+    def peaks(self) -> None:
+        """Keep the most cache that each device has held."""
+        for engine in self._engines:
+            for device, units in zip(engine.plan.devices, engine.books.ledger.peak, strict=True):
+                self.recorder.peak(device, float(units * self._unit_bytes))

@@ -1,0 +1,282 @@
+"""Physical cache: tables, journeys between workers, and which groups live where."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from exec_toys import MODEL, Fixed, given, pipeline, run, workload
+from hypothesis import given as hypothesis_given
+from hypothesis import strategies as st
+
+from hetis_exec.cachekeeper import CacheKeeper
+from hetis_exec.errors import CacheError, WorkerError
+from hetis_exec.groups import Change, GroupMap, Holders
+from hetis_exec.kvcache import KvPool, TableKey
+from hetis_exec.messages import (
+    Arrived,
+    Await,
+    CacheData,
+    Close,
+    Control,
+    Drop,
+    Expect,
+    Grow,
+    Message,
+    Op,
+    Open,
+    Park,
+    Send,
+)
+from hetis_exec.mirror import Mirror
+from hetis_sim.policies.plan import Placement
+from hetis_sim.spec.errors import InfeasibleError
+
+D = 6
+
+
+def filled(tokens: int, seed: int = 0) -> np.ndarray:
+    """Made-up keys or values, shape (tokens, D)."""
+    return np.random.default_rng(seed).standard_normal((tokens, D))
+
+
+# -- the pool --------------------------------------------------------------------------------------------
+
+
+def test_pool_gives_back_what_was_written_across_blocks() -> None:
+    """Tokens written in pieces are read as one, whatever blocks and layers they lie in."""
+    pool = KvPool(40, block_tokens=4, head_dim=D)
+    key, other = TableKey(7, 1, 2), TableKey(7, 1, 3)
+    for table in (key, other):
+        pool.open(table, layers=3, blocks=1, tag=1)
+    keys, values = filled(10, 1), filled(10, 2)
+    pool.write(key, 2, 0, keys[:3], values[:3])
+    pool.grow(key, 3)
+    pool.write(key, 2, 3, keys[3:], values[3:])
+    pool.grow(other, 3)
+    pool.write(other, 2, 0, values, keys)
+    read_keys, read_values = pool.read(7, 1, (3, 2), 2, 1, 9)
+    assert np.array_equal(read_keys, [values[1:9], keys[1:9]])
+    assert np.array_equal(read_values, [keys[1:9], values[1:9]])
+
+
+def test_pool_counts_units_and_refuses_what_does_not_fit() -> None:
+    """A table takes blocks times layers units; a full pool raises and changes nothing."""
+    pool = KvPool(10, block_tokens=4, head_dim=D)
+    pool.open(TableKey(0, 0, 0), layers=3, blocks=2, tag=1)
+    assert pool.used_units == 6
+    with pytest.raises(CacheError, match="6 units are asked for, 4 of 10 are free"):
+        pool.open(TableKey(0, 0, 1), layers=3, blocks=2, tag=1)
+    pool.open(TableKey(0, 1, 0), layers=1, blocks=4, tag=1)
+    assert pool.used_units == 10
+    with pytest.raises(CacheError, match="open already"):
+        pool.open(TableKey(0, 1, 0), layers=1, blocks=1, tag=1)
+    with pytest.raises(CacheError, match="shrink"):
+        pool.grow(TableKey(0, 1, 0), 3)
+    pool.close(TableKey(0, 0, 0))
+    assert pool.used_units == 4
+    with pytest.raises(CacheError, match="holds no cache"):
+        pool.close(TableKey(0, 0, 0))
+
+
+def test_freed_memory_cannot_be_read_as_cache() -> None:
+    """What was freed and taken anew is nan until somebody writes it."""
+    pool = KvPool(2, block_tokens=2, head_dim=D)
+    pool.open(TableKey(0, 0, 0), layers=1, blocks=2, tag=1)
+    pool.write(TableKey(0, 0, 0), 0, 0, filled(4), filled(4))
+    pool.close(TableKey(0, 0, 0))
+    pool.open(TableKey(1, 0, 0), layers=1, blocks=2, tag=2)
+    assert np.isnan(pool.read(1, 0, (0,), 0, 0, 4)[0]).all()
+
+
+def test_too_large_a_pool_is_refused_before_work_starts() -> None:
+    """A device with more cache than a worker of this host may take is an error of the input."""
+    what = given(pipeline([[0]], [4]), Fixed(), workload(1), units=20_000_000)
+    with pytest.raises(InfeasibleError, match="at most"):
+        run(what)
+
+
+# -- journeys --------------------------------------------------------------------------------------------
+
+
+class Pair:
+    """Two keepers with tables of two layers; what they send is delivered by hand."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, Message]] = []
+        self.keepers = [CacheKeeper(device, KvPool(100, 4, D), self._send) for device in (0, 1)]
+
+    def _send(self, target: int, message: Message) -> None:
+        self.sent.append((target, message))
+
+    def tell(self, seq: int, device: int, used_units: int, *ops: Op) -> None:
+        """A message of the driver for one of them."""
+        self.keepers[device].apply(Control(seq, ops, used_units, None))
+
+    def deliver(self) -> list[Message]:
+        """Hand cache over; returns what was meant for the driver."""
+        others: list[Message] = []
+        while self.sent:
+            target, message = self.sent.pop(0)
+            if isinstance(message, CacheData):
+                self.keepers[target].take(message)
+            else:
+                others.append(message)
+        return others
+
+    def begin(self, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+        """Message 1 fills request 5 at keeper 0; returns layer 0, and layer 1 is larger by one."""
+        self.tell(1, 0, 4, Open(5, 0, (0,), 2, 2, tag=1))
+        self.tell(1, 1, 0)
+        keys, values = filled(tokens, 3), filled(tokens, 4)
+        for layer in range(2):
+            self.keepers[0].pool.write(KEY, layer, 0, keys + layer, values + layer)
+        return keys, values
+
+
+KEY = TableKey(5, 0, 0)
+
+
+def test_cache_that_comes_before_its_table_waits_for_it() -> None:
+    """Links of any speed: data is put aside until the message that makes room has been carried out."""
+    pair = Pair()
+    keys, _ = pair.begin(6)
+    pair.tell(2, 0, 4, Send(5, 0, (0,), 0, 6, 1, tag=2))
+    assert pair.deliver() == []
+    pair.tell(2, 1, 4, Open(5, 0, (0,), 2, 2, tag=2), Expect(2, 1))
+    assert pair.deliver() == [Arrived(1, 2)]
+    assert np.array_equal(pair.keepers[1].pool.read(5, 0, (0,), 1, 0, 6)[0][0], keys + 1)
+
+
+def test_cache_for_a_table_that_was_given_up_is_dropped_but_counted() -> None:
+    """A move that is cancelled while under way writes nothing, and the driver still hears of its end."""
+    pair = Pair()
+    pair.begin(6)
+    pair.tell(2, 0, 4, Send(5, 0, (0,), 0, 6, 1, tag=2))
+    pair.tell(2, 1, 4, Open(5, 0, (0,), 2, 2, tag=2), Expect(2, 1))
+    pair.tell(3, 1, 4, Close(5, 0, (0,)), Open(5, 0, (0,), 2, 2, tag=3))
+    assert pair.deliver() == [Arrived(1, 2)]
+    assert np.isnan(pair.keepers[1].pool.read(5, 0, (0,), 1, 0, 6)[0]).all()
+
+
+def test_switch_sends_what_was_added_and_frees_the_source() -> None:
+    """The last piece makes the table ready; before it, attention has to wait."""
+    pair = Pair()
+    keys, values = pair.begin(8)
+    pair.tell(2, 0, 4, Send(5, 0, (0,), 0, 6, 1, tag=2))
+    pair.tell(2, 1, 4, Open(5, 0, (0,), 2, 2, tag=2), Expect(2, 1))
+    pair.deliver()
+    pair.tell(3, 0, 0, Send(5, 0, (0,), 6, 8, 1, tag=2, final=True), Close(5, 0, (0,)))
+    pair.tell(3, 1, 6, Grow(5, 0, (0,), 3), Await(5, 0, (0,)))
+    assert not pair.keepers[1].ready(5, 0, (0,))
+    pair.deliver()
+    assert pair.keepers[1].ready(5, 0, (0,))
+    got_keys, got_values = pair.keepers[1].pool.read(5, 0, (0,), 0, 0, 8)
+    assert np.array_equal(got_keys[0], keys)
+    assert np.array_equal(got_values[0], values)
+
+
+def test_a_copy_waits_until_its_source_is_complete() -> None:
+    """Heads whose last piece is still to come are parked in host memory only after it."""
+    pair = Pair()
+    keys, _ = pair.begin(8)
+    pair.tell(2, 0, 0, Send(5, 0, (0,), 0, 8, 1, tag=2, final=True), Close(5, 0, (0,)))
+    pair.tell(2, 1, 4, Open(5, 0, (0,), 2, 2, tag=2), Await(5, 0, (0,)), Expect(3, 1),
+              Park(5, 0, (0,), 8, tag=3))
+    assert pair.keepers[1].parked == {}
+    assert pair.deliver() == [Arrived(1, 3)]
+    assert np.array_equal(pair.keepers[1].parked[KEY].keys[1], keys + 1)
+
+
+def test_parked_cache_comes_back_once() -> None:
+    """Swapping in takes the data out of host memory, to another device or to the same one."""
+    pair = Pair()
+    keys, _ = pair.begin(8)
+    pair.tell(2, 0, 4, Expect(2, 1), Park(5, 0, (0,), 8, tag=2))
+    assert pair.deliver() == [Arrived(0, 2)]
+    pair.tell(3, 0, 0, Drop(5))
+    pair.tell(3, 1, 4, Open(5, 0, (0,), 2, 2, tag=4), Expect(4, 1))
+    pair.tell(4, 0, 0, Send(5, 0, (0,), 0, 8, 1, tag=4, parked=True))
+    pair.tell(4, 1, 4)
+    assert pair.deliver() == [Arrived(1, 4)]
+    assert np.array_equal(pair.keepers[1].pool.read(5, 0, (0,), 1, 0, 8)[0][0], keys + 1)
+    assert pair.keepers[0].parked == {}
+
+
+def test_the_ledger_has_the_last_word() -> None:
+    """A worker that holds more or less than is booked stops."""
+    with pytest.raises(CacheError, match="holds 4 units of cache, the ledger says 3"):
+        Pair().tell(1, 0, 3, Open(5, 0, (0,), 2, 2, tag=1))
+
+
+def test_a_worker_whose_cache_differs_from_the_ledger_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If tables were not grown with the books, the run would stop at the first message that shows it."""
+    monkeypatch.setattr(Mirror, "_grow", lambda self, held, state: None)
+    with pytest.raises(WorkerError, match="the ledger says"):
+        run(given(pipeline([[0]], [4]), Fixed(), workload(3, (3, 3), (6, 6))))
+
+
+# -- which groups ----------------------------------------------------------------------------------------
+
+RANKS = pipeline([[0, 1]], [4], [2, 3], owned=[[2, 2]]).instances[0]
+
+
+def counts(holders: Holders, positions: int) -> list[int]:
+    """Groups at every position."""
+    return [sum(stage.count(p) for stage in holders) for p in range(positions)]
+
+
+def test_ranks_keep_the_first_of_their_own_groups() -> None:
+    """Attention workers take the others in the order of the ranks, as the control plane's pushes do."""
+    assert GroupMap(RANKS).initial((1, 1, 1, 1)) == ((0, 2, 1, 3),)
+    assert GroupMap(RANKS).initial((2, 0, 0, 2)) == ((0, 0, 3, 3),)
+
+
+def test_groups_that_can_stay_do() -> None:
+    """A move of one group by count is a move of one group."""
+    groups = GroupMap(RANKS)
+    before = groups.initial((0, 2, 2, 0))
+    after = groups.rearranged(before, (0, 2, 1, 1))
+    assert groups.changes(before, after) == [Change(0, 0, 2, 3, early=True)]
+
+
+def test_a_rank_gets_its_own_group_even_from_somebody_who_has_none_to_spare() -> None:
+    """The worker that gives it up gets another for it, for which there is no room before the switch."""
+    groups = GroupMap(RANKS)
+    before = groups.initial((1, 1, 1, 1))
+    after = groups.rearranged(before, (2, 1, 1, 0))
+    assert after == ((0, 0, 1, 2),)
+    assert groups.changes(before, after) == [Change(0, 1, 2, 0, early=True), Change(0, 3, 3, 2, early=False)]
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> Placement:
+    """Any valid placement on RANKS."""
+    kept = [draw(st.integers(0, 2)), draw(st.integers(0, 2))]
+    rest = 4 - sum(kept)
+    first = draw(st.integers(0, rest))
+    return (*kept, first, rest - first)
+
+
+@hypothesis_given(st.lists(placements(), min_size=1, max_size=8))
+def test_maps_follow_any_sequence_of_placements(sequence: list[Placement]) -> None:
+    """Counts are always those of the placement, ranks hold their own only, and early gains are net gains."""
+    groups = GroupMap(RANKS)
+    holders = groups.initial(sequence[0])
+    assert counts(holders, 4) == list(sequence[0])
+    for placement in sequence[1:]:
+        before, holders = holders, groups.rearranged(holders, placement)
+        assert counts(holders, 4) == list(placement)
+        assert all(g in groups.owned(p) for g, p in enumerate(holders[0]) if p < 2)
+        changes = groups.changes(before, holders)
+        gain = [a - b for a, b in zip(counts(holders, 4), counts(before, 4), strict=True)]
+        for p in range(4):
+            assert sum(c.target == p and c.early for c in changes) == max(0, gain[p])
+
+
+def test_reference_and_split_models_are_the_same_model() -> None:
+    """Another seed is another model: equal tokens in the other tests are no accident."""
+    from hetis_exec.toy_model import ToyModel
+
+    prompt = np.arange(12)
+    assert ToyModel(MODEL, 0).generate(prompt, 8) != ToyModel(MODEL, 1).generate(prompt, 8)
+    assert ToyModel(MODEL, 0).generate(prompt, 8) != ToyModel(MODEL, 0).generate(prompt[::-1], 8)

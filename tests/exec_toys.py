@@ -1,0 +1,180 @@
+"""Small clusters, plans and policies for tests of the executor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from hetis_exec.crew import ThreadCrew, WorkerSpec
+from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
+from hetis_exec.messages import CacheData
+from hetis_exec.toy_model import ToyModel
+from hetis_exec.transport import Delay, InProcessTransport
+from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.cost.roofline import RooflineCost
+from hetis_sim.policies.base import EngineLimits, PlanningProblem, Policy
+from hetis_sim.policies.memory import cache_bytes, unit_bytes
+from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
+from hetis_sim.policies.view import InstanceView, Move, RequestView
+from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
+from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.model import ModelSpec
+from hetis_sim.spec.request import Request
+
+MODEL = ModelSpec("toy", layers=4, hidden=24, query_heads=8, kv_heads=4, head_dim=6, ffn_hidden=40, vocab=89,
+                  context_limit_tokens=256, weight_bytes=4, kv_bytes=4)
+LIMITS = EngineLimits(block_tokens=4, max_batch_requests=16, max_batch_tokens=128, memory_utilization=1.0)
+LINK = LinkSpec("toy-link", 1e10, 1e-6)
+
+# -- clusters and plans --------------------------------------------------------------------------------
+
+
+def cluster_for(plan: Plan, units: int | Mapping[int, int], hosts: Sequence[int] = (),
+                model: ModelSpec = MODEL) -> ClusterSpec:
+    """A cluster on which every device of the plan has room for exactly so many units of cache.
+
+    ``hosts`` gives the number of devices of each host; by default there is one host.
+    """
+    number = 1 + max(device for instance in plan.instances for device in instance.devices)
+    wanted = units if isinstance(units, Mapping) else dict.fromkeys(range(number), units)
+    large = 1 << 34
+    roomy = ClusterSpec("roomy", (HostSpec((_gpu("roomy", large),) * number, LINK),), LINK)
+    memory = [large] * number
+    for instance in plan.instances:
+        for device, left in cache_bytes(roomy, model, LIMITS, instance).items():
+            memory[device] = large - left + wanted[device] * unit_bytes(model, LIMITS)
+    gpus = [_gpu(f"toy{device}", memory[device]) for device in range(number)]
+    ends = np.cumsum(list(hosts) or [number]).tolist()
+    return ClusterSpec("toys", tuple(HostSpec(tuple(gpus[a:b]), LINK)
+                                     for a, b in zip([0, *ends[:-1]], ends, strict=True)), LINK)
+
+
+def _gpu(name: str, memory_bytes: int) -> GpuSpec:
+    return GpuSpec(name, memory_bytes, 1e11, 1e13, 1e13, 5e12)
+
+
+def pipeline(stages: Sequence[Sequence[int]], layers: Sequence[int], workers: Sequence[int] = (),
+             owned: Sequence[Sequence[int]] = ()) -> Plan:
+    """One instance: devices, layers and groups owned in each stage, and attention workers."""
+    owned = owned or [[MODEL.kv_heads // len(devices)] * len(devices) for devices in stages]
+    parts = [StagePlan(tuple(devices), count, tuple(groups))
+             for devices, count, groups in zip(stages, layers, owned, strict=True)]
+    return Plan((InstancePlan(tuple(parts), tuple(workers)),))
+
+
+# -- policies --------------------------------------------------------------------------------------------
+
+
+class Fixed(Policy):
+    """Every request gets the same placement, if it fits; by default it stays at the ranks."""
+
+    name = "fixed"
+
+    def __init__(self, placement: Placement | None = None, preemption: str = "recompute") -> None:
+        self.placement = placement
+        self.preemption = preemption  # type: ignore[assignment]
+
+    def plan(self, problem: PlanningProblem) -> Plan:
+        raise AssertionError("the test has a plan")
+
+    def choice(self, request: RequestView, view: InstanceView) -> Placement:
+        return self.placement or view.plan.local_placement
+
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
+        placed: list[Placement] = []
+        free = dict(view.free_units)
+        for request in requests:
+            choice = self.choice(request, view)
+            need = view.units_needed(choice, request.context_tokens + 1)
+            if any(units > free[device] for device, units in need.items()):
+                break
+            for device, units in need.items():
+                free[device] -= units
+            placed.append(choice)
+        return placed
+
+
+class Turning(Fixed):
+    """Begins with one of some placements and moves the heads of running requests on to the next."""
+
+    name = "turning"
+
+    def __init__(self, placements: Sequence[Placement], preemption: str = "recompute") -> None:
+        super().__init__(placements[0], preemption)
+        self.placements = tuple(placements)
+
+    def choice(self, request: RequestView, view: InstanceView) -> Placement:
+        return self.placements[request.request_id % len(self.placements)]
+
+    def rebalance(self, view: InstanceView, running: Sequence[RequestView]) -> Move | None:
+        movable = [request for request in running if request.movable]
+        if not movable:
+            return None
+        chosen = movable[view.context_tokens % len(movable)]
+        at = self.placements.index(chosen.placement)
+        return Move(chosen.request_id, self.placements[(at + 1) % len(self.placements)])
+
+
+class Relieving(Fixed):
+    """Takes one group off a device that fills up, to the attention worker with most room."""
+
+    name = "relieving"
+
+    def relieve(self, view: InstanceView, device: int, running: Sequence[RequestView]) -> Move | None:
+        for request in running:
+            for p in view.plan.positions:
+                if not request.movable or p.device != device or p.remote or not request.placement[p.index]:
+                    continue
+                remote = [q for q in view.plan.positions if q.remote and q.stage == p.stage]
+                target = max(remote, key=lambda q: view.free_units[q.device])
+                placement = list(request.placement)
+                placement[p.index] -= 1
+                placement[target.index] += 1
+                return Move(request.request_id, tuple(placement))
+        return None
+
+
+# -- runs --------------------------------------------------------------------------------------------------
+
+
+def workload(count: int, prompt: tuple[int, int] = (3, 30), output: tuple[int, int] = (1, 14),
+             gap_s: float = 0.002, seed: int = 5) -> list[Request]:
+    """Requests of lengths in the given ranges, at even distances."""
+    rng = np.random.default_rng(seed)
+    return [Request(n, n * gap_s, int(rng.integers(*prompt, endpoint=True)),
+                    int(rng.integers(*output, endpoint=True))) for n in range(count)]
+
+
+def given(plan: Plan, policy: Policy, requests: Sequence[Request], units: int | Mapping[int, int] = 4000,
+          hosts: Sequence[int] = (), **changes: Any) -> ExecutorInput:
+    """The input of a run; ``changes`` go to the scheduler's settings or to the executor."""
+    own = {key: changes.pop(key) for key in ("timeout_s", "seed", "model") if key in changes}
+    settings = SchedulerSettings(limits=LIMITS, **{"rebalance_interval": 2, **changes})
+    model = own.pop("model", MODEL)
+    cluster = cluster_for(plan, units, hosts, model)
+    return ExecutorInput(cluster, model, RooflineCost(), policy, plan, requests, settings, log_decisions=True,
+                         debug=True, **{"timeout_s": 10.0, **own})
+
+
+def slow_cache(seconds: float) -> Delay:
+    """Cache takes its time, so that steps go on meanwhile."""
+    return lambda sender, target, message: seconds if isinstance(message, CacheData) else 0.0
+
+
+def threads(delay: Delay | None = None) -> Callable[[Sequence[WorkerSpec]], ThreadCrew]:
+    """Workers as threads, with messages on a wire of some length."""
+    return lambda specs: ThreadCrew(specs, InProcessTransport(delay))
+
+
+def run(what: ExecutorInput, delay: Delay | None = None) -> tuple[Executor, ExecutionResult]:
+    """Run to the end on threads."""
+    executor = Executor(what, threads(delay))
+    return executor, executor.run()
+
+
+def expected_tokens(what: ExecutorInput) -> dict[int, list[int]]:
+    """What one process without any cache generates for every request."""
+    model = ToyModel(what.model, what.seed)
+    return {r.request_id: model.generate(what.prompt(r), r.output_tokens) for r in what.requests}
