@@ -155,3 +155,12 @@ def test_large_clusters_are_searched_by_a_short_list() -> None:
     plan = plan_for(spec, "llama2-13b")
     check_plan(plan, problem(spec, "llama2-13b"))
     assert plan.search["candidates"] > 500
+
+
+def test_of_layouts_that_cost_the_same_the_quickest_is_chosen() -> None:
+    """The chosen layout costs at most 5 % more than the cheapest of its set."""
+    for name in ("llama2-70b", "llama2-13b", "opt-30b"):
+        plan = plan_for(paper(), name)
+        primary, _ = kinds(plan, paper())
+        (cheapest,) = (value for names, value in plan.search["sets"].items() if set(names.split(" + ")) == primary)
+        assert cheapest <= cost(plan) * (1 + 1e-9) <= 1.05 * cheapest

@@ -40,7 +40,7 @@ class Parallelizer:
         self.settings = settings
 
     def plan(self, problem: PlanningProblem) -> Plan:
-        """The plan of least cost under the exclusion rule.
+        """The plan of least cost under the exclusion rule; of plans that cost the same, the quickest.
 
         Starting with all types as primaries, types are looked at from the lowest-end one up: type
         t is left out of dense work when C(without t) <= (1 + delta) * C(with t), and computes
@@ -55,7 +55,7 @@ class Parallelizer:
         types = gpu_types(problem)
         primaries = list(types)
         found = run.search(primaries)
-        if found.best is None:
+        if found.choice is None:
             raise InfeasibleError(_does_not_fit(problem))
         verdicts: dict[str, Verdict] = {}
         undecided = True
@@ -70,20 +70,20 @@ class Parallelizer:
                 if not verdicts[kind.name].primary:
                     primaries, found, undecided = without, fewer, True
         verdicts[types[0].name] = Verdict(True, "the highest-end type always computes the dense modules")
-        assert found.best is not None
+        assert found.choice is not None
         figures = run.figures(primaries, time.perf_counter() - started)
         instances = tuple(
             instance_shape(problem, draft.groups, draft.workers).with_layers(estimate.layers)
-            for draft, estimate in zip(found.best.drafts, found.best.estimates, strict=True))
-        return Plan(instances, _reasons(problem, found.best, verdicts), figures)
+            for draft, estimate in zip(found.choice.drafts, found.choice.estimates, strict=True))
+        return Plan(instances, _reasons(problem, found.choice, verdicts), figures)
 
     def _verdict(self, kind: GpuType, found: Found, fewer: Found) -> Verdict:
         """The exclusion rule for one type."""
-        assert found.best is not None
+        assert found.cost_s is not None
         names, delta = f"the {kind.name}s", self.settings.delta
-        if fewer.best is None:
+        if fewer.cost_s is None:
             return Verdict(True, f"the model does not fit without {names}")
-        cost, less = found.best.cost_s, fewer.best.cost_s
+        cost, less = found.cost_s, fewer.cost_s
         gain = less / cost - 1.0
         figures = f"{cost:.4g} s a request with them, {less:.4g} s without"
         if less <= (1.0 + delta) * cost:
@@ -114,14 +114,16 @@ class _Run:
 
     def figures(self, primaries: Sequence[GpuType], seconds: float) -> dict[str, Any]:
         """For ``Plan.search``: time taken, number of candidates, costs of sets and of the best layouts."""
-        best = self._found[tuple(kind.name for kind in primaries)]
+        found = self._found[tuple(kind.name for kind in primaries)]
+        assert found.choice is not None
         return {
             "seconds": round(seconds, 4),
-            "candidates": sum(found.candidates for found in self._found.values()),
-            "sets": {" + ".join(key): found.best and found.best.cost_s for key, found in self._found.items()},
-            "best": [layout.describe() for layout in best.layouts],
-            "requests_per_s": sum(estimate.requests_per_s for estimate in best.layouts[0].estimates),
-            "tpot_s": max(estimate.tpot_s for estimate in best.layouts[0].estimates),
+            "candidates": sum(tried.candidates for tried in self._found.values()),
+            "sets": {" + ".join(key): tried.cost_s for key, tried in self._found.items()},
+            "best": [layout.describe() for layout in found.layouts],
+            "chosen": found.choice.describe(),
+            "requests_per_s": sum(estimate.requests_per_s for estimate in found.choice.estimates),
+            "tpot_s": max(estimate.tpot_s for estimate in found.choice.estimates),
         }
 
 

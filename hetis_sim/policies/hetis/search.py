@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from hetis_sim.policies.shape import instance_shape
 
 EXACT_CANDIDATES = 96
 BEST_OF_EACH_COUNT = 2
+SAME_COST = 0.05
+"""Costs that differ by less are the same: the estimate is off by as much (ours)."""
+
 INSTANCE_COUNTS = 32
 
 ShapeKey = tuple[object, ...]
@@ -47,15 +51,20 @@ class Layout:
 
 @dataclass(slots=True)
 class Found:
-    """The outcome of a search: the best layouts, cheapest first, and how many were looked at."""
+    """The outcome of a search: the best layouts, cheapest first, and how many were looked at.
+
+    ``choice`` is one of those that cost practically the same as the cheapest: the one that serves a
+    request alone in the shortest time. Both are None where nothing fits.
+    """
 
     layouts: list[Layout]
     candidates: int
+    choice: Layout | None
 
     @property
-    def best(self) -> Layout | None:
-        """The cheapest layout, None where nothing fits."""
-        return self.layouts[0] if self.layouts else None
+    def cost_s(self) -> float | None:
+        """The lowest cost, None where nothing fits."""
+        return self.layouts[0].cost_s if self.layouts else None
 
 
 class LayoutSearch:
@@ -71,6 +80,7 @@ class LayoutSearch:
         self.problem = problem
         self.estimator = Estimator(problem, settings.reserve_fraction, ideal_pipeline=settings.ideal_pipeline)
         self._estimates: dict[ShapeKey, Estimate | None] = {}
+        self._alone: dict[ShapeKey, float] = {}
         self._relaxation = Relaxation(problem, self.estimator)
 
     def run(self, primaries: Sequence[GpuType], workers: Sequence[GpuType], keep: int = 3) -> Found:
@@ -89,7 +99,9 @@ class LayoutSearch:
         layouts = [layout for count, degrees in order
                    if (layout := self._layout(primaries, workers, count, degrees)) is not None]
         layouts.sort(key=lambda layout: layout.cost_s)
-        return Found(layouts[:keep], candidates)
+        near = [layout for layout in layouts if layout.cost_s <= (1.0 + SAME_COST) * layouts[0].cost_s]
+        choice = min(near, key=self._alone_s, default=None) if len(near) > 1 else next(iter(near), None)
+        return Found(layouts[:keep], candidates, choice)
 
     def _instance_counts(self, primaries: Sequence[GpuType]) -> list[int]:
         """Numbers of instances whose weights the primaries could hold; not all of very many."""
@@ -121,6 +133,19 @@ class LayoutSearch:
             estimates.append(estimate)
         value = sum(estimate.value for estimate in estimates)
         return Layout(tuple(drafts), tuple(estimates), tuple(tp.items()), 1.0 / value)
+
+    def _alone_s(self, layout: Layout) -> float:
+        """Time of a mean request on the idle cluster, averaged over the instances by throughput."""
+        total = 0.0
+        for draft, estimate in zip(layout.drafts, layout.estimates, strict=True):
+            key = self._key(draft)
+            if key not in self._alone:
+                shape = instance_shape(self.problem, draft.groups, draft.workers)
+                alone = self.estimator.at(shape, 1, 1, estimate.layers)
+                self._alone[key] = math.inf if alone is None else (
+                    alone.prefill_s + self.estimator.output * alone.tpot_s)
+            total += estimate.value * layout.cost_s * self._alone[key]
+        return total
 
     def _key(self, draft: Draft) -> ShapeKey:
         """Equal for instances that differ in the numbers of their devices only."""
