@@ -162,5 +162,6 @@ def test_of_layouts_that_cost_the_same_the_quickest_is_chosen() -> None:
     for name in ("llama2-70b", "llama2-13b", "opt-30b"):
         plan = plan_for(paper(), name)
         primary, _ = kinds(plan, paper())
-        (cheapest,) = (value for names, value in plan.search["sets"].items() if set(names.split(" + ")) == primary)
+        sets: dict[str, float] = plan.search["sets"]
+        (cheapest,) = (value for names, value in sets.items() if set(names.split(" + ")) == primary)
         assert cheapest <= cost(plan) * (1 + 1e-9) <= 1.05 * cheapest
