@@ -108,8 +108,9 @@ def prepare(config: RunConfig) -> Prepared:
     config.slo.slo()
     Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction)
     policy = make_policy(config.policy)
-    cost = load_cost_model(config.cost.kind,
-                           host=HostOverhead(config.cost.host_base_s, config.cost.host_per_sequence_s))
+    cost = load_cost_model(config.cost.kind, profiles=config.cost.profiles,
+                           host=HostOverhead(config.cost.host_base_s, config.cost.host_per_sequence_s),
+                           gpus=[device.gpu for device in cluster.devices])
     workload = build_workload(config.workload, model.context_limit_tokens)
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
     about = workload.describe()

@@ -138,8 +138,10 @@ class Plan:
         require(len(used) == len(set(used)), "plan.devices", used, "each device in one instance only")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain types, for ``plan.json``."""
-        return asdict(self)
+        """Plain types, for ``plan.json``; without the seconds of the search, which differ every time."""
+        plain = asdict(self)
+        plain["search"].pop("seconds", None)
+        return plain
 
 
 def even_groups(kv_heads: int, tp: int) -> tuple[int, ...]:
