@@ -58,7 +58,7 @@ class Controller:
         Reasons: ``context_limit`` (longer than the model allows) and ``cache_capacity``
         (longer than an empty instance can hold).
         """
-        state = RequestState(request)
+        state = RequestState(request, context_tokens=request.prompt_tokens)
         self.states[request.request_id] = state
         needed = request.prompt_tokens + request.output_tokens
         if needed > self.model.context_limit_tokens:
@@ -82,8 +82,7 @@ class Controller:
         for engine in able:
             engine.sync()
         loads = [engine.load() for engine in able]
-        request = RequestView(state.request_id, state.request.arrival_s, state.request.prompt_tokens,
-                              state.request.prompt_tokens)
+        request = state.view(state.generated_base)
         choice = self.policy.route(request, loads)
         self.log.record("route", loads[choice], [request], choice)
         return able[choice]
