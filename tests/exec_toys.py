@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -176,5 +177,10 @@ def run(what: ExecutorInput, delay: Delay | None = None) -> tuple[Executor, Exec
 
 def expected_tokens(what: ExecutorInput) -> dict[int, list[int]]:
     """What one process without any cache generates for every request."""
-    model = ToyModel(what.model, what.seed)
-    return {r.request_id: model.generate(what.prompt(r), r.output_tokens) for r in what.requests}
+    return {request.request_id: _generated(what.model, what.seed, tuple(what.prompt(request).tolist()),
+                                           request.output_tokens) for request in what.requests}
+
+
+@cache
+def _generated(model: ModelSpec, seed: int, prompt: tuple[int, ...], count: int) -> list[int]:
+    return ToyModel(model, seed).generate(np.array(prompt), count)

@@ -26,7 +26,7 @@ from hetis_exec.messages import Control
 from hetis_exec.replay import replay
 from hetis_exec.transport import Delay
 from hetis_sim.control.step import StepKind
-from hetis_sim.metrics import record_violations
+from hetis_sim.metrics import Recorder, record_violations
 from hetis_sim.policies.plan import InstancePlan, Plan, StagePlan
 
 ONE = pipeline([[0]], [4])
@@ -136,6 +136,12 @@ def physical_units(keeper: CacheKeeper) -> int:
     return len(units)
 
 
+def gaps(recorder: Recorder) -> list[tuple[float, int]]:
+    """Gaps between tokens, each with the number of requests that felt it."""
+    itl = recorder.records().itl
+    return list(zip(itl.low_s.tolist(), itl.weight.tolist(), strict=True))
+
+
 def test_tokens_are_those_of_one_process(done: Done) -> None:
     """However heads, layers and prompts are split and moved, the same tokens come out."""
     assert done.result.tokens == expected_tokens(done.given)
@@ -171,7 +177,11 @@ def test_simulator_makes_the_same_decisions(done: Done) -> None:
     assert len(done.result.record.decisions) > 0
     simulation = replay(done.given, done.result.record)
     assert simulation.controller.log.lines == done.result.record.decisions
-    assert simulation.recorder.requests().equals(done.result.recorder.requests())
+    simulated, measured = simulation.recorder, done.result.recorder
+    assert simulated.requests().equals(measured.requests())
+    assert sorted(gaps(simulated)) == sorted(gaps(measured))
+    columns = ["instance", "lane", "kind", "start_s", "end_s", "requests", "prefill_tokens", "decode_tokens"]
+    assert simulated.steps()[columns].equals(measured.steps()[columns])
 
 
 def test_records_hold(done: Done) -> None:

@@ -1,0 +1,124 @@
+"""Random plans, policies, settings and networks: whatever the executor is put through, it holds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from exec_toys import Fixed, expected_tokens, given, pipeline, run, workload
+
+from hetis_exec.driver import ExecutorInput
+from hetis_exec.messages import CacheData, Message
+from hetis_exec.replay import replay
+from hetis_exec.transport import Delay
+from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
+from hetis_sim.policies.view import InstanceView, Move, RequestView
+
+PLANS = (
+    pipeline([[0]], [4], [1, 2]),
+    pipeline([[0], [1]], [3, 1], [2]),
+    pipeline([[0, 1]], [4], [2, 3], owned=[[3, 1]]),
+    pipeline([[0, 1], [2]], [2, 2], [3, 4], owned=[[2, 2], [4]]),
+    pipeline([[0], [1], [2]], [1, 2, 1], [3]),
+    pipeline([[0, 1, 2]], [4], [3, 4, 5], owned=[[2, 1, 1]]),
+    Plan((InstancePlan((StagePlan((0,), 4, (4,)),), (1,)),
+          InstancePlan((StagePlan((2,), 2, (4,)), StagePlan((3,), 2, (4,))), (4,)))),
+)
+
+
+class Whims(Fixed):
+    """Places and moves heads at random, but the same for the same question."""
+
+    name = "whims"
+
+    def __init__(self, seed: int, preemption: str, moves: bool) -> None:
+        super().__init__(None, preemption)
+        self.seed = seed
+        self.moves = moves
+
+    def _place(self, view: InstanceView, *question: object) -> Placement:
+        rng = random.Random(f"{self.seed}:{question}")
+        placement = [0] * len(view.plan.positions)
+        for indices in view.plan.stage_positions:
+            workers = [p for p in indices if view.plan.positions[p].remote]
+            for p in indices:
+                for _ in range(view.plan.positions[p].owned_groups):
+                    placement[rng.choice(workers) if rng.random() < 0.6 else p] += 1
+        return tuple(placement)
+
+    def choice(self, request: RequestView, view: InstanceView) -> Placement:
+        for attempt in range(6):
+            placement = self._place(view, request.request_id, request.preemptions, attempt)
+            if view.fits(placement, request.context_tokens + 1):
+                return placement
+        return view.plan.local_placement
+
+    def rebalance(self, view: InstanceView, running: Sequence[RequestView]) -> Move | None:
+        return self._move(view, running, "rebalance")
+
+    def relieve(self, view: InstanceView, device: int, running: Sequence[RequestView]) -> Move | None:
+        return self._move(view, running, f"relieve {device}") if view.context_tokens % 3 else None
+
+    def _move(self, view: InstanceView, running: Sequence[RequestView], why: str) -> Move | None:
+        movable = [request for request in running if request.movable] if self.moves else []
+        if not movable:
+            return None
+        chosen = movable[view.context_tokens % len(movable)]
+        return Move(chosen.request_id, self._place(view, chosen.request_id, chosen.generated_tokens, why))
+
+
+def random_wires(seed: int, rng: random.Random) -> Delay | None:
+    """Links of different speed, for cache alone or for everything."""
+    kind = rng.choice(("none", "cache", "all"))
+    delays: dict[tuple[int, int, bool], float] = {}
+
+    def delay_s(sender: int, target: int, message: Message) -> float:
+        link = (sender, target, isinstance(message, CacheData))
+        if link not in delays:
+            slow = kind == "all" or link[2]
+            delays[link] = random.Random(f"{seed}{link}").choice((0.0, 0.0005, 0.002)) if slow else 0.0
+        return delays[link]
+
+    return None if kind == "none" else delay_s
+
+
+def random_input(seed: int, rng: random.Random) -> ExecutorInput:
+    """Everything else."""
+    plan = rng.choice(PLANS)
+    devices = 1 + max(device for instance in plan.instances for device in instance.devices)
+    requests = workload(rng.randint(3, 10), (1, rng.choice((8, 30))), (1, rng.choice((6, 24))),
+                        rng.choice((0.0, 0.0005, 0.003)), seed)
+    return given(plan, Whims(seed, rng.choice(("swap", "recompute")), rng.random() < 0.8), requests,
+                 units=rng.choice((150, 200, 260, 400, 1000)),
+                 hosts=rng.choice(((devices,), (1,) * devices, (devices - 1, 1))),
+                 chunked_prefill=rng.random() < 0.4, chunk_tokens=rng.choice((6, 16, 40)),
+                 moves_max=rng.choice((1, 2, 3)), rebalance_interval=rng.choice((1, 2, 5)))
+
+
+def check(seed: int) -> None:
+    """Tokens are right, cache is free at the end, and the simulator decides the same."""
+    rng = random.Random(seed)
+    what = random_input(seed, rng)
+    executor, result = run(what, random_wires(seed, rng))
+    wanted = expected_tokens(what)
+    assert result.tokens == {request_id: wanted[request_id] for request_id in result.tokens}
+    states = executor.controller.states.values()
+    assert {state.reason for state in states if state.request_id not in result.tokens} <= {"cache_capacity"}
+    assert all(worker.cache.pool.used_units == 0 for worker in executor.crew.workers.values())
+    simulation = replay(what, result.record)
+    assert simulation.recorder.requests().equals(result.recorder.requests())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_run_holds(seed: int) -> None:
+    """A few random runs."""
+    check(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(100, 300, 10))
+def test_many_runs_hold(first: int) -> None:
+    """Many random runs."""
+    for seed in range(first, first + 10):
+        check(seed)
