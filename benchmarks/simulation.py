@@ -53,7 +53,8 @@ def agreement(rate: float, requests: int = 2000) -> float:
     """Largest relative difference of a first-token or finish time, collapse on against off."""
     frames = []
     for flag in ("true", "false"):
-        result = run_prepared(prepared(f"rate={rate}", f"requests={requests}", f"scheduler.collapse={flag}"))
+        given = prepared(f"rate={rate}", f"requests={requests}", f"scheduler.collapse={flag}")
+        result = run_prepared(given)
         frames.append(result.requests.set_index("request_id").sort_index())
     on, off = frames
     return float(max((abs(on[c] - off[c]) / off[c]).max() for c in ("first_token_s", "finish_s")))
@@ -61,7 +62,7 @@ def agreement(rate: float, requests: int = 2000) -> float:
 
 def main() -> None:
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Time the simulation; see the head of this file.")
     parser.add_argument("--requests", type=int, default=20_000)
     most = parser.parse_args().requests
     top = capacity()

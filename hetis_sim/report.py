@@ -89,10 +89,24 @@ def print_plan(prepared: Prepared) -> None:
                    if instance.attention_workers else "")
         console.print(f"instance {number} ({instance.role}): {stages}{workers}")
     console.print(_memory_table(prepared))
+    same: dict[str, list[str]] = {}
     for device, reason in sorted(prepared.plan.reasons.items()):
-        console.print(f"{prepared.cluster.devices[device].label}: {reason}")
+        same.setdefault(reason, []).append(prepared.cluster.devices[device].label)
+    for reason, labels in same.items():
+        console.print(f"{', '.join(labels)}: {reason}")
     for key, value in prepared.plan.search.items():
-        console.print(f"search {key}: {value}", style="dim")
+        console.print(f"search {key}: {_plainly(value)}", style="dim")
+
+
+def _plainly(value: object) -> str:
+    """A figure of the search as a person would write it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_plainly(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(_plainly(item) for item in value)
+    return str(value)
 
 
 def _devices(prepared: Prepared, devices: tuple[int, ...]) -> str:
@@ -113,13 +127,13 @@ def _memory_table(prepared: Prepared) -> Table:
         last = len(instance.stages) - 1
         for s, stage in enumerate(instance.stages):
             for rank, device in enumerate(stage.devices):
-                weights = stage_weight_bytes(prepared.model, stage, rank, s == 0, s == last)
+                weights = float(stage_weight_bytes(prepared.model, stage, rank, s == 0, s == last))
                 rows[device] = (f"primary {number}.{s}", weights, cache[device])
         for device in instance.attention_workers:
             rows[device] = (f"attention worker {number}", 0.0, cache[device])
     for spec in prepared.cluster.devices:
         role, weights, left = rows.get(spec.device_id, ("unused", 0.0, 0.0))
-        memory, room = float(spec.gpu.memory_bytes), max(0.0, left)
+        memory, room = float(spec.gpu.memory_bytes), max(0.0, float(left))
         sizes = (memory, weights, room, memory - weights - room)
         table.add_row(spec.label, role, *(f"{amount / GIB:.1f}" for amount in sizes))
     return table
