@@ -243,7 +243,8 @@ class Executor:
 
     @property
     def _done(self) -> bool:
-        return len(self._ended) == len(self.given.requests)
+        computing = any(instance.computing for instance in self._instances)
+        return len(self._ended) == len(self.given.requests) and not computing
 
     def _next_event(self) -> Request | Transfer | StageDone | Arrived:
         """The next thing that happens: what needs no waiting, an arrival that is due, a report.

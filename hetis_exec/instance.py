@@ -65,6 +65,11 @@ class InstanceDriver:
         self.ended: deque[RequestState] = deque()
 
     @property
+    def computing(self) -> bool:
+        """Whether a report on a step is due."""
+        return bool(self._runs)
+
+    @property
     def busy(self) -> bool:
         """Whether any report of a worker is due."""
         return bool(self._runs or self._shipments)
@@ -76,21 +81,25 @@ class InstanceDriver:
         self._look_again(now_s)
 
     def stage_done(self, done: StageDone, now_s: float) -> None:
-        """A rank has computed its stage: the first one takes the next step, the last one ends this one."""
+        """A rank has computed its stage: the first one takes the next step, the last one ends this one.
+
+        Reports of different workers may overtake each other.
+        """
         self._measurements.busy(done)
-        run = self._runs.get(done.seq)
-        if run is None or done.rank:
+        if done.rank:
             return
+        run = self._runs[done.seq]
         run.stages.append(done)
-        if self._first_stage == done.seq:
+        if self._first_stage == done.seq and (done.stage == 0 or done.tokens is not None):
             self._first_stage = None
             run.record.free_s = now_s
         if done.tokens is not None:
-            del self._runs[done.seq]
             self._complete(run, done.tokens, now_s)
-            self._look_again(now_s)
-        else:
-            self._begin_steps(now_s)
+            self._declined = False
+        if len(run.stages) == len(self._engine.plan.stages):
+            del self._runs[done.seq]
+            self._measurements.step(run.step, run.record.begun_s, run.record.ended_s, run.stages)
+        self._begin_steps(now_s)
 
     def cache_arrived(self, arrived: Arrived, now_s: float) -> None:
         """A device has all of its share of a shipment."""
@@ -116,7 +125,6 @@ class InstanceDriver:
             self._texts[request_id].append(token)
         if step.decoding:
             self._measurements.tokens(self._engine.index, step.lane, run.fresh, step.decoding, now_s)
-        self._measurements.step(step, run.record.begun_s, now_s, run.stages)
         self._follow(self._controller.complete(step, now_s), None, now_s)
 
     # -- steps -------------------------------------------------------------------------------------

@@ -35,18 +35,27 @@ def what(requests: list[Request] | None = None, timeout_s: float = 10.0) -> Exec
                  timeout_s=timeout_s)
 
 
-def after(calls: int, action: Callable[[], None], method: Callable[..., object]) -> Callable[..., object]:
-    """A method that does something else from its n-th call on."""
-    count = 0
+class Trap:
+    """Makes a method do something else once two requests have finished."""
 
-    def wrapped(*arguments: object) -> object:
-        nonlocal count
-        count += 1
-        if count > calls:
-            action()
-        return method(*arguments)
+    def __init__(self, action: Callable[[], object], method: Callable[..., object]) -> None:
+        self._action = action
+        self._method = method
+        self._sprung = False
 
-    return wrapped
+    def progress(self, ended: int) -> None:
+        """To be told how many have."""
+        self._sprung = ended >= 2
+
+    def method(self) -> Callable[..., object]:
+        """What takes the place of the method."""
+
+        def wrapped(*arguments: object) -> object:
+            if self._sprung:
+                self._action()
+            return self._method(*arguments)
+
+        return wrapped
 
 
 def fail(executor: Executor) -> WorkerError:
@@ -71,8 +80,9 @@ def test_a_worker_that_raises_is_named_with_its_reason(monkeypatch: pytest.Monke
     def explode() -> None:
         raise ZeroDivisionError("a planted failure")
 
-    monkeypatch.setattr(ToyShard, "sample", after(60, explode, ToyShard.sample))
-    error = fail(Executor(what()))
+    trap = Trap(explode, ToyShard.sample)
+    monkeypatch.setattr(ToyShard, "sample", trap.method())
+    error = fail(Executor(what(), progress=trap.progress))
     assert error.device == 1
     assert "a planted failure" in str(error)
 
@@ -84,8 +94,9 @@ def test_a_thread_that_ends_without_a_word_is_noticed(monkeypatch: pytest.Monkey
     def vanish() -> None:
         raise SystemExit
 
-    monkeypatch.setattr(AttentionWorker, "_answer", after(100, vanish, AttentionWorker._answer))
-    error = fail(Executor(what()))
+    trap = Trap(vanish, AttentionWorker._answer)
+    monkeypatch.setattr(AttentionWorker, "_answer", trap.method())
+    error = fail(Executor(what(), progress=trap.progress))
     assert error.device == 2
     assert "ended without a word" in str(error)
 
@@ -93,21 +104,21 @@ def test_a_thread_that_ends_without_a_word_is_noticed(monkeypatch: pytest.Monkey
 def test_a_worker_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker that shows no sign of life for timeout_s is lost, and the run does not wait for it."""
     never = Event()
-    monkeypatch.setattr(AttentionWorker, "_answer", after(100, lambda: bool(never.wait(SOON_S)),
-                                                          AttentionWorker._answer))
+    trap = Trap(lambda: never.wait(SOON_S), AttentionWorker._answer)
+    monkeypatch.setattr(AttentionWorker, "_answer", trap.method())
     try:
-        error = fail(Executor(what(timeout_s=0.5)))
+        error = fail(Executor(what(timeout_s=1.0), progress=trap.progress))
     finally:
         never.set()
     assert error.device == 2
-    assert "no sign of life for 0.5 s" in str(error)
+    assert "no sign of life for 1 s" in str(error)
 
 
 def test_a_lost_message_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that wait for a message which never comes are alive, but not for ever."""
     monkeypatch.setattr(AttentionWorker, "_answer", lambda self, request: None)
     begun_s = time.monotonic()
-    with pytest.raises(ExecutorError, match=r"has waited|has ended for"):
+    with pytest.raises(ExecutorError, match=r"has waited|has ended for|no sign of life"):
         run(what(timeout_s=0.4))
     assert time.monotonic() - begun_s < SOON_S
 

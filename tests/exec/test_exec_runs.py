@@ -22,7 +22,7 @@ from exec_toys import (
 
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
-from hetis_exec.messages import Control
+from hetis_exec.messages import DRIVER, Control
 from hetis_exec.replay import replay
 from hetis_exec.transport import Delay
 from hetis_sim.control.step import StepKind
@@ -193,6 +193,17 @@ def test_records_hold(done: Done) -> None:
     assert np.allclose(steps[parts].sum(axis=1), steps["end_s"] - steps["start_s"], atol=1e-12)
     # Host time is what nothing else accounts for: it must not come out below zero.
     assert (steps["host_s"] > 0).all()
+
+
+def test_reports_may_overtake_each_other() -> None:
+    """A last stage that is heard of before the first one ends the step all the same."""
+    what = given(TWO, Fixed((2, 2, 3, 1)), SHORT)
+    _, result = run(what, lambda sender, target, message: 0.02 * (sender == 0 and target == DRIVER))
+    assert result.tokens == expected_tokens(what)
+    assert replay(what, result.record).recorder.requests().equals(result.recorder.requests())
+    steps = result.recorder.steps()
+    assert len(steps) == len(result.record.steps)
+    assert (steps["dense_s"] > 0).all()
 
 
 def test_steps_are_single_iterations_whatever_the_settings_say() -> None:
