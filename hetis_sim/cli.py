@@ -1,4 +1,4 @@
-"""The command line: ``run``, ``plan`` and ``validate``, configured by Hydra."""
+"""The command line: ``run``, ``plan``, ``validate`` and the studies, configured by Hydra."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ commands:
   run        simulate and print the result; writes a run folder under runs/
   plan       print where the model is placed, and why
   validate   say whether a combination can run, without running it
+  capacity   find the highest rate at which the SLO holds, over several seeds
+  compare    run policies on identical arrivals; paired differences and one sentence
 
 examples:
   hetis-sim run                                  Hetis, Llama-2-70B, the paper's cluster, ShareGPT
@@ -23,6 +25,8 @@ examples:
   hetis-sim run -m policy=hetis,vllm rate=1,2,4  a sweep
   hetis-sim run workload=trace workload.path=conv.csv.gz model=llama3-8b cluster=helix24
   hetis-sim plan cluster=helix24
+  hetis-sim capacity policy=hetis slo.ttft_s=2
+  hetis-sim compare policies=[hetis,vllm] rate=2 study.capacity=true
   hetis-sim run --help                           groups and keys
   hetis-sim run -sc install=bash                 how to get tab completion
 """
@@ -131,9 +135,13 @@ def _plan(config: object) -> None:
     from hetis_sim.config import RunConfig
     from hetis_sim.report import print_plan
     from hetis_sim.run import prepare
+    from hetis_sim.study.bound import bound_of
+    from hetis_sim.study.tables import print_bound
 
     assert isinstance(config, RunConfig)
-    print_plan(prepare(config))
+    prepared = prepare(config)
+    print_plan(prepared)
+    print_bound(bound_of(prepared))
 
 
 def _validate(config: object) -> None:
@@ -145,4 +153,27 @@ def _validate(config: object) -> None:
     print_validation(prepare(config))
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"run": _run, "plan": _plan, "validate": _validate}
+def _capacity(config: object) -> None:
+    from hetis_sim.config import RunConfig
+    from hetis_sim.study.capacity import capacity
+    from hetis_sim.study.tables import print_capacity, study_progress
+
+    assert isinstance(config, RunConfig)
+    with study_progress(config, "capacity") as done:
+        found = capacity(config, done)
+    print_capacity(config, found)
+
+
+def _compare(config: object) -> None:
+    from hetis_sim.config import RunConfig
+    from hetis_sim.study.compare import compare
+    from hetis_sim.study.tables import print_comparison, study_progress
+
+    assert isinstance(config, RunConfig)
+    with study_progress(config, "compare") as done:
+        found = compare(config, done)
+    print_comparison(config, found)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {"run": _run, "plan": _plan, "validate": _validate,
+                                            "capacity": _capacity, "compare": _compare}

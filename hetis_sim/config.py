@@ -15,9 +15,11 @@ from hetis_sim.policies.base import EngineLimits
 from hetis_sim.spec.errors import HetisError, SpecError, require
 from hetis_sim.spec.parse import ClusterConfig, ModelConfig
 from hetis_sim.spec.slo import Slo
+from hetis_sim.study.config import StudyConfig
 from traces.config import WorkloadConfig
 
-SHORTHANDS = {"rate": "workload.rate", "requests": "workload.requests", "seed": "workload.seed"}
+SHORTHANDS = {"rate": "workload.rate", "requests": "workload.requests", "seed": "workload.seed",
+              "policies": "study.policies", "seeds": "study.seeds"}
 """Keys that may be written without their group."""
 
 OUTPUTS = ("table", "markdown", "json", "none")
@@ -116,6 +118,7 @@ class RunConfig:
     cost: CostConfig = field(default_factory=CostConfig)
     slo: SloConfig = field(default_factory=SloConfig)
     sim: SimConfig = field(default_factory=SimConfig)
+    study: StudyConfig = field(default_factory=StudyConfig)
     output: str = "table"
     progress: bool = True
 
