@@ -246,6 +246,7 @@ class Engine:
             return
         if self.plan.role == "prefill":
             lane.prefilling -= 1
+            self.blocked = False  # a place in the batch is free, though no cache
             self.news.prefilled.append(state)
             return
         self._join_when_ready(state)
@@ -272,6 +273,7 @@ class Engine:
         state.instance = self.index
         self.waiting.appendleft(state)
         self.waiting_tokens += state.context_tokens
+        self.blocked = False  # that was for whoever stood first before
 
     def _join_when_ready(self, state: RequestState) -> None:
         if state.status != Status.TRANSFER or state.in_flight_transfers:
