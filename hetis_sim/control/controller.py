@@ -122,7 +122,9 @@ class Controller:
         more = Outcome(outcome.finished, outcome.rejected, outcome.first_tokens, outcome.gaps_s,
                        list(outcome.transfers), touched=list(outcome.touched))
         for state in outcome.finished:
-            self._handoffs.cancel(state)
+            if state.landing is not None:
+                more.touched.append(state.landing.instance)
+                self._handoffs.cancel(state)
         for state in outcome.prefilled:
             for ready in self._handoffs.prefilled(state):
                 more.touched += [ready.instance, ready.landing.instance] if ready.landing else []
