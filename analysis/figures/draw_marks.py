@@ -20,6 +20,7 @@ BAR_IN = 0.34
 LABEL_SHIFT = 0.36
 MINOR_DECADES = 1.2
 VALUE_ROOM = 1.16
+RULE_ROOM = 0.4
 RULE_COLOR = "#444444"
 
 
@@ -101,6 +102,8 @@ def _draw_line(axes: Axes, line: Line) -> Any:
         marker = style.MATPLOTLIB_MARKERS[look.marker]
         hollow = line.hollow if line.hollow is not None else np.zeros(len(line.x), dtype=bool)
         for points, face in ((~hollow, look.color), (hollow, "white")):
+            if not points.any():
+                continue
             axes.plot(line.x[points], line.y[points], linestyle="", marker=marker, markerfacecolor=face,
                       markeredgecolor=look.color, markeredgewidth=0.8, zorder=3, clip_on=False)
         handle = _with_marker(line.name, look.color, dashes, marker)
@@ -180,7 +183,8 @@ def draw_bars(chart: BarChart) -> Figure:
     """Horizontal bars, each below its own label, so that labels may be long."""
     names = [series.name for series in chart.series]
     below = LEGEND_ROW_IN * legend_rows(names, legend_columns(names)) + 0.05 if len(names) > 1 else 0.0
-    figure, axes = new_figure(0.62 + BAR_IN * len(chart.categories) + below)
+    room = BAR_IN * RULE_ROOM if chart.rules else 0.0
+    figure, axes = new_figure(0.62 + BAR_IN * len(chart.categories) + room + below)
     rows = np.arange(len(chart.categories), dtype=np.float64)
     start = np.zeros(len(rows))
     handles = []
@@ -194,7 +198,7 @@ def draw_bars(chart: BarChart) -> Figure:
     axes.set_xlim(0.0, (chart.axis.high or top or 1.0) * VALUE_ROOM)
     if chart.axis.high is not None:
         axes.set_xticks([tick for tick in axes.get_xticks() if 0.0 <= tick <= chart.axis.high * 1.001])
-    axes.set_ylim(len(rows) - 0.62, -0.62)
+    axes.set_ylim(len(rows) - 0.62, -0.62 - (RULE_ROOM if chart.rules else 0.0))
     axes.set_yticks([])
     axes.grid(visible=False, axis="y")
     for row, name in enumerate(chart.categories):
@@ -203,10 +207,21 @@ def draw_bars(chart: BarChart) -> Figure:
                       bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4}, zorder=4)
     _write_totals(axes, chart, rows, start)
     for rule in chart.rules:
-        _draw_rule(axes, Rule(rule.label, rule.value, vertical=True))
+        _draw_bar_rule(axes, rule)
     if len(names) > 1:
         legend_below(figure, handles, names)
     return figure
+
+
+def _draw_bar_rule(axes: Axes, rule: Rule) -> None:
+    """A limit, named above the first bar: bars have labels of their own."""
+    axes.axvline(rule.value, color=RULE_COLOR, linewidth=0.8, linestyle=(0, (2.0, 1.0)), zorder=2.7)
+    low, high = axes.get_xlim()
+    left = _place_on("linear", rule.value, low, high) > 0.5
+    axes.annotate(rule.label, (rule.value, 1.0), xycoords=("data", "axes fraction"),
+                  xytext=(-2 if left else 2, -1),
+                  textcoords="offset points", ha="right" if left else "left", va="top", color=RULE_COLOR,
+                  fontsize=style.SMALL_PT - 0.5)
 
 
 def _draw_series(axes: Axes, series: Bars, rows: Floats, start: Floats) -> Any:

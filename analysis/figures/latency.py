@@ -29,7 +29,7 @@ def _cdf_chart(metric: str, runs: Sequence[ReportRun]) -> XYChart | None:
     for i, run in enumerate(runs):
         x, share = _itl_shares(run) if metric == "itl" else _shares(_latencies(run, metric))
         if len(x):
-            lines.append(Line(run.name, x, share, i))
+            lines.append(Line(run.name, x, share, i, step=metric != "itl"))
     if not lines:
         return None
     name = METRICS[metric]
@@ -57,7 +57,7 @@ def _shares(ascending: Floats) -> tuple[Floats, Floats]:
         return ascending, ascending
     share = np.arange(1, n + 1) / n
     if n <= POINTS + TAIL_POINTS:
-        return ascending, share
+        return np.r_[ascending[:1], ascending], np.r_[0.0, share]
     wanted = np.concatenate([np.linspace(0.0, 0.98, POINTS), np.linspace(0.98, 1.0, TAIL_POINTS)])
     index = np.unique(np.minimum((wanted * n).astype(np.int64), n - 1))
     return ascending[index], share[index]
@@ -152,8 +152,9 @@ def _over_load(key: str, title: str, label: str, runs: Sequence[ReportRun], poin
         figures = np.array([point.figures(read) for point in own])
         hollow = np.array([point.saturated for point in own])
         low = np.where(figures[:, 1] > 0, figures[:, 1], np.nan) if log else figures[:, 1]
+        limit = figures[:, 2] if high is None else np.minimum(figures[:, 2], high)
         lines.append(Line(group, np.array([point.load for point in own]), figures[:, 0], number, markers=True,
-                          low=low, high=figures[:, 2], hollow=hollow))
+                          low=low, high=limit, hollow=hollow))
     several = any(len(point.runs) > 1 for own in points.values() for point in own)
     caption = f"{title}; " + ("means over seeds, with 95 % intervals across them where there are "
                               f"{SEEDS_MIN} or more"

@@ -39,19 +39,25 @@ class Point:
 
 
 def across(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean of independent values and Student's 95 % interval; nan limits for fewer than three."""
-    array = np.array(values, dtype=np.float64)
-    array = array[np.isfinite(array)]
-    if not len(array):
-        return math.nan, math.nan, math.nan
-    mean = float(array.mean())
-    if len(array) < SEEDS_MIN:
-        return mean, math.nan, math.nan
+    """Mean of independent values that are never negative, and Student's 95 % limits.
+
+    Values that are not known are left out; fewer than three have no limits (nan).
+    """
+    known = [value for value in values if math.isfinite(value)]
+    if len(known) < SEEDS_MIN:
+        return (sum(known) / len(known) if known else math.nan), math.nan, math.nan
+    mean, low, high = student(known)
+    return mean, max(low, 0.0), high
+
+
+def student(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of two or more independent values, and Student's 95 % limits."""
     from scipy.special import stdtrit
 
-    reach = float(stdtrit(len(array) - 1,
-                          (1 + CONFIDENCE) / 2)) * float(array.std(ddof=1)) / math.sqrt(len(array))
-    return mean, max(mean - reach, 0.0), mean + reach
+    array = np.array(values, dtype=np.float64)
+    mean, factor = float(array.mean()), float(stdtrit(len(array) - 1, (1 + CONFIDENCE) / 2))
+    reach = factor * float(array.std(ddof=1)) / math.sqrt(len(array))
+    return mean, mean - reach, mean + reach
 
 
 def _number(value: float | None) -> float:

@@ -41,8 +41,8 @@ def plan_chart(run: ReportRun) -> Diagram:
         page.y += 0.6
     idle = [device for device in range(len(run.devices)) if device not in used]
     if idle:
-        page.heading("not used by any instance")
-        page.row_of_boxes([([f"{len(own)} x {card}", _hosts(run, own)], UNUSED, _note(run, own))
+        page.heading("beside the instances")
+        page.row_of_boxes([(["not used", f"{len(own)} x {card}", _hosts(run, own)], UNUSED, _note(run, own))
                            for card, own in by_card(run, idle).items()])
     kinds = sorted({box.kind for box in page.boxes})
     boxes = [Box(b.x, b.y, b.width, b.height, b.lines, kinds.index(b.kind), b.note) for b in page.boxes]

@@ -82,7 +82,9 @@ class ReportRun:
 
     @property
     def workload_hash(self) -> str | None:
-        """Equal for runs of the same requests at the same times."""
+        """Equal for runs of the same requests at the same times; None in a closed loop, and where unknown."""
+        if (self.run.manifest.get("workload") or {}).get("closed"):
+            return None
         found = self.run.manifest["hashes"].get("workload")
         return None if found is None else str(found)
 

@@ -53,6 +53,27 @@ def growth_rate(now_s: Floats, so_far: Floats, edges: Floats) -> Floats:
     return np.diff(np.stack(at_edges, axis=1), axis=0) / np.diff(edges)[:, None]
 
 
+def paced(now_s: Floats, so_far: Floats) -> Floats:
+    """Work done by each sample, where work is told when it begins and done one second a second.
+
+    What a sample tells beyond what its time allows is backlog, which later time works off.
+
+    Args:
+        now_s: ascending times of the samples.
+        so_far: samples x devices: seconds of work told so far.
+
+    Returns:
+        Samples x devices: seconds of work done, no faster than time goes by.
+    """
+    done = np.empty_like(so_far)
+    before, backlog, last_s = np.zeros(so_far.shape[1]), np.zeros(so_far.shape[1]), 0.0
+    for i, (at, told) in enumerate(zip(now_s, so_far, strict=True)):
+        backlog = np.maximum(backlog - (at - last_s), 0.0) + (told - before)
+        before, last_s = told, at
+        done[i] = told - backlog
+    return done
+
+
 def spread_rate(start_s: Floats, end_s: Floats, amount: Floats, edges: Floats) -> Floats:
     """Amount per second over each stretch, each amount spread evenly from its start to its end."""
     length = np.maximum(end_s - start_s, 1e-12)

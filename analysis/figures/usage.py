@@ -8,7 +8,7 @@ import numpy as np
 
 from analysis.figures.charts import Axis, BarChart, Bars, Chart, Floats, HeatMap, Line, Rule, XYChart
 from analysis.figures.runs import ReportRun, alike_instances, by_card
-from analysis.figures.series import edges_of, growth_rate, held_average, held_line
+from analysis.figures.series import edges_of, growth_rate, held_average, held_line, paced
 
 STAGES_SHOWN = 12
 """Where there are more stages than this, instances that are alike share their bars."""
@@ -29,7 +29,7 @@ def device_charts(run: ReportRun) -> list[Chart]:
                                                                         edges)) if chart is not None]
     busy = run.samples("busy_s")
     if busy.any():
-        charts.append(_busy_map(run, growth_rate(now_s, busy, edges), edges))
+        charts.append(_busy_map(run, growth_rate(now_s, paced(now_s, busy), edges), edges))
     return charts
 
 
@@ -103,12 +103,11 @@ def _kv_map(run: ReportRun, used: Floats, edges: Floats) -> HeatMap:
 
 
 def _busy_map(run: ReportRun, busy: Floats, edges: Floats) -> HeatMap:
-    # A step is booked when it ends, so a stretch may hold work that began before it.
     return _map(run, "busy-map", "Busy devices over time",
-                "Share of time in which each device computes; sending and waiting are not busy. Work is "
-                "booked at the "
-                "end of a step, so a stretch of time may show some of the one before it.",
-                np.minimum(busy, 1.0), edges, Axis("busy (share)", low=0.0), 1.0)
+                "Share of time in which each device computes; sending and waiting are not busy. The work of "
+                "a "
+                "step counts from when it is recorded on, a second of work a second of time.",
+                busy, edges, Axis("busy (share)", low=0.0), 1.0)
 
 
 def _map(run: ReportRun, key: str, title: str, caption: str, values: Floats, edges: Floats, scale: Axis,

@@ -114,7 +114,8 @@ def in_detail(runs: Sequence[ReportRun], most: int) -> list[ReportRun]:
     groups: dict[str, list[ReportRun]] = {}
     for run in runs:
         groups.setdefault(run.group, []).append(run)
-    steady = [{run.load for run in own if not run.saturated} for own in groups.values()]
+    steady = [{run.load for run in own} - {run.load for run in own if run.saturated}
+              for own in groups.values()]
     common = set.intersection(*steady)
     load = max(common, key=lambda one: one.value) if common else None
     chosen = []
@@ -166,7 +167,11 @@ def _differences(runs: Sequence[ReportRun], detailed: Sequence[ReportRun]) -> li
     at_same_load: dict[tuple[float, int | None], set[str | None]] = {}
     for run in runs:
         at_same_load.setdefault((run.load.value, run.seed), set()).add(run.workload_hash)
-    if len(workloads) == 1:
+    if None in workloads:
+        found.append("whether all runs got the same requests at the same times is not known, or depends on "
+                     "the runs "
+                     "(closed loops)")
+    elif len(workloads) == 1:
         found.append("all runs got the same requests at the same times")
     elif any(len(hashes) > 1 for hashes in at_same_load.values()):
         found.append("runs of equal load and seed got different requests: compare their figures with care")

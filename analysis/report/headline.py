@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from analysis.figures.charts import Floats
-from analysis.figures.loads import Point, load_points, load_unit
+from analysis.figures.loads import SEEDS_MIN, Point, load_points, load_unit, student
 from analysis.figures.runs import ReportRun, model_name, origin_of, section_name
 from hetis_sim.metrics.intervals import mean_interval
 
@@ -17,6 +17,7 @@ ATTAINED = 0.9
 """Share of the requests that must hold the SLO for a load to count as served."""
 
 PAIRS_MAX = 4
+GROWING_MAX = 2
 ROUNDING = 1e-9
 """Relative difference below which two times are the same."""
 
@@ -31,11 +32,9 @@ def headline(runs: Sequence[ReportRun], bound: float | None = None) -> list[str]
 
 def warnings(runs: Sequence[ReportRun]) -> list[str]:
     """What forbids taking figures at face value."""
-    found = []
+    found = _growing(runs)
     for run in runs:
         start = f"{run.name}: " if len(runs) > 1 else ""
-        if run.saturated:
-            found.append(start + run.summary["saturation"]["sentence"])
         counts = run.summary["requests"]
         if counts["rejected"]:
             reasons = ", ".join(f"{name} {number:,}" for name, number in counts["rejected_by_reason"].items())
@@ -45,6 +44,17 @@ def warnings(runs: Sequence[ReportRun]) -> list[str]:
             found.append(f"{start}{counts['unfinished']:,} requests had not ended when the run was stopped")
         found += [start + warning for warning in run.run.manifest.get("cost_warnings", ())]
     return found
+
+
+def _growing(runs: Sequence[ReportRun]) -> list[str]:
+    """Runs whose queue grew, in one sentence where they are many."""
+    growing = [run for run in runs if run.saturated]
+    if len(growing) > GROWING_MAX:
+        return [f"in {len(growing)} of {len(runs)} runs the queue grew for as long as the run lasted, so "
+                "that latencies "
+                f"depend on its length: {'; '.join(run.name for run in growing)}"]
+    starts = [f"{run.name}: " if len(runs) > 1 else "" for run in growing]
+    return [start + run.summary["saturation"]["sentence"] for start, run in zip(starts, growing, strict=True)]
 
 
 # -- figures as text ----------------------------------------------------------------------
@@ -156,49 +166,83 @@ def _best_goodput(runs: Sequence[ReportRun], bound: float | None) -> list[str]:
 
 
 def paired(runs: Sequence[ReportRun]) -> list[str]:
-    """Differences of latency, request by request, between runs of identical arrivals.
+    """Differences of latency, request by request, between groups that had the same arrivals.
 
-    Of the sets of runs with the same arrivals, the one with the highest load at which no queue
-    grew is used; its fastest run is compared with every other one.
+    Of the loads that several groups were run at, the highest is used at which no queue grew, with
+    all seeds that every group has; the group with the shortest latency is compared with the others.
     """
-    sets: dict[str, list[ReportRun]] = {}
+    best: dict[str, list[ReportRun]] = {}
+    for _, own in sorted(_by_load(runs).items()):
+        sets = _common_seeds(own)
+        if len(sets) > 1 and len(sets) >= len(best):
+            best = sets
+    if not best:
+        return []
+    fastest = min(best, key=lambda name: (_mean_e2el_s(best[name]), best[name][0].number))
+    others = [name for name in best if name != fastest]
+    found = [_pair(fastest, best[fastest], name, best[name]) for name in others[:PAIRS_MAX]]
+    return [sentence for sentence in found if sentence]
+
+
+ByGroup = dict[str, dict[str, ReportRun]]
+"""Runs by group, and by what tells their arrivals apart."""
+
+
+def _by_load(runs: Sequence[ReportRun]) -> dict[float, ByGroup]:
+    found: dict[float, ByGroup] = {}
     for run in runs:
         if run.workload_hash is not None:
-            sets.setdefault(run.workload_hash, []).append(run)
-    steady = [own for own in sets.values() if len(own) > 1 and not any(run.saturated for run in own)]
-    if not steady:
-        return []
-    chosen = max(steady, key=lambda own: (len(own), own[0].load.value, -own[0].number))
-    best = min(chosen, key=lambda run: (run.summary["e2el_s"]["mean"], run.number))
-    others = [run for run in chosen if run is not best]
-    parts = [part for run in others[:PAIRS_MAX] if (part := _pair(best, run))]
-    return parts
+            groups = found.setdefault(run.load.value, {})
+            # Two runs of one group and the same arrivals differ in something: each stands for itself.
+            name = run.name if run.workload_hash in groups.get(run.group, ()) else run.group
+            groups.setdefault(name, {})[run.workload_hash] = run
+    return found
 
 
-def _pair(best: ReportRun, other: ReportRun) -> str:
-    """One sentence; rows come in order of arrival, as the interval wants them."""
+def _common_seeds(groups: ByGroup) -> dict[str, list[ReportRun]]:
+    """Runs of each group with arrivals that every group had; none where some queue grew."""
+    if any(run.saturated for own in groups.values() for run in own.values()):
+        return {}
+    first = next(iter(groups.values()))
+    common = [key for key in first if all(key in own for own in groups.values())]
+    return {name: [own[key] for key in common] for name, own in groups.items()} if common else {}
+
+
+def _mean_e2el_s(runs: Sequence[ReportRun]) -> float:
+    return float(np.mean([run.summary["e2el_s"]["mean"] for run in runs]))
+
+
+def _pair(fast_name: str, fast: Sequence[ReportRun], other_name: str, other: Sequence[ReportRun]) -> str:
+    """One sentence; runs pair up, and so do their requests."""
     names = ["request_id", "e2el_s", "ttft_s"]
-    both = best.measured[names].merge(other.measured[names], on="request_id", suffixes=("",
-                                                                                        "_other")).dropna()
-    if not len(both):
+    both = [one.measured[names].merge(two.measured[names], on="request_id", suffixes=("", "_other")).dropna()
+            for one, two in zip(fast, other, strict=True)]
+    if not all(len(frame) for frame in both):
         return ""
-    texts: list[str] = []
+    texts = []
     for metric, name in (("e2el_s", "from arrival to end"), ("ttft_s", "to its first token")):
-        difference = np.asarray(both[f"{metric}_other"] - both[metric], dtype=np.float64)
-        texts.append(f"{_difference_text(difference, float(both[metric].mean()))} {name}")
-    return (f"On the same {len(both):,} arrivals, a request takes on average {' and '.join(texts)} with "
-            f"{best.name} {'as' if all(t.startswith('exactly') for t in texts) else 'than'} with "
-            f"{other.name} ({origin_of([best, other])}).")
+        differences = [np.asarray(own[f"{metric}_other"] - own[metric], dtype=np.float64) for own in both]
+        typical = float(np.mean([frame[metric].mean() for frame in both]))
+        texts.append(f"{_difference_text(differences, typical)} {name}")
+    same = all(text.startswith("exactly") for text in texts)
+    count = sum(len(frame) for frame in both)
+    seeds = f" ({len(both)} seeds)" if len(both) > 1 else ""
+    at = f" at {number(fast[0].load.value)} {fast[0].load.unit}"
+    return (f"On the same {count:,} arrivals{at}{seeds}, a request takes on average {' and '.join(texts)} "
+            f"with {fast_name} {'as' if same else 'than'} with {other_name} ({origin_of([*fast, *other])}).")
 
 
-def _difference_text(difference: Floats, typical: float) -> str:
-    """Mean of paired differences, positive for less."""
-    if np.abs(difference).max() <= ROUNDING * typical:
+def _difference_text(differences: Sequence[Floats], typical: float) -> str:
+    """Mean of paired differences, positive for less; the interval is across seeds where they are enough."""
+    together = np.concatenate(differences)
+    if np.abs(together).max(initial=0.0) <= ROUNDING * typical:
         return "exactly as long"
-    mean, interval = float(difference.mean()), mean_interval(difference)
-    low, high = (None if math.isnan(limit) else limit for limit in interval)
-    if mean < 0:
-        low, high = (None if limit is None else -limit for limit in (high, low))
+    if len(differences) >= SEEDS_MIN:
+        mean, *interval = student([float(own.mean()) for own in differences])
+    else:
+        mean, interval = float(together.mean()), list(mean_interval(together))
+    limits = sorted(math.copysign(1.0, mean) * limit for limit in interval)
+    low, high = (None if math.isnan(limit) else limit for limit in limits)
     certain = low is None or high is None or low > 0
     return (f"{with_interval(abs(mean), (low, high), seconds)} {'less' if mean >= 0 else 'more'}"
             f"{'' if certain else ' (no clear difference)'}")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from analysis.figures.charts import thinned
 from analysis.figures.loads import across
-from analysis.figures.series import covered_s, edges_of, growth_rate, held_average, spread_rate
+from analysis.figures.series import covered_s, edges_of, growth_rate, held_average, paced, spread_rate
 
 
 def test_a_held_quantity_is_averaged_over_time() -> None:
@@ -42,6 +42,22 @@ def test_growth_is_a_rate_in_each_stretch() -> None:
     """A device that works half of the time grows by a half."""
     rate = growth_rate(np.array([1.0, 2.0, 4.0]), np.array([[1.0], [1.0], [2.0]]), np.array([0.0, 2.0, 4.0]))
     np.testing.assert_allclose(rate[:, 0], [0.5, 0.5])
+
+
+def test_work_told_in_advance_is_done_no_faster_than_time_goes_by() -> None:
+    """3 s told at t=1 last until t=4; 1 s told at t=2 waits behind it; at t=6 all is done."""
+    done = paced(np.array([1.0, 2.0, 4.0, 6.0]), np.array([[3.0], [4.0], [4.0], [4.0]]))
+    np.testing.assert_allclose(done[:, 0], [0.0, 1.0, 3.0, 4.0])
+
+
+@given(st.lists(st.tuples(st.floats(0.01, 3), st.floats(0, 3)), min_size=1, max_size=30))
+def test_paced_work_never_outruns_time_or_what_was_told(steps: list[tuple[float, float]]) -> None:
+    """Growth is at most the time between samples, and work done at most work told."""
+    times, told = np.cumsum([gap for gap, _ in steps]), np.cumsum([work for _, work in steps])
+    done = paced(times, told[:, None])[:, 0]
+    assert (np.diff(np.r_[0.0, done]) <= np.diff(np.r_[0.0, times]) + 1e-9).all()
+    assert (np.diff(done) >= -1e-9).all()
+    assert (done <= told + 1e-9).all()
 
 
 def test_time_covered_twice_counts_once() -> None:

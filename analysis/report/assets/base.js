@@ -25,7 +25,7 @@ function show(value, digits = 4) {
   if (value === null || value === undefined) return "unknown";
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e4 && size < 1e9) return Math.round(value).toLocaleString("en-US");
+  if (size >= 1000 && size < 1e9) return Math.round(value).toLocaleString("en-US");
   return String(Number(value.toPrecision(digits)));
 }
 

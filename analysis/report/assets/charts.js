@@ -189,12 +189,13 @@ function nearestPoint(lines, x, y, at, chart) {
 
 function drawBars(holder, chart, state, redraw) {
   const pitch = 36;
-  const box = { left: 12, right: WIDTH - 14, top: 8, bottom: 8 + pitch * chart.categories.length };
+  const rules = chart.rules || [];
+  const above = rules.length ? 16 : 0;
+  const box = { left: 12, right: WIDTH - 14, top: 8 + above, bottom: 8 + above + pitch * chart.categories.length };
   const svg = surface(holder, chart, box.bottom + 42);
   const shown = chart.series.map((series, i) => ({ ...series, i })).filter((series) => !state.hidden.has(series.i));
   const sums = chart.categories.map((_, row) => shown.reduce((sum, series) => sum + (series.values[row] || 0), 0));
   const limits = shown.flatMap((series) => series.high || []).filter(isNumber);
-  const rules = chart.rules || [];
   const top = Math.max(...sums, ...limits, ...rules.map((rule) => rule.value), 0) || 1;
   const x = scale(chart.axis, 0, (chart.axis.high ?? top) * 1.14, box.left, box.right);
   axes(svg, box, x, null, chart);
@@ -207,7 +208,12 @@ function drawBars(holder, chart, state, redraw) {
     const known = shown.every((series) => isNumber(series.values[row]));
     make("text", { class: "soft", x: x.at(Math.max(sums[row], single)) + 5, y: y + 28 }, svg, known ? show(sums[row], 3) : "unknown");
   });
-  for (const rule of rules) drawRule(svg, box, x, { ...rule, vertical: true });
+  for (const rule of rules) {
+    const at = x.at(rule.value);
+    const left = at > (box.left + box.right) / 2;
+    make("line", { class: "rule", x1: at, x2: at, y1: box.top - above, y2: box.bottom }, svg);
+    make("text", { class: "halo", x: at + (left ? -5 : 5), y: box.top - 4, "text-anchor": left ? "end" : "start" }, svg, rule.label);
+  }
   if (chart.series.length > 1) legend(holder, chart.series.map((series) => series.name), (icon, i) => fillIcon(icon, chart.series[i].fill), state, redraw);
 }
 
