@@ -70,6 +70,8 @@ def _completion_words(words: list[str]) -> list[str]:
 
 def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
     from omegaconf import DictConfig
 
     from hetis_sim.config import check_keys, normalise, register, typed
@@ -81,12 +83,18 @@ def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
     except HetisError as error:
         _refuse(error)
 
+    failures: list[HetisError] = []
+
     def call(config: DictConfig) -> None:
         try:
             task(typed(config))
         except HetisError as error:
             _forget_run()
-            _refuse(error)
+            # The other jobs of a sweep go on; its own words tell which one failed.
+            job = HydraConfig.get()
+            words = f" (job {' '.join(job.overrides.task)})" if job.mode == RunMode.MULTIRUN else ""
+            print(f"error: {error}{words}", file=sys.stderr)
+            failures.append(error)
         except BrokenPipeError:
             # Whoever read our output has seen enough; keep the interpreter from trying again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -94,6 +102,8 @@ def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
     call.__name__ = call.__qualname__ = "hetis_sim"
     sys.argv = [sys.argv[0], *overrides]
     hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(call)()
+    if failures:
+        sys.exit(EXIT_BAD_INPUT)
 
 
 def _refuse(error: HetisError) -> NoReturn:

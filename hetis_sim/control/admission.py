@@ -28,11 +28,14 @@ class Admission:
         """Whole prompts from the head of the queue, as many as the token budget and the cache allow."""
         engine = self._engine
         limits = engine.settings.limits
+        # A lane takes no more than its share: the fullest one sets the pace of the pipeline.
+        held = sum([other.load for other in engine.lanes]) + len(engine.waiting)
+        share = min(limits.max_batch_requests, -(-held // len(engine.lanes)))
         batch: list[RequestState] = []
         tokens = 0
         for state in engine.waiting:
             tokens += state.context_tokens
-            full = len(batch) + lane.load >= limits.max_batch_requests
+            full = len(batch) + lane.load >= share
             if full or (batch and tokens > limits.max_batch_tokens):
                 break
             batch.append(state)
@@ -71,7 +74,10 @@ class Admission:
             return False
         staged = budget is not None and state.context_tokens > budget
         if staged and not engine.books.fits(placement, state.context_tokens, staged):
-            return False
+            if engine.active:
+                return False
+            # Not even an empty instance can hold the copy that pieces need: compute it whole.
+            staged, state.whole = False, True
         engine.books.accept(state, placement, state.context_tokens, staged)
         engine.waiting.popleft()
         engine.waiting_tokens -= state.context_tokens
@@ -120,5 +126,5 @@ class Admission:
 def _chunk(state: RequestState, budget: int) -> Chunk:
     """The next piece of a prompt, within a budget of tokens."""
     left = state.context_tokens - state.prefilled_tokens
-    new = min(left, budget)
+    new = left if state.whole else min(left, budget)
     return Chunk(state, new, state.prefilled_tokens, new == left)

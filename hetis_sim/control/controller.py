@@ -19,6 +19,7 @@ from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.memory import cache_units
 from hetis_sim.policies.plan import Plan
+from hetis_sim.policies.verify import check_plan
 from hetis_sim.policies.view import InstanceView, RequestView
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.errors import InfeasibleError
@@ -30,12 +31,14 @@ class Controller:
     """Routes requests to instances and passes the verbs of the seam on to their engines.
 
     Raises:
+        SpecError: the plan does not fit the model or the cluster.
         InfeasibleError: an instance of the plan has no room for any cache.
     """
 
     def __init__(self, cluster: ClusterSpec, model: ModelSpec, policy: Policy, plan: Plan,
                  timers: Sequence[InstanceTimer], settings: SchedulerSettings,
                  log: DecisionLog | None = None) -> None:
+        check_plan(plan, model, cluster)
         self.model = model
         self.policy = policy
         self.plan = plan
@@ -48,6 +51,7 @@ class Controller:
             for index, timer in enumerate(timers)]
         self.context_limits = [_longest_context(engine) for engine in self.engines]
         self._handoffs = Handoffs(self.engines, policy)
+        self._handoffs.learn_limits(self.context_limits)
         if not any(self.context_limits):
             raise InfeasibleError(f"no instance of the plan has cache for a single token of {model.name}; "
                                   "use more or larger GPUs, or a smaller model")
@@ -71,7 +75,7 @@ class Controller:
 
     def _able(self, tokens: int) -> list[Engine]:
         """Instances that can prefill a request which reaches so many tokens, and carry it to its end."""
-        elsewhere = self._handoffs.longest_context(self.context_limits)
+        elsewhere = self._handoffs.longest_context()
         return [engine for engine, most in zip(self.engines, self.context_limits, strict=True)
                 if tokens <= most and engine.plan.role != "decode"
                 and (engine.plan.role == "both" or tokens <= elsewhere)]
@@ -157,7 +161,7 @@ def _longest_context(engine: Engine) -> int:
 
     def fits(tokens: int) -> bool:
         placed = engine.policy.dispatch([RequestView(0, 0.0, tokens, tokens)], view)
-        return bool(placed) and engine.books.fits(placed[0], tokens, engine.settings.chunked_prefill)
+        return bool(placed) and engine.books.fits(placed[0], tokens, staged=False)
 
     low, high = 0, engine.model.context_limit_tokens + 1
     while high - low > 1:

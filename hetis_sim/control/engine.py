@@ -163,6 +163,8 @@ class Engine:
             elif transfer.kind == "swap_out":
                 self.pressure.swapped_out(state)
             else:
+                if transfer.kind == "swap_in":
+                    self.pressure.swapped_in(state)
                 state.in_flight_transfers -= 1
                 self._join_when_ready(state)
         return self.take_news()

@@ -31,15 +31,20 @@ class Handoffs:
         self._targets = [engine for engine in engines if engine.plan.role == "decode"]
         self._waiting: deque[RequestState] = deque()
         self._refused_at = -1
+        self._limits: tuple[int, ...] = ()
 
     @property
     def any(self) -> bool:
         """Whether the plan has instances that only decode."""
         return bool(self._targets)
 
-    def longest_context(self, limits: Sequence[int]) -> int:
+    def learn_limits(self, limits: Sequence[int]) -> None:
+        """Take over how many tokens a request may reach on each instance."""
+        self._limits = tuple(limits)
+
+    def longest_context(self) -> int:
         """Tokens that a request may reach on the roomiest decoding instance."""
-        return max((limits[engine.index] for engine in self._targets), default=0)
+        return max((self._limits[engine.index] for engine in self._targets), default=0)
 
     def stream(self, state: RequestState) -> Transfer | None:
         """Begin to send a prompt's cache while it is computed, if there is room for it now."""
@@ -71,11 +76,13 @@ class Handoffs:
     def _begin(self, state: RequestState, tokens: int) -> Transfer | None:
         """Reserve cache at the instance that the policy chooses, and describe the transfer."""
         assert state.shape is not None
-        for engine in self._targets:
+        needed = state.request.total_tokens
+        able = [engine for engine in self._targets if self._limits[engine.index] >= needed]
+        for engine in able:
             engine.sync()
         source = self._engines[state.instance]
         request = source.request_view(state)
-        chosen = self._targets[self._policy.handoff(request, [engine.load() for engine in self._targets])]
+        chosen = able[self._policy.handoff(request, [engine.load() for engine in able])]
         view = chosen.view()
         placements = self._policy.dispatch([request], view)
         chosen.log.record("handoff", view, [request], placements)

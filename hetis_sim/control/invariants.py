@@ -13,16 +13,20 @@ class InvariantError(HetisError):
 
 
 def check_controller(controller: Controller) -> None:
-    """Check invariants 1, 3 and 4 at this instant.
+    """Check invariants 1 to 4 at this instant.
 
     Raises:
-        InvariantError: requests are lost or doubled, or heads do not sum up.
+        InvariantError: requests or tokens are lost or doubled, or heads do not sum up.
         LedgerError: cache is lost or doubled.
     """
     counts = controller.counts()
     accounted = counts["running"] + counts["waiting"] + counts["finished"] + counts["rejected"]
     if counts["submitted"] != accounted:
         raise InvariantError(f"invariant 1 (requests): {counts}")
+    for state in controller.states.values():
+        if state.status == Status.FINISHED and state.generated_base != state.request.output_tokens:
+            raise InvariantError(f"invariant 2 (tokens): request {state.request_id} has ended with "
+                                 f"{state.generated_base} of {state.request.output_tokens} tokens")
     for engine in controller.engines:
         engine.sync()
         check_engine(engine)

@@ -185,9 +185,10 @@ class Pressure:
 
     def _preempt(self, state: RequestState, lane: Lane, now_s: float) -> None:
         engine = self._engine
+        if lane.issued > state.joined_at:
+            state.last_token_s = lane.ready_at_s
         engine.books.leave(state, lane)
         state.preemptions += 1
-        state.last_token_s = lane.ready_at_s
         state.context_tokens = state.request.prompt_tokens + state.generated_base
         swapped = (engine.policy.preemption == "swap" and len(engine.active) > 1
                    and state.preemptions <= engine.settings.preemptions_max and self._swap_out(state))
@@ -260,8 +261,6 @@ class Pressure:
             state.in_flight_transfers += 1
             engine.news.transfers.append(
                 Transfer(state.request_id, engine.index, "swap_in", self._flows_back(state)))
-            self._host_memory.give(state.swap.host_bytes)
-            state.swap = None
 
     def _may_return(self, placement: Placement, tokens: int) -> bool:
         """Whether everybody else keeps room for a next block: else two requests could swap places forever."""
@@ -272,6 +271,12 @@ class Pressure:
         for d, units in books.shapes.shape(placement).block_units:
             need[d] += units * books.blocks(tokens)
         return books.ledger.fits(enumerate(need))
+
+    def swapped_in(self, state: RequestState) -> None:
+        """The copy has arrived: the hosts' memory is free."""
+        if state.swap is not None:
+            self._host_memory.give(state.swap.host_bytes)
+            state.swap = None
 
     def _flows_back(self, state: RequestState) -> tuple[Flow, ...]:
         """From host memory to wherever the heads now live, each group from where it was parked."""

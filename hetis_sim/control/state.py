@@ -81,6 +81,7 @@ class RequestState:
         staged_blocks: blocks held at primaries until a chunked prompt has been pushed.
         in_flight_transfers: transfers it waits for before it decodes.
         move: the move under way, if any.
+        whole: its prompt has to be computed in one piece.
         swap: its cache in host memory, if any.
         landing: its handoff to another instance, if one is under way.
     """
@@ -100,6 +101,7 @@ class RequestState:
     held_blocks: int = 0
     staged_blocks: int = 0
     move: PendingMove | None = None
+    whole: bool = False
     swap: SwappedCache | None = None
     landing: Landing | None = None
     first_scheduled_s: float = math.nan

@@ -81,11 +81,11 @@ class StepTiming:
 class _StageFacts(NamedTuple):
     """What the duration of a stage depends on, besides its batch.
 
-    ``ring`` joins the ranks, ``hop`` leads to the next stage; ``ranks`` are the different
-    (card, query heads) among them.
+    ``ring`` joins the ranks, ``hop`` leads to the next stage; ``dense`` and ``ranks`` are the
+    different (card, share of dense work) and (card, query heads) among them.
     """
 
-    gpu: GpuSpec
+    dense: tuple[tuple[GpuSpec, float], ...]
     tp: int
     layers: int
     ring: LinkSpec | None
@@ -128,10 +128,10 @@ class InstanceTimer:
         output = heads * model.head_dim * model.activation_bytes
         self.wire_bytes_per_group = (model.remote_bytes_per_token(heads) - output, output)
 
-    def _line_facts(self, p: Position) -> tuple[int, bool, int, float, float, float, float, float]:
+    def _line_facts(self, p: Position) -> tuple[int, bool, int, float, float, float, float, float, bool]:
         cost = self.costs[p.index]
         return (p.index, p.remote, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s,
-                cost.wire_s_per_group, cost.wire_fixed_s)
+                cost.wire_s_per_group / max(1, cost.wire_sharers), cost.wire_fixed_s, cost.wire_sharers > 0)
 
     def fixed_parts(self, tokens: int, sequences: int) -> FixedParts:
         """Host, dense, collectives and hops for ``tokens``, of which ``sequences`` are sampled."""
@@ -149,12 +149,14 @@ class InstanceTimer:
         """Host, dense, collective and hop seconds of one stage."""
         stage, cost, model = self._stages[s], self._cost, self._model
         message = tokens * model.hidden * model.activation_bytes
-        dense = stage.layers * cost.dense_layer_s(stage.gpu, model, tokens, stage.tp)
+        dense = stage.layers * max([share * cost.dense_layer_s(gpu, model, tokens, stage.tp)
+                                    for gpu, share in stage.dense])
         collective = 0.0
         if stage.ring is not None:
-            collective = 2 * stage.layers * cost.all_reduce_s(stage.gpu, stage.ring, message, stage.tp)
+            collective = 2 * stage.layers * max([
+                cost.all_reduce_s(gpu, stage.ring, message, stage.tp) for gpu, _ in stage.dense])
         if stage.hop is None:
-            dense += cost.head_s(stage.gpu, model, sequences, stage.tp)
+            dense += max([cost.head_s(gpu, model, sequences, stage.tp) for gpu, _ in stage.dense])
         return (cost.host_overhead_s(sequences) if s == 0 else 0.0, dense, collective,
                 stage.hop.seconds(message) if stage.hop is not None else 0.0)
 
@@ -167,8 +169,16 @@ class InstanceTimer:
         heads = self._model.heads_per_group
         ranks = {(gpu.name, owned): (gpu, owned * heads)
                  for gpu, owned in zip(gpus, stage.owned_groups, strict=True)}
-        return _StageFacts(gpus[0], stage.tp, stage.layers, cluster.slowest_link(stage.devices), hop,
-                           tuple(ranks.values()))
+        dense = {(gpu.name, owned): (gpu, self._dense_share(owned, stage.tp))
+                 for gpu, owned in zip(gpus, stage.owned_groups, strict=True)}
+        return _StageFacts(tuple(dense.values()), stage.tp, stage.layers,
+                           cluster.slowest_link(stage.devices), hop, tuple(ranks.values()))
+
+    def _dense_share(self, owned: int, tp: int) -> float:
+        """Dense work of a rank over that of an equal share: it projects for the heads that it owns."""
+        model = self._model
+        projections = model.projection_flops_per_token_per_layer / model.dense_flops_per_token_per_layer
+        return 1.0 + projections * (owned * tp / model.kv_heads - 1.0)
 
     def prefill(self, step: Step, lane: Lane, loads: Loads) -> StepTiming:
         """A step that prefills, with or without the lane's decode batch."""
@@ -217,10 +227,13 @@ class InstanceTimer:
         stages: list[StageLines] = []
         for stage in self._stage_positions:
             lines: tuple[dict[Line, None], dict[Line, None]] = ({}, {})
-            for p, is_remote, layers, a, b, c, wire, wire_fixed in stage:
+            # What leaves through the stage's network interface, for whichever worker.
+            sent = sum([groups[p] for p, _, _, _, _, _, _, _, shared in stage if shared]) if remote else 0
+            for p, is_remote, layers, a, b, c, wire, wire_fixed, shared in stage:
                 g = groups[p]
                 if g:
-                    start = a * g + b * (base[p] + g) + c + wire * g + wire_fixed + waits[p]
+                    own = a * g + b * (base[p] + g) + c
+                    start = own + wire * (sent if shared else g) + wire_fixed + waits[p]
                     lines[is_remote][layers * start, layers * b * g] = None  # equal lines count once
             local, others = tuple(lines[0]), tuple(lines[1])
             stages.append(StageLines(local, others, local + others))

@@ -28,12 +28,12 @@ def position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
     wire_bytes = model.remote_bytes_per_token(model.heads_per_group)
     share = wire_sharers(cluster, instance, position)
     # Query, key and value go out and the output comes back: two messages a layer.
-    wire_s = transfer.gamma_s_per_byte * wire_bytes * share
-    return PositionCost(a, b, attention.c_s, wire_s, 2 * transfer.beta_s)
+    wire_s = transfer.gamma_s_per_byte * wire_bytes * max(1, share)
+    return PositionCost(a, b, attention.c_s, wire_s, 2 * transfer.beta_s, share)
 
 
 def wire_sharers(cluster: ClusterSpec, instance: InstancePlan, position: Position) -> int:
-    """Attention workers whose head traffic crosses the same network interface.
+    """Attention workers whose head traffic crosses the same network interface; 0 for a wire of its own.
 
     Inside a host every GPU has its own lanes. Across hosts, all traffic of a stage leaves
     through its host's interface, and all workers of one host receive through theirs; the
@@ -41,5 +41,5 @@ def wire_sharers(cluster: ClusterSpec, instance: InstancePlan, position: Positio
     """
     stage_host = cluster.devices[instance.stages[position.stage].devices[0]].host_id
     if cluster.devices[position.device].host_id == stage_host:
-        return 1
+        return 0
     return sum(cluster.devices[device].host_id != stage_host for device in instance.attention_workers)

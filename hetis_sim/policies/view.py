@@ -42,8 +42,9 @@ class PositionCost:
     """Durations of decode attention at one position, for one layer, in KV groups.
 
     ``a*h + b*g + c`` of the device with h and g counted in groups and group-tokens, and
-    for a remote position the transfer ``gamma*d + beta`` with d in groups. ``wire`` already
-    counts the attention workers behind the same network interface, which share it.
+    for a remote position the transfer ``gamma*d + beta`` with d in groups. ``wire_s_per_group``
+    takes the load to be even over the ``wire_sharers`` attention workers behind the same
+    network interface (0 where the wire is the position's own): each has that share of it.
     """
 
     a_s_per_group: float
@@ -51,6 +52,7 @@ class PositionCost:
     c_s: float
     wire_s_per_group: float = 0.0
     wire_fixed_s: float = 0.0
+    wire_sharers: int = 0
 
     def seconds(self, groups: float, group_tokens: float) -> float:
         """Completion time of the position's share; 0 when it has none."""

@@ -106,7 +106,7 @@ class Simulation:
         """
         self.clock.run()
         counts = self.controller.counts()
-        if counts["running"] or counts["waiting"]:
+        if counts["submitted"] != counts["finished"] + counts["rejected"]:
             raise StuckError(f"the simulation has come to a halt at {self.clock.now:.3f} s with {counts}")
         self._record_busy()
         self._record_peaks()

@@ -90,7 +90,7 @@ class Parallelizer:
             if gain > 0:
                 change = f"improve the cost by {gain:.1%}, not more than delta = {delta:.0%}"
             else:
-                change = f"not improve the cost but raise it by {1.0 - less / cost:.1%}"
+                change = f"not improve the cost but raise it by {cost / less - 1.0:.1%}"
             return Verdict(False, f"taking {names} into dense work would {change} ({figures})")
         return Verdict(True, f"{names} improve the cost by {gain:.1%}, more than delta = {delta:.0%} "
                              f"({figures})")
