@@ -132,7 +132,7 @@ def instance_plan(first_device: int, first_worker: int, layers: Sequence[int], t
 
 
 def tiny_plan(layers: Sequence[int] = (6,), tp: int = 1, workers: int = 0, instances: int = 1,
-              roles: Sequence[Role] = ()) -> Plan:
+              roles: Sequence[Role] = (), kv_heads: int = TINY.kv_heads) -> Plan:
     """Equal instances: first the primaries of all of them, then all attention workers.
 
     ``roles``, where given, has one for each instance; those that only prefill have no workers.
@@ -143,7 +143,7 @@ def tiny_plan(layers: Sequence[int] = (6,), tp: int = 1, workers: int = 0, insta
     next_worker = len(roles) * primaries
     for n, role in enumerate(roles):
         count = 0 if role == "prefill" else workers
-        made.append(instance_plan(n * primaries, next_worker, layers, tp, count, role))
+        made.append(instance_plan(n * primaries, next_worker, layers, tp, count, role, kv_heads))
         next_worker += count
     return Plan(tuple(made))
 

@@ -167,7 +167,8 @@ class SeamDriver:
                 self.iterate(0, 1 << 20)
                 self.complete(0)
             steps = [self.ask(instance) for instance in range(len(self.engines))]
-            assert waiting or any(steps) or self.transfers or not self.left, "requests are left, nothing moves"
+            assert waiting or any(steps) or self.transfers or not self.left, \
+                "requests are left at a standstill"
             still = still + 1 if made == (sum(self.tokens.values()), len(self.left)) else 0
             assert still < 200, "much moves, but no request makes a token any more"
         self.check()

@@ -8,7 +8,7 @@ from random import Random
 
 import numpy as np
 from hypothesis import strategies as st
-from support import TINY, ConstantCost, sized_cluster, tiny_plan
+from support import TINY, ConstantCost, sized_cluster, tiny_plan, with_host_memory
 from support_policies import WanderPolicy
 
 from hetis_sim.control.settings import SchedulerSettings
@@ -48,6 +48,7 @@ class Scenario:
     chunk_tokens: int = 24
     preemption: PreemptionMode = "recompute"
     preemptions_max: int = 100
+    host_bytes: int = 1 << 30
     interval: int = 5
     moves_max: int = 2
     batch_requests: int = 16
@@ -74,7 +75,8 @@ class Scenario:
 
     def cluster(self) -> ClusterSpec:
         """Cards with just the cache asked for."""
-        return sized_cluster(self.plan(), self.blocks, self.worker_blocks, TINY, self.settings().limits)
+        cluster = sized_cluster(self.plan(), self.blocks, self.worker_blocks, TINY, self.settings().limits)
+        return with_host_memory(cluster, self.host_bytes)
 
     def given(self, collapse: bool = True, debug: bool = False, log: bool = False) -> SimulationInput:
         """The input of a simulation."""
@@ -142,6 +144,7 @@ def scenarios(**fixed: object) -> st.SearchStrategy[Scenario]:
         "worker_blocks": st.integers(10, 120), "block_tokens": st.sampled_from([1, 4, 16]),
         "chunked": st.booleans(), "chunk_tokens": st.integers(1, 48),
         "preemption": st.sampled_from(["recompute", "swap"]), "interval": st.integers(1, 12),
+        "host_bytes": st.sampled_from([1 << 30, 1 << 30, 20_000, 0]),
         "moves_max": st.integers(0, 2), "batch_requests": st.integers(1, 12),
         "batch_tokens": st.integers(8, 120), "rate": st.sampled_from([3.0, 12.0, 60.0]),
         "users": st.sampled_from([0, 0, 5]), "seed": st.integers(0, 10**6),

@@ -205,11 +205,13 @@ class Simulation:
                 self.recorder.peak(device, float(units * self._unit_bytes))
 
     def _record_busy(self) -> None:
-        """Busy times so far."""
-        busy_s = self.recorder.busy_s
+        """Busy times up to now; a stage may have been told its work for some time ahead."""
+        now, busy_s = self.clock.now, self.recorder.busy_s
         for instance, engine in zip(self.instances, self.controller.engines, strict=True):
-            for stage, seconds in zip(engine.plan.stages, instance.pipeline.busy_s, strict=True):
+            pipeline = instance.pipeline
+            for stage, told_s, free_s in zip(engine.plan.stages, pipeline.busy_s, pipeline.free_s, strict=True):
+                done_s = told_s - max(0.0, free_s - now)
                 for device in stage.devices:
-                    busy_s[device] = seconds
+                    busy_s[device] = max(busy_s[device], done_s)
             for device, seconds in zip(engine.plan.attention_workers, instance.worker_busy_s, strict=True):
                 busy_s[device] = seconds

@@ -272,7 +272,7 @@ class BooksMachine(RuleBasedStateMachine):
         assert not any(self.cycle_units)
 
 
-BooksMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None,
+BooksMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=50, deadline=None,
                                           derandomize=True)
 test_books_balance_after_every_event = BooksMachine.TestCase
 

@@ -64,6 +64,6 @@ class ControllerMachine(RuleBasedStateMachine):
             self.driver.drain()
 
 
-ControllerMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None,
+ControllerMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=70, deadline=None,
                                                derandomize=True)
 test_requests_end_whole_whatever_the_order = ControllerMachine.TestCase
