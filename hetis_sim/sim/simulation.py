@@ -209,7 +209,8 @@ class Simulation:
         now, busy_s = self.clock.now, self.recorder.busy_s
         for instance, engine in zip(self.instances, self.controller.engines, strict=True):
             pipeline = instance.pipeline
-            for stage, told_s, free_s in zip(engine.plan.stages, pipeline.busy_s, pipeline.free_s, strict=True):
+            for stage, told_s, free_s in zip(engine.plan.stages, pipeline.busy_s, pipeline.free_s,
+                                             strict=True):
                 done_s = told_s - max(0.0, free_s - now)
                 for device in stage.devices:
                     busy_s[device] = max(busy_s[device], done_s)
