@@ -40,13 +40,20 @@ def token_grid(most: int) -> list[int]:
     return counts
 
 
+def _least(seconds: Callable[[int], float], grid: list[int]) -> list[float]:
+    """At each count of the grid, the shortest duration of it or any larger one."""
+    asked = np.array([seconds(n) for n in grid])
+    found: list[float] = np.minimum.accumulate(asked[::-1])[::-1].tolist()
+    return found
+
+
 def intervals(seconds: Callable[[int], float], most: int) -> Iterator[Interval]:
     """Intervals of batch size, each with the least that its batches take.
 
     They are as wide as they can be with durations within 3 % of each other.
     """
     grid = token_grid(most)
-    least = np.minimum.accumulate(np.array([seconds(n) for n in grid])[::-1])[::-1].tolist()
+    least = _least(seconds, grid)
     first = 0
     while first < len(grid):
         last = first
@@ -58,7 +65,9 @@ def intervals(seconds: Callable[[int], float], most: int) -> Iterator[Interval]:
 
 def best_per_token(seconds: Callable[[int], float], most: int) -> float:
     """Least seconds a token over all batches of 1 .. most tokens."""
-    return min(interval.seconds / interval.high for interval in intervals(seconds, most))
+    grid = token_grid(most)
+    ends = [*(n - 1 for n in grid[1:]), most]
+    return min(shortest / end for shortest, end in zip(_least(seconds, grid), ends, strict=True))
 
 
 def tp_groups(most: int) -> list[TpGroup]:

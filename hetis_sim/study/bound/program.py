@@ -19,6 +19,7 @@ from hetis_sim.study.bound.demand import Demand
 from hetis_sim.study.bound.supply import Supply
 
 GB = 1e9
+STEPS_MAX = 25
 Ints = NDArray[np.int64]
 Term = tuple[Any, Any]
 """Indices of variables, and their coefficients (an array or one number)."""
@@ -231,8 +232,6 @@ class Program:
         limits = np.array([row.limit for row in rows])
         found = linprog(objective, A_ub=self._matrix(rows), b_ub=limits, A_eq=self._matrix(self.equalities),
                         b_eq=np.zeros(len(self.equalities)), bounds=bounds, method="highs")
-        if found.status == 2:
-            return Solution(0.0, np.zeros(self.size), {"memory for the weights": 1.0})
         if found.status != 0:
             raise HetisError(f"the linear program of the bound was not solved: {found.message}")
         reached = -float(found.fun)
@@ -254,19 +253,17 @@ class Program:
     def highest(self, tolerance: float) -> Solution:
         """The highest rate that is feasible with itself in the rows of residency, from above.
 
-        Less is feasible where more is, so a rate that is too high for itself is too high, and what
-        the program allows at such a rate is a bound again. Ends within ``tolerance`` of a feasible rate.
+        More than the highest rate allows less than itself; and what it allows is a bound again, since
+        those rows only loosen with the rate in them. So every step gives a bound; the last one falls by
+        less than ``tolerance``.
         """
-        best = self.solve(None)
-        low = 0.0
-        trial = best.rate
-        while best.rate - low > tolerance * best.rate:
-            found = self.solve(trial)
-            if found.rate <= best.rate:
-                best = found
-            if found.rate >= trial * (1.0 - tolerance / 4):
-                low = trial
-            trial = (low + best.rate) / 2
+        best = self.solve()
+        for _ in range(STEPS_MAX):
+            found = self.solve(best.rate)
+            fell = best.rate - found.rate
+            best = found
+            if fell <= tolerance * found.rate:
+                break
         return best
 
 

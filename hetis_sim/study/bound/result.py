@@ -13,14 +13,14 @@ from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.cost.model import CostModel
 from hetis_sim.run import Prepared
 from hetis_sim.spec.cluster import ClusterSpec
-from hetis_sim.spec.errors import SpecError
+from hetis_sim.spec.errors import InfeasibleError, SpecError
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.study.bound.demand import Ints, demand_of
 from hetis_sim.study.bound.program import GB, Program, Solution
 from hetis_sim.study.bound.supply import Kind, Supply, supply_of, usable_bytes
 from traces import ClosedLoopWorkload, OpenWorkload
 
-TOLERANCE = 2e-3
+TOLERANCE = 5e-4
 SHOWN = 0.02
 
 
@@ -100,10 +100,14 @@ def upper_bound(cluster: ClusterSpec, model: ModelSpec, cost: CostModel, setting
 
     Raises:
         SpecError: no request is left.
+        InfeasibleError: the weights do not fit on all devices together.
     """
     prompts = np.concatenate([np.asarray(pair[0], np.int64) for pair in lengths])
     outputs = np.concatenate([np.asarray(pair[1], np.int64) for pair in lengths])
     room = sum(usable_bytes(device.gpu, model, settings.limits) for device in cluster.devices)
+    if room < model.weight_bytes_total:
+        raise InfeasibleError(f"{model.name} does not fit on {cluster.name}: its weights take "
+                              f"{model.weight_bytes_total / GB:.1f} GB, of {room / GB:.1f} GB that are free")
     longest = min(model.context_limit_tokens, room // model.kv_bytes_per_token)
     fits = prompts + outputs <= longest
     if not fits.any():
