@@ -41,11 +41,11 @@ def study_progress(config: RunConfig, what: str) -> Iterator[Callable[[], None] 
 
 
 def print_capacity(config: RunConfig, found: Capacity) -> None:
-    """Print a capacity in the configured form: a table and a line of JSON, or one of them."""
+    """Print a capacity in the configured form: a table, or one line of JSON."""
     if config.output in ("table", "markdown"):
         _print_table(config, CAPACITY_HEADER, [capacity_row(found)])
         _print_notes(capacity_notes(found))
-    if config.output in ("table", "json"):
+    if config.output == "json":
         print(dump_line({"study": "capacity", **found.to_dict()}))
 
 
@@ -71,7 +71,7 @@ def capacity_notes(found: Capacity) -> list[str]:
 
 
 def print_comparison(config: RunConfig, found: Comparison) -> None:
-    """Print a comparison in the configured form: tables and a line of JSON, or one of them."""
+    """Print a comparison in the configured form: tables, or one line of JSON."""
     if config.output in ("table", "markdown"):
         print(f"{found.headline}\n")
         _print_table(config, ("metric", *(entry.policy for entry in found.entries)), metric_rows(found))
@@ -81,7 +81,7 @@ def print_comparison(config: RunConfig, found: Comparison) -> None:
             _print_table(config, ("paired by seed", f"{first} - {other}", f"{first} / {other}"),
                          difference_rows(found, other))
         _print_notes(comparison_notes(config, found))
-    if config.output in ("table", "json"):
+    if config.output == "json":
         print(dump_line({"study": "compare", **found.to_dict()}))
 
 
