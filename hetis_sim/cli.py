@@ -84,8 +84,10 @@ def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
         _refuse(error)
 
     failures: list[HetisError] = []
+    begun: list[DictConfig] = []
 
     def call(config: DictConfig) -> None:
+        begun.append(config)
         try:
             task(typed(config))
         except HetisError as error:
@@ -101,7 +103,11 @@ def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
 
     call.__name__ = call.__qualname__ = "hetis_sim"
     sys.argv = [sys.argv[0], *overrides]
-    hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(call)()
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(call)()
+    except SystemExit as end:
+        # Before anything has begun, Hydra ends for words that it cannot use, and has said so.
+        sys.exit(EXIT_BAD_INPUT if end.code == 1 and not begun else end.code)
     if failures:
         sys.exit(EXIT_BAD_INPUT)
 

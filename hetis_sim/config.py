@@ -188,7 +188,13 @@ def compose(*overrides: str) -> RunConfig:
         with initialize_config_module(version_base="1.3", config_module="conf"):
             return typed(hydra_compose("config", overrides=normalise(overrides)))
     except HydraException as error:
-        raise HetisError(str(error)) from error
+        raise HetisError(_in_words(error)) from error
+
+
+def _in_words(error: BaseException) -> str:
+    """What Hydra says of an override, with what its cause says of the value, without where it looked."""
+    text = str(error).partition("\nConfig search path")[0].partition("\n    full_key")[0].strip()
+    return text if error.__cause__ is None else f"{text}: {_in_words(error.__cause__)}"
 
 
 def typed(config: DictConfig) -> RunConfig:
