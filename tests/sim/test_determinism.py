@@ -8,10 +8,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 from support_policies import LocalPolicy
 from support_runs import Scenario, event_hash
+
+from hetis_sim import simulate
 
 SCENARIOS = (
     Scenario(layers=(1, 2, 3), workers=2, interval=3, blocks=22, worker_blocks=30, rate=60.0),
@@ -22,8 +25,10 @@ SCENARIOS = (
 
 HASHES = """
 import test_determinism as t
-print(" ".join(t.hashes()))
+print(" ".join([*t.hashes(), *t.folder_hashes()]))
 """
+WORDS = ("model=llama3-8b", "cluster=a100-t4", "requests=25", "cost.kind=roofline", "sim.log_decisions=true",
+         "sim.timeline=true")
 
 
 def hashes() -> list[str]:
@@ -34,6 +39,14 @@ def hashes() -> list[str]:
         found.append(event_hash(simulation.run().records()))
         found.append(str(hash_of(simulation.controller.log.lines)))
     return found
+
+
+def folder_hashes() -> list[str]:
+    """Hashes of every file of a run folder, each after its name."""
+    with TemporaryDirectory() as folder:
+        simulate(*WORDS, output=folder)
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        return [f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files]
 
 
 def hash_of(lines: list[str]) -> str:
@@ -54,10 +67,10 @@ def hashes_elsewhere(project_root: Path, hash_seed: str) -> list[str]:
 
 
 def test_every_process_records_the_same_bytes(project_root: Path) -> None:
-    """Requests, steps, transfers, samples, gaps and decisions are equal under any hash seed."""
-    first = hashes()
-    assert len(set(first)) == len(first)
-    assert hashes() == first
+    """Events, decisions and all files of a run folder are equal under any hash seed."""
+    first = [*hashes(), *folder_hashes()]
+    assert len(set(first)) == len(first) >= 2 * len(SCENARIOS) + 8
+    assert [*hashes(), *folder_hashes()] == first
     assert hashes_elsewhere(project_root, "1") == first
     assert hashes_elsewhere(project_root, "4711") == first
 
@@ -75,6 +88,13 @@ def test_arrivals_do_not_depend_on_the_policy() -> None:
     for name in ("request_id", "arrival_s", "prompt_tokens", "output_tokens"):
         np.testing.assert_array_equal(rows[0][name], rows[1][name])
     assert not np.array_equal(rows[0]["finish_s"], rows[1]["finish_s"])
+
+
+def test_configured_arrivals_do_not_depend_on_the_policy() -> None:
+    """Two policies by name see the same workload, to the last bit."""
+    rows = [simulate(*WORDS, f"policy={name}").recorder.records().requests for name in ("hetis", "vllm")]
+    for name in ("request_id", "arrival_s", "prompt_tokens", "output_tokens"):
+        np.testing.assert_array_equal(rows[0][name], rows[1][name])
 
 
 def test_users_ask_the_same_whatever_the_policy() -> None:
