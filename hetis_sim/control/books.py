@@ -67,13 +67,10 @@ class CacheBooks:
 
     def _count_extra(self, shape: PlacementShape, tokens: int, sign: int) -> None:
         self.extra_context += sign * tokens
-        loads = self.loads
-        if sign > 0:
-            loads.extra_groups += shape.vector
-            loads.extra_tokens += shape.vector * tokens
-        else:
-            loads.extra_groups -= shape.vector
-            loads.extra_tokens -= shape.vector * tokens
+        groups, group_tokens = self.loads.extra_groups, self.loads.extra_tokens
+        for p, g in shape.pairs:
+            groups[p] += sign * g
+            group_tokens[p] += sign * g * tokens
 
     def unstage(self, state: RequestState) -> None:
         """Give back the staging copy, if there is one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import add
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -18,7 +20,7 @@ class Loads:
     Attributes:
         groups, base: shape (lanes, positions).
         issued: n, shape (lanes,).
-        extra_groups, extra_tokens: shape (positions,), of requests that hold cache outside lanes.
+        extra_groups, extra_tokens: per position, of requests that hold cache outside lanes.
     """
 
     __slots__ = ("base", "extra_groups", "extra_tokens", "groups", "issued")
@@ -27,8 +29,8 @@ class Loads:
         self.groups: Ints = np.zeros((lanes, positions), dtype=np.int64)
         self.base: Ints = np.zeros((lanes, positions), dtype=np.int64)
         self.issued: Ints = np.zeros(lanes, dtype=np.int64)
-        self.extra_groups: Ints = np.zeros(positions, dtype=np.int64)
-        self.extra_tokens: Ints = np.zeros(positions, dtype=np.int64)
+        self.extra_groups = [0] * positions
+        self.extra_tokens = [0] * positions
 
     def decoding(self) -> tuple[Ints, Ints]:
         """Groups and group-tokens per position, over all lanes."""
@@ -36,7 +38,8 @@ class Loads:
             return self.groups[0], self.base[0] + self.issued[0] * self.groups[0]
         return self.groups.sum(axis=0), self.base.sum(axis=0) + self.issued @ self.groups
 
-    def total(self) -> tuple[Ints, Ints]:
+    def total(self) -> tuple[list[int], list[int]]:
         """Groups and group-tokens per position, of everything that holds cache."""
         groups, tokens = self.decoding()
-        return groups + self.extra_groups, tokens + self.extra_tokens
+        return (list(map(add, groups.tolist(), self.extra_groups)),
+                list(map(add, tokens.tolist(), self.extra_tokens)))

@@ -228,7 +228,7 @@ class BooksMachine(RuleBasedStateMachine):
             for p, n in enumerate(held.placement):
                 want_groups[p] += n
                 want_tokens[p] += n * held.tokens
-        assert (groups.tolist(), tokens.tolist()) == (want_groups, want_tokens)
+        assert (groups, tokens) == (want_groups, want_tokens)
         lanes = sum(lane.offset_sum + lane.issued * len(lane.members) for lane in self.lanes)
         assert lanes + self.books.extra_context == sum(held.tokens for held in self.held.values())
 
