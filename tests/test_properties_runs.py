@@ -23,7 +23,7 @@ from hetis_sim.cost.model import AttentionCost
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True,
                  suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-SEARCH = settings(QUICK, max_examples=1500)
+SEARCH = settings(QUICK, max_examples=250)
 
 TIGHT = {"blocks": 20, "worker_blocks": 24, "block_tokens": 4, "rate": 60.0, "prompt_max": 30}
 

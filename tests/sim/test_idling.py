@@ -35,7 +35,7 @@ def test_nothing_idles_while_it_could_work(scenario: Scenario) -> None:
 
 
 @pytest.mark.slow
-@settings(QUICK, max_examples=300)
+@settings(QUICK, max_examples=150)
 @given(scenarios())
 def test_nothing_idles_while_it_could_work_at_length(scenario: Scenario) -> None:
     """The same over many more systems."""

@@ -10,13 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
-from support_study import die, fail, refuse, sleepy_square, square
+from support_tasks import die, fail, refuse, sleepy_square, square
 
 from hetis_sim.study.parallel import WorkerError, fan_out
 
 SCRIPT = """
 import sys
-from support_study import say_and_sleep
+from support_tasks import say_and_sleep
 from hetis_sim.study.parallel import fan_out
 if __name__ == "__main__":
     fan_out(say_and_sleep, sys.argv[1:], workers=2)

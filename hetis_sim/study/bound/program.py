@@ -116,7 +116,10 @@ class Program:
         self._at_most([(rate, demand.output_tokens), (self.heads, -1.0)])
         host = [batch.host_s for batch in supply.batches]
         self._at_most([(rate, supply.prompt_host_s), (self.rounds, host), (self.host, -1.0)])
-        self._at_most([(self.rounds, [b.launches for b in supply.batches]), (self.launches, -1.0)])
+        # A batch without a decoded token launches no decode attention.
+        launches = np.array([batch.launches / batch.decode_share for batch in supply.batches])
+        each = np.broadcast_to(launches, self.decode.shape)
+        self._at_most([(self.decode, each), (self.launches, -1.0)])
         self._at_most([(self.again_at, 1.0), (self.again, [-low for low in lows])])
 
     def _decoding(self) -> None:

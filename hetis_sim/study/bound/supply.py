@@ -19,6 +19,9 @@ from hetis_sim.spec.model import ModelSpec
 from hetis_sim.study.bound.demand import Demand
 from hetis_sim.study.bound.durations import TpGroup, best_per_token, intervals, tp_groups
 
+MERGED = 0.02
+"""Batches whose times are within this share of one another are taken as one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Kind:
@@ -58,7 +61,7 @@ class Batch:
         busy_s: that the rank computes and communicates.
         held_s: that the iteration takes, at least; its requests hold their cache so long.
         host_s: the host's part, per rank.
-        launches: of decode attention, per rank: one a layer for each batch.
+        launches: of decode attention, per rank: one a layer for each batch that decodes.
     """
 
     kind: int
@@ -212,15 +215,23 @@ def usable_bytes(gpu: GpuSpec, model: ModelSpec, limits: EngineLimits) -> float:
 
 
 def undominated(batches: Sequence[Batch]) -> list[Batch]:
-    """Those that no other one of the same kind beats in every respect, per token of dense work."""
+    """Those that no other one of the same kind beats in every respect, per token of dense work.
+
+    Batches within 2 % of one another in the time of the rank and of the iteration become one, with
+    the best of each.
+    """
     table = np.array([[b.busy_s / b.share, b.held_s, b.host_s / b.share, b.launches / b.share,
                        -b.decode_share / b.share] for b in batches])
-    kept: list[Batch] = []
-    for number, row in enumerate(table):
-        better = (table <= row).all(axis=1) & ((table < row).any(axis=1) | (np.arange(len(table)) < number))
-        if not better.any():
-            kept.append(batches[number])
-    return kept
+    number = np.arange(len(table))
+    kept = [n for n, row in enumerate(table) if not
+            ((table <= row).all(axis=1) & ((table < row).any(axis=1) | (number < n))).any()]
+    found: list[Batch] = []
+    while kept:
+        near = [n for n in kept if (np.abs(np.log(table[n, :2] / table[kept[0], :2])) <= MERGED).all()]
+        busy, held, host, launches, decoded = table[near].min(axis=0).tolist()
+        found.append(Batch(batches[kept[0]].kind, 1.0, -decoded, busy, held, host, launches))
+        kept = [n for n in kept if n not in near]
+    return found
 
 
 def supply_of(cluster: ClusterSpec, model: ModelSpec, cost: CostModel, settings: SchedulerSettings,
