@@ -21,8 +21,13 @@ from hetis_sim.spec.lookup import find, near_matches, require_known_keys, requir
 ENTRY_POINT_GROUP = "hetis.policies"
 
 BUILTIN: Mapping[str, str] = {
+    "distserve": "hetis_sim.policies.distserve:DistServePolicy",
     "hetis": "hetis_sim.policies.hetis.policy:HetisPolicy",
+    "hexgen": "hetis_sim.policies.hexgen:HexGenPolicy",
+    "lamina": "hetis_sim.policies.lamina:LaminaPolicy",
+    "splitwise": "hetis_sim.policies.splitwise:SplitwisePolicy",
     "vllm": "hetis_sim.policies.vllm:VllmPolicy",
+    "vllm_all": "hetis_sim.policies.vllm_all:VllmAllPolicy",
 }
 """Where each policy of this package lives; imported only when it is asked for."""
 

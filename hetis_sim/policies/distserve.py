@@ -1,0 +1,87 @@
+"""DistServe: prefill and decoding apart, each with the parallelism that suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from hetis_sim.policies.admission import dispatch_at_home
+from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
+from hetis_sim.policies.evolve import Effort
+from hetis_sim.policies.plan import Placement, Plan
+from hetis_sim.policies.pools import PoolRules, plan_pools
+from hetis_sim.policies.rated import shortest_queue
+from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
+from hetis_sim.spec.errors import require, require_finite
+from hetis_sim.spec.lookup import require_int
+
+
+@dataclass(frozen=True)
+class DistServeSettings:
+    """What a user may change.
+
+    Attributes:
+        reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
+            for Hetis; vLLM leaves 0.01).
+        preemption: ``recompute`` or ``swap``.
+        evaluations: divisions of the cluster that the search looks at, at most.
+        seed: of the search.
+    """
+
+    reserve_fraction: float = 0.05
+    preemption: str = "recompute"
+    evaluations: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
+        require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
+                "one of recompute, swap")
+        require_int("policy.evaluations", self.evaluations, 1, 1 << 30)
+        require_int("policy.seed", self.seed, 0, 1 << 63)
+
+
+class DistServePolicy(Policy):
+    """DistServe (Zhong et al., OSDI '24).
+
+    From the source: instances for prefill and for decoding with tensor and pipeline parallelism of
+    their own, chosen for goodput, the highest rate at which the limits on TTFT and TPOT hold; prompts
+    go to the prefill instance with the shortest queue, then to the least loaded decode instance, which
+    pulls the cache when it has room; until then it stays where it was computed.
+
+    Ours: goodput comes from the estimates of :mod:`.phases` (there from a simulation; its model of
+    the prefill queue is used); as cards are unequal, the whole division of the cluster is searched
+    (:mod:`.pools`) where the source repeats the best instance of each phase; queues are divided by
+    the strength of the instance.
+    """
+
+    name: ClassVar[str] = "distserve"
+    settings_type: ClassVar[type] = DistServeSettings
+    streams_handoff = False
+
+    def __init__(self, settings: DistServeSettings | None = None) -> None:
+        self.settings = settings or DistServeSettings()
+        self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
+
+    def plan(self, problem: PlanningProblem) -> Plan:
+        """The division into prefill and decode instances of highest goodput.
+
+        Raises:
+            InfeasibleError: the model fits nowhere.
+        """
+        effort = Effort(evaluations=self.settings.evaluations, seed=self.settings.seed)
+        return plan_pools(problem, PoolRules(phases=True), effort, self.name)
+
+    def route(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+        """The prefill instance with the shortest queue for its strength."""
+        able = [i for i, load in enumerate(instances) if load.plan.role != "decode"]
+        return shortest_queue(instances, request.context_tokens, able or None)
+
+    def handoff(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+        """The least loaded decode instance for its strength."""
+        return shortest_queue(instances, request.context_tokens)
+
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
+        """All heads at home, as long as the reserve stays free."""
+        return dispatch_at_home(requests, view, self.settings.reserve_fraction)

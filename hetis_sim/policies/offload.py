@@ -1,0 +1,86 @@
+"""Which cards compute attention only, for systems that offload whole requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from hetis_sim.policies.estimate import Estimate, Estimator
+from hetis_sim.policies.hetis.layout import GpuType
+from hetis_sim.policies.layers import split_layers
+from hetis_sim.policies.phases import ranks
+from hetis_sim.policies.shape import InstanceShape, StageShape
+
+CUTS_MOST = 16
+ROUNDING = 1e-9
+
+
+class OffloadEstimator(Estimator):
+    """Estimates of instances whose workers serve as many requests as they have room for.
+
+    The estimates that Hetis is planned with offload what does not fit and what gains by it.
+    """
+
+    def at(self, shape: InstanceShape, lane_batch: int, requests: int,
+           layers: Sequence[int] | None = None) -> Estimate | None:
+        """See :meth:`Estimator.at`."""
+        if not shape.workers:
+            return super().at(shape, lane_batch, requests, layers)
+        if layers is None:
+            loads = [self._stage_load(shape, s, lane_batch, requests) for s in range(len(shape.stages))]
+            layers = split_layers(loads, self.problem.model.layers, shape.worker_bytes)
+        attention = None if layers is None else self._attention(shape, layers, requests)
+        if layers is None or attention is None:
+            return None
+        return self._estimate(shape, tuple(layers), attention, lane_batch, requests)
+
+    def _attention(self, shape: InstanceShape, layers: Sequence[int], requests: int) -> list[float] | None:
+        """Seconds of one layer, by stage; None where the primaries cannot hold what the workers cannot."""
+        kv_heads, lanes = self.problem.model.kv_heads, len(shape.stages)
+        away = min(float(requests), shape.worker_bytes / (self.group_bytes * kv_heads * sum(layers)))
+        home = requests - away
+        for stage, n in zip(shape.stages, layers, strict=True):
+            for room, weights, owned in ranks(stage):
+                if room * (1.0 + ROUNDING) < n * (weights + self.group_bytes * owned * home):
+                    return None
+        groups = kv_heads * away / lanes
+        jobs = sum(self._job_s(stage, groups) for stage in shape.stages)
+        times: list[float] = []
+        for stage in shape.stages:
+            share = groups / sum(n for n, _ in stage.away)
+            wire = max(cost.wire_fixed_s + cost.wire_s_per_group * share for _, cost in stage.away)
+            own = max(stage.owned) * home / lanes
+            times.append(max(stage.home.seconds(own, own * self.context), wire + jobs))
+        return times
+
+    def _job_s(self, stage: StageShape, groups: float) -> float:
+        """Time of the workers for one layer of a stage, evenly loaded."""
+        rate = sum(n / (cost.a_s_per_group + cost.b_s_per_group_token * self.context)
+                   for n, cost in stage.away)
+        return max(cost.c_s for _, cost in stage.away) + groups / rate
+
+
+def worker_cuts(types: Sequence[GpuType]) -> Iterator[tuple[list[GpuType], list[GpuType]]]:
+    """High-end cards as primaries, the others as workers: cuts between cards, and between kinds.
+
+    The last cut leaves no workers.
+    """
+    cards = [device for kind in types for device in kind.devices]
+    step = max(1, -(-len(cards) // CUTS_MOST))
+    ends: set[int] = set()
+    for kind in types:
+        ends.add(max(ends, default=0) + len(kind.devices))
+    for cut in range(1, len(cards) + 1):
+        if cut % step == 0 or cut in ends:
+            yield _some(types, cards[:cut]), _some(types, cards[cut:])
+
+
+def _some(types: Sequence[GpuType], devices: Sequence[int]) -> list[GpuType]:
+    """The kinds, less the cards that are not among ``devices``."""
+    wanted = set(devices)
+    kept: list[GpuType] = []
+    for kind in types:
+        hosts = [tuple(device for device in host if device in wanted) for host in kind.hosts]
+        if any(hosts):
+            kept.append(replace(kind, hosts=tuple(host for host in hosts if host)))
+    return kept
