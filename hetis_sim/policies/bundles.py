@@ -15,7 +15,7 @@ from itertools import product
 
 from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.estimate import Estimate, Estimator
-from hetis_sim.policies.hetis.layout import gpu_types
+from hetis_sim.policies.layout import gpu_types
 from hetis_sim.policies.phases import DecodeEstimator, PrefillEstimator, ranks
 from hetis_sim.policies.plan import InstancePlan, Role
 from hetis_sim.policies.rated import RatedInstance

@@ -10,12 +10,12 @@ from typing import ClassVar
 from hetis_sim.policies.admission import usable_units
 from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
 from hetis_sim.policies.bundles import FREE_SHARE
-from hetis_sim.policies.hetis.layout import gpu_types
-from hetis_sim.policies.hetis.search import Layout, LayoutSearch
-from hetis_sim.policies.hetis.settings import HetisSettings
+from hetis_sim.policies.estimate import Estimator
+from hetis_sim.policies.layout import gpu_types
 from hetis_sim.policies.offload import OffloadEstimator, worker_cuts
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan
 from hetis_sim.policies.pools import does_not_fit
+from hetis_sim.policies.search import Layout, LayoutSearch
 from hetis_sim.policies.shape import instance_shape
 from hetis_sim.policies.view import InstanceView, RequestView
 from hetis_sim.spec.errors import InfeasibleError, require, require_finite
@@ -88,9 +88,8 @@ class LaminaPolicy(Policy):
 
     def _search(self, problem: PlanningProblem) -> tuple[list[Layout], int]:
         """The best layout of every cut, and how many were looked at."""
-        search = LayoutSearch(problem, HetisSettings(reserve_fraction=FREE_SHARE))
-        if self.settings.offload == "all":
-            search.estimator = OffloadEstimator(problem, FREE_SHARE)
+        estimates = OffloadEstimator if self.settings.offload == "all" else Estimator
+        search = LayoutSearch(estimates(problem, FREE_SHARE))
         found: list[Layout] = []
         candidates = 0
         for primaries, workers in worker_cuts(gpu_types(problem)):

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from hetis_sim.policies.estimate import Estimate, Estimator
-from hetis_sim.policies.hetis.layout import GpuType
 from hetis_sim.policies.layers import split_layers
+from hetis_sim.policies.layout import GpuType
 from hetis_sim.policies.phases import ranks
 from hetis_sim.policies.shape import InstanceShape, StageShape
 

@@ -12,7 +12,7 @@ from hetis_sim.policies.admission import dispatch_at_home
 from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
 from hetis_sim.policies.bundles import FREE_SHARE, longest_context
 from hetis_sim.policies.estimate import Estimate, Estimator
-from hetis_sim.policies.hetis.layout import Draft, deal, gpu_types
+from hetis_sim.policies.layout import Draft, deal, gpu_types
 from hetis_sim.policies.phases import ranks
 from hetis_sim.policies.plan import Placement, Plan
 from hetis_sim.policies.pools import does_not_fit

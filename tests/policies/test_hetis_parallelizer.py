@@ -9,9 +9,9 @@ import pytest
 from policy_worlds import cluster, paper, problem
 
 from hetis_sim.policies.check import check_plan
-from hetis_sim.policies.hetis.layout import gpu_types
 from hetis_sim.policies.hetis.policy import HetisPolicy
 from hetis_sim.policies.hetis.settings import HetisSettings
+from hetis_sim.policies.layout import gpu_types
 from hetis_sim.policies.plan import Plan
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.errors import InfeasibleError

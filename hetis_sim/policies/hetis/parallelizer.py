@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetis_sim.policies.base import PlanningProblem
-from hetis_sim.policies.hetis.layout import GpuType, gpu_types
-from hetis_sim.policies.hetis.search import Found, Layout, LayoutSearch
+from hetis_sim.policies.estimate import Estimator
 from hetis_sim.policies.hetis.settings import HetisSettings
+from hetis_sim.policies.layout import GpuType, gpu_types
 from hetis_sim.policies.memory import RUNTIME_BYTES
 from hetis_sim.policies.plan import Plan
+from hetis_sim.policies.search import Found, Layout, LayoutSearch
 from hetis_sim.policies.shape import instance_shape
 from hetis_sim.spec.errors import InfeasibleError
 from hetis_sim.spec.gpu import GB
@@ -101,7 +102,8 @@ class _Run:
 
     def __init__(self, problem: PlanningProblem, settings: HetisSettings) -> None:
         self._types = gpu_types(problem)
-        self._search = LayoutSearch(problem, settings)
+        self._search = LayoutSearch(Estimator(problem, settings.reserve_fraction,
+                                              ideal_pipeline=settings.ideal_pipeline))
         self._found: dict[tuple[str, ...], Found] = {}
 
     def search(self, primaries: Sequence[GpuType]) -> Found:

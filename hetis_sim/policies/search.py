@@ -8,11 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
-from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.estimate import Estimate, Estimator
-from hetis_sim.policies.hetis.layout import Draft, GpuType, deal
-from hetis_sim.policies.hetis.relax import Relaxation
-from hetis_sim.policies.hetis.settings import HetisSettings
+from hetis_sim.policies.layout import Draft, GpuType, deal
+from hetis_sim.policies.relax import Relaxation
 from hetis_sim.policies.shape import instance_shape
 
 EXACT_CANDIDATES = 96
@@ -76,12 +74,12 @@ class LayoutSearch:
     candidates are searched exhaustively.
     """
 
-    def __init__(self, problem: PlanningProblem, settings: HetisSettings) -> None:
-        self.problem = problem
-        self.estimator = Estimator(problem, settings.reserve_fraction, ideal_pipeline=settings.ideal_pipeline)
+    def __init__(self, estimator: Estimator) -> None:
+        self.problem = problem = estimator.problem
+        self.estimator = estimator
         self._estimates: dict[ShapeKey, Estimate | None] = {}
         self._alone: dict[ShapeKey, float] = {}
-        self._relaxation = Relaxation(problem, self.estimator)
+        self._relaxation = Relaxation(problem, estimator)
 
     def run(self, primaries: Sequence[GpuType], workers: Sequence[GpuType], keep: int = 3) -> Found:
         """The best layouts with ``primaries`` doing dense work and ``workers`` attention only."""

@@ -54,7 +54,7 @@ def gpu_types(problem: PlanningProblem) -> tuple[GpuType, ...]:
     """The kinds of GPU of a cluster, high-end first.
 
     High-end is what computes the dense part of a mean request fastest: its prompt, and its
-    output at a batch of 64 (ours; the paper speaks of low-end GPUs without a measure).
+    output at a batch of 64 (ours; papers speak of low-end GPUs without a measure).
     """
     found = []
     for name in problem.cluster.gpu_counts:

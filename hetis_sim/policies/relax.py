@@ -16,7 +16,7 @@ import numpy as np
 
 from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.estimate import Estimator
-from hetis_sim.policies.hetis.layout import GpuType
+from hetis_sim.policies.layout import GpuType
 from hetis_sim.policies.shape import instance_shape, worker_bytes
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
