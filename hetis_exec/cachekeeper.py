@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from hetis_exec.attention import attend
+from hetis_exec.backend import Tensor
 from hetis_exec.errors import CacheError
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.messages import (
@@ -139,7 +140,7 @@ class CacheKeeper:
     def _copy(self, op: Send | Park) -> None:
         keys = [TableKey(op.request_id, op.stage, g) for g in op.groups]
         if isinstance(op, Park):
-            k, v = self._read_layers(keys, 0, op.tokens)
+            k, v = self._read_layers(op, 0, op.tokens)
             for n, key in enumerate(keys):
                 self.parked[key] = Parked(k[:, n], v[:, n])
             self._count(op.tag, -1)
@@ -149,30 +150,28 @@ class CacheKeeper:
             parts = [self.parked.pop(key) for key in keys]
             k, v = np.stack([part.keys for part in parts], 1), np.stack([part.values for part in parts], 1)
         elif all(key in self.pool.tables for key in keys):
-            k, v = self._read_layers(keys, op.first, op.last)
+            k, v = self._read_layers(op, op.first, op.last)
         else:
             # The request has given this cache up: its target only counts the piece.
             groups, k, v = (), np.empty((0, 0, 0, 0)), np.empty((0, 0, 0, 0))
         self._send(op.target, CacheData(self.seq, op.tag, op.request_id, op.stage, tuple(range(len(k))),
                                         groups, op.first, k, v, op.final))
 
-    def _read_layers(self, keys: Sequence[TableKey], first: int, last: int) -> tuple[Array, Array]:
+    def _read_layers(self, op: Send | Park, first: int, last: int) -> tuple[Array, Array]:
         """Keys and values of all layers, shapes (layers, groups, tokens, head_dim)."""
-        request_id, stage, _ = keys[0]
-        groups = [key.group for key in keys]
-        parts = [self.pool.read(request_id, stage, groups, layer, first, last)
-                 for layer in range(len(self.pool.table(keys[0]).units))]
-        return np.stack([k for k, _ in parts]), np.stack([v for _, v in parts])
+        k, v = self.pool.read_layers(op.request_id, op.stage, op.groups, first, last)
+        return self.pool.kernels.to_wire(k), self.pool.kernels.to_wire(v)
 
     def _store(self, data: CacheData) -> None:
         """Write a piece of cache, unless its table has been closed meanwhile, and count it."""
+        keys, values = self.pool.kernels.from_wire(data.keys), self.pool.kernels.from_wire(data.values)
         for n, g in enumerate(data.groups):
             key = TableKey(data.request_id, data.stage, g)
             table = self.pool.tables.get(key)
             if table is None or table.tag != data.tag:
                 continue
             for m, layer in enumerate(data.layers):
-                self.pool.write(key, layer, data.start, data.keys[m, n], data.values[m, n])
+                self.pool.write(key, layer, data.start, keys[m, n], values[m, n])
             table.ready = table.ready or data.final
         if not data.final:
             self._count(data.tag, -1)
@@ -186,19 +185,21 @@ class CacheKeeper:
 
     # -- attention ---------------------------------------------------------------------------------
 
-    def decode_attention(self, stage: int, layer: int, items: Sequence[AttentionItem], queries: Array,
-                         keys: Array, values: Array) -> Array:
-        """Store the new token's keys and values and attend to all tokens, request by request.
+    def plan(self, stage: int, items: Sequence[AttentionItem]) -> Any:
+        """Decode attention of a batch, for all layers of a stage; the groups of an item lie side by side.
 
-        Shapes as in :class:`AttentionRequest`; the groups of an item lie side by side.
+        It holds until a table of one of the requests is opened or closed.
         """
-        out = np.empty_like(queries)
-        at = 0
+        tables, positions = [], []
         for request_id, position, groups in items:
-            here = slice(at, at + len(groups))
-            for g, k, v in zip(groups, keys[here], values[here], strict=True):
-                self.pool.write(TableKey(request_id, stage, g), layer, position, k[None], v[None])
-            all_keys, all_values = self.pool.read(request_id, stage, groups, layer, 0, position + 1)
-            out[here] = attend(queries[here], all_keys, all_values)
-            at = here.stop
-        return out
+            tables += [self.pool.table(TableKey(request_id, stage, g)).units for g in groups]
+            positions += [position] * len(groups)
+        return self.pool.kernels.plan(tables, positions)
+
+    def decode_attention(self, plan: Any, layer: int, queries: Tensor, keys: Tensor,
+                         values: Tensor) -> Tensor:
+        """Store the new token's keys and values and attend to all tokens, row by row of the plan.
+
+        Shapes as in :class:`AttentionRequest`.
+        """
+        return self.pool.kernels.decode(plan, layer, queries, keys, values)

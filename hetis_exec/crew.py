@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from threading import Thread
 from typing import Protocol
 
-from hetis_exec.kvcache import KvPool, check_pool
+from hetis_exec.backend import Backend
+from hetis_exec.kvcache import KvPool
 from hetis_exec.messages import DRIVER, Stop
 from hetis_exec.primary import PrimaryWorker, Rank
-from hetis_exec.toy_model import ToyModel, ToyShard
 from hetis_exec.transport import Endpoint, InProcessTransport, Transport
 from hetis_exec.workers import AttentionWorker, Worker
 from hetis_sim.control.engine import Engine
 from hetis_sim.policies.plan import InstancePlan
-from hetis_sim.spec.model import ModelSpec
 
 STOP_S = 2.0
 STOP_AT_ONCE_S = 1.0
@@ -30,7 +29,7 @@ class WorkerSpec:
     Attributes:
         stage, rank: place of a primary worker; an attention worker has stage -1.
         capacity_units: of its cache, as the ledger has it.
-        seed: of the model's weights.
+        backend: what it computes with.
         timeout_s: how long it waits for a peer.
     """
 
@@ -40,35 +39,28 @@ class WorkerSpec:
     rank: int
     capacity_units: int
     block_tokens: int
-    model: ModelSpec
-    seed: int
+    backend: Backend
     timeout_s: float
 
 
-def worker_specs(engine: Engine, seed: int, timeout_s: float) -> list[WorkerSpec]:
-    """One worker for each device of an instance.
-
-    Raises:
-        HetisError: workers of this kind cannot serve the model, or not with so much cache.
-    """
-    ToyModel(engine.model, seed)
+def worker_specs(engine: Engine, backend: Backend, timeout_s: float) -> list[WorkerSpec]:
+    """One worker for each device of an instance."""
     plan = engine.plan
-    for units in engine.capacity_units.values():
-        check_pool(units, engine.settings.limits.block_tokens, engine.model.head_dim)
     places = [(device, s, rank) for s, stage in enumerate(plan.stages)
               for rank, device in enumerate(stage.devices)]
     places += [(device, -1, 0) for device in plan.attention_workers]
     block_tokens = engine.settings.limits.block_tokens
-    return [WorkerSpec(device, plan, stage, rank, engine.capacity_units[device], block_tokens, engine.model,
-                       seed, timeout_s) for device, stage, rank in places]
+    return [WorkerSpec(device, plan, stage, rank, engine.capacity_units[device], block_tokens, backend,
+                       timeout_s) for device, stage, rank in places]
 
 
 def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
     """Make a worker."""
-    pool = KvPool(spec.capacity_units, spec.block_tokens, spec.model.head_dim)
+    pool = KvPool(spec.capacity_units, spec.block_tokens,
+                  spec.backend.kernels(spec.capacity_units, spec.block_tokens))
     if spec.stage < 0:
         return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s)
-    shard = ToyShard(ToyModel(spec.model, spec.seed), spec.plan, spec.stage, spec.rank)
+    shard = spec.backend.shard(spec.plan, spec.stage, spec.rank)
     place = Rank(spec.plan, spec.stage, spec.rank)
     return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard)
 

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from hetis_exec.backend import Backend
 from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec, worker_specs
 from hetis_exec.errors import ExecutorError, WorkerError
 from hetis_exec.instance import InstanceDriver, Texts
 from hetis_exec.messages import Arrived, Beat, Failed, Report, StageDone, Tokens
 from hetis_exec.records import Measurements, RunRecord
+from hetis_exec.toy_backend import ToyBackend
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.engine import Engine
@@ -43,10 +45,6 @@ from hetis_sim.spec.request import Request
 POLL_S = 0.1
 """How often the workers are looked after while nothing happens."""
 
-START_S = 30.0
-"""How long the workers are given to start, if they may not be silent for longer anyway."""
-
-
 @dataclass(frozen=True)
 class ExecutorInput:
     """What is to be run.
@@ -54,9 +52,10 @@ class ExecutorInput:
     Attributes:
         requests: in order of arrival; they are submitted when due.
         cost: what policies believe about durations; nothing here waits for it.
-        seed: of the model's weights and of the prompts.
+        seed: of the prompts, and of the toy's weights.
         timeout_s: a worker that shows no sign of life for so long is lost.
         debug: check the invariants of the control plane after every event.
+        backend: what workers compute with; the toy by default.
     """
 
     cluster: ClusterSpec
@@ -70,6 +69,7 @@ class ExecutorInput:
     timeout_s: float = 30.0
     log_decisions: bool = False
     debug: bool = False
+    backend: Backend | None = None
 
     def __post_init__(self) -> None:
         require_finite("executor.timeout_s", self.timeout_s, 0.0, open_low=True)
@@ -150,9 +150,11 @@ class Executor:
         self._progress = progress
         self.controller = given.controller()
         engines = self.controller.engines
+        self._backend = given.backend or ToyBackend(given.model, given.seed)
+        self._backend.check(engines)
         self.record = RunRecord(decisions=self.controller.log.lines)
         self.crew = make_crew([spec for engine in engines
-                               for spec in worker_specs(engine, given.seed, 2 * given.timeout_s)])
+                               for spec in worker_specs(engine, self._backend, 2 * given.timeout_s)])
         self._texts: Texts = {r.request_id: given.prompt(r).tolist() for r in given.requests}
         self._measurements = Measurements([device.label for device in given.cluster.devices], engines,
                                           unit_bytes(given.model, given.settings.limits))
@@ -324,7 +326,7 @@ class Executor:
                 self._heard_s[message.device] = time.monotonic()
             for device, how in self.crew.dead():
                 raise WorkerError(device, how)
-            if time.monotonic() - begun_s > max(START_S, self.given.timeout_s):
+            if time.monotonic() - begun_s > max(self._backend.start_s, self.given.timeout_s):
                 silent = [device for device, heard_s in self._heard_s.items() if heard_s == -math.inf]
                 raise WorkerError(silent[0], "it has not started")
         self._heard_s = dict.fromkeys(self._heard_s, time.monotonic())

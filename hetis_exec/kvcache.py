@@ -14,23 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hetis_exec.backend import Kernels, Tensor
 from hetis_exec.errors import CacheError
-from hetis_exec.messages import Array
-from hetis_sim.spec.errors import InfeasibleError
-
-POOL_BYTES_MAX = 1 << 30
-
-
-def check_pool(capacity_units: int, block_tokens: int, head_dim: int) -> None:
-    """Check that a pool fits in the memory that one worker may take.
-
-    Raises:
-        InfeasibleError: it does not.
-    """
-    size_bytes = 2 * 8 * capacity_units * block_tokens * head_dim
-    if size_bytes > POOL_BYTES_MAX:
-        raise InfeasibleError(f"a worker would take {size_bytes} bytes of this host for its cache, at most "
-                              f"{POOL_BYTES_MAX} are allowed; use devices with less memory")
 
 
 class TableKey(NamedTuple):
@@ -58,15 +43,17 @@ class Table:
 class KvPool:
     """Keys and values of one device, in units that are allocated one by one.
 
-    Freed memory is filled with nan, so that whoever reads what was never written is found out.
+    Attributes:
+        tables: the units of every key.
+        version: changes whenever a table is opened or closed.
     """
 
-    def __init__(self, capacity_units: int, block_tokens: int, head_dim: int) -> None:
+    def __init__(self, capacity_units: int, block_tokens: int, kernels: Kernels) -> None:
         self.block_tokens = block_tokens
         self.capacity_units = capacity_units
+        self.kernels = kernels
         self.tables: dict[TableKey, Table] = {}
-        self._keys = np.full((capacity_units, block_tokens, head_dim), np.nan)
-        self._values = np.full((capacity_units, block_tokens, head_dim), np.nan)
+        self.version = 0
         self._free = list(range(capacity_units - 1, -1, -1))
 
     @property
@@ -83,6 +70,7 @@ class KvPool:
         if key in self.tables:
             raise CacheError(f"{key} is open already")
         self.tables[key] = Table(self._take(layers, blocks), tag)
+        self.version += 1
 
     def grow(self, key: TableKey, blocks: int) -> None:
         """Extend a table to ``blocks``.
@@ -101,8 +89,8 @@ class KvPool:
         """Free a table."""
         units = self.table(key).units.ravel()
         del self.tables[key]
-        self._keys[units] = np.nan
-        self._values[units] = np.nan
+        self.version += 1
+        self.kernels.clear(units)
         self._free.extend(units[::-1].tolist())
 
     def table(self, key: TableKey) -> Table:
@@ -130,18 +118,27 @@ class KvPool:
 
     # -- tokens ------------------------------------------------------------------------------
 
-    def write(self, key: TableKey, layer: int, start: int, keys: Array, values: Array) -> None:
+    def write(self, key: TableKey, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store tokens from position ``start`` on; shapes (tokens, head_dim)."""
         positions = np.arange(start, start + len(keys))
         units = self.table(key).units[layer][positions // self.block_tokens]
-        self._keys[units, positions % self.block_tokens] = keys
-        self._values[units, positions % self.block_tokens] = values
+        self.kernels.write(units, positions % self.block_tokens, keys, values)
 
     def read(self, request_id: int, stage: int, groups: Sequence[int], layer: int, first: int,
-             last: int) -> tuple[Array, Array]:
+             last: int) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens ``first .. last - 1``, shapes (groups, tokens, head_dim)."""
-        blocks = -(-last // self.block_tokens)
-        units = np.stack([self.table(TableKey(request_id, stage, g)).units[layer, :blocks] for g in groups])
-        shape = (len(groups), blocks * self.block_tokens, self._keys.shape[-1])
-        keys, values = self._keys[units].reshape(shape), self._values[units].reshape(shape)
-        return keys[:, first:last], values[:, first:last]
+        keys, values = self._read(request_id, stage, groups, slice(layer, layer + 1), first, last)
+        return keys[0], values[0]
+
+    def read_layers(self, request_id: int, stage: int, groups: Sequence[int], first: int,
+                    last: int) -> tuple[Tensor, Tensor]:
+        """The same of all layers, shapes (layers, groups, tokens, head_dim)."""
+        return self._read(request_id, stage, groups, slice(None), first, last)
+
+    def _read(self, request_id: int, stage: int, groups: Sequence[int], layers: slice, first: int,
+              last: int) -> tuple[Tensor, Tensor]:
+        begin, end = first // self.block_tokens, -(-last // self.block_tokens)
+        tables = [self.table(TableKey(request_id, stage, g)).units[layers, begin:end] for g in groups]
+        keys, values = self.kernels.read(np.stack(tables, axis=1))
+        here = slice(first - begin * self.block_tokens, last - begin * self.block_tokens)
+        return keys[:, :, here], values[:, :, here]

@@ -8,7 +8,7 @@ be faster than another one. Arrays belong to the receiver once they are sent.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 DRIVER = -1
 """Address of the driver; workers have their device ids."""
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 Tokens = NDArray[np.int64]
 
 
@@ -190,6 +190,8 @@ class AttentionItem(NamedTuple):
 class AttentionRequest(NamedTuple):
     """Decode attention of one layer for remote groups, in the order of the items' groups.
 
+    The items of a step are the same in every layer; they come with the first one.
+
     Shapes: queries (groups, heads per group, head_dim), keys and values (groups, head_dim).
     """
 
@@ -197,7 +199,7 @@ class AttentionRequest(NamedTuple):
     sender: int
     stage: int
     layer: int
-    items: tuple[AttentionItem, ...]
+    items: tuple[AttentionItem, ...] | None
     queries: Array
     keys: Array
     values: Array

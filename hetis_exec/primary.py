@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import reduce
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
-from hetis_exec.attention import attend_causal
+from hetis_exec.backend import Shard, Tensor
 from hetis_exec.errors import CacheError, ExecutorError
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.messages import (
     DRIVER,
-    Array,
     AttentionItem,
     AttentionRequest,
     AttentionResult,
@@ -34,28 +36,6 @@ from hetis_exec.messages import (
 from hetis_exec.transport import Endpoint
 from hetis_exec.workers import Stopped, Worker
 from hetis_sim.policies.plan import InstancePlan
-
-
-class Shard(Protocol):
-    """The dense modules of one rank; :class:`hetis_exec.toy_model.ToyShard` says what each method does."""
-
-    groups: tuple[int, ...]
-    layers: int
-
-    def embed(self, tokens: Tokens) -> Array:
-        """Token ids to activations."""
-
-    def qkv(self, layer: int, hidden: Array, positions: Tokens) -> tuple[Array, Array, Array]:
-        """Queries, keys and values of its groups."""
-
-    def project(self, layer: int, attended: Array) -> Array:
-        """Its part of the output projection."""
-
-    def mlp(self, layer: int, hidden: Array) -> Array:
-        """Its part of the MLP."""
-
-    def sample(self, hidden: Array) -> Tokens:
-        """Next tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +65,13 @@ class Share:
     Attributes:
         items: its requests and groups.
         rows, columns: for each group, its token's row in the batch, its place among the rank's groups.
+        at: the two as an index.
     """
 
     items: list[AttentionItem] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)
+    at: tuple[Tensor, ...] = ()
 
 
 @dataclass(slots=True)
@@ -105,13 +87,20 @@ class Spent:
 
 @dataclass(slots=True)
 class Batch:
-    """A step as one rank computes it."""
+    """A step as one rank computes it.
+
+    Attributes:
+        prepared: what the weights need to know of the positions.
+        local, remote: decode attention computed here and by attention workers.
+        plan: where the cache of the local part is.
+    """
 
     seq: int
     rows: tuple[Row, ...]
-    positions: Tokens
+    prepared: Any
     local: Share
     remote: dict[int, Share]
+    plan: Any = None
     spent: Spent = field(default_factory=Spent)
 
 
@@ -123,6 +112,7 @@ class PrimaryWorker(Worker):
         super().__init__(device, endpoint, pool, timeout_s)
         self._place = place
         self._shard = shard
+        self._kernels = pool.kernels
         self._controls: deque[Control | Stop] = deque()
         self._box: dict[tuple[object, ...], Message] = {}
         self._free_s = 0.0
@@ -158,24 +148,25 @@ class PrimaryWorker(Worker):
 
     def _execute(self, seq: int, task: Task) -> None:
         """One stage of a step: attention and MLP of every layer, then on to the next stage."""
-        hidden, sent_s, begun_s = self._input(seq, task)
         batch = self._batch(seq, task.rows)
+        hidden, sent_s, begun_s = self._input(batch, task)
         stage, items = self._place.stage, batch.local.items
         self.wait_until(lambda: all(self.cache.ready(i.request_id, stage, i.groups) for i in items),
                         "heads on their way here")
+        batch.plan = self.cache.plan(stage, items) if items else None
         for layer in range(self._shard.layers):
             hidden = hidden + self._sum(batch, 2 * layer, self._attention_block(batch, layer, hidden))
             hidden = hidden + self._sum(batch, 2 * layer + 1, self._mlp(batch, layer, hidden))
         self._hand_over(batch, hidden, sent_s, begun_s)
 
-    def _input(self, seq: int, task: Task) -> tuple[Array, float, float]:
+    def _input(self, batch: Batch, task: Task) -> tuple[Tensor, float, float]:
         """Activations, when they were sent, and when work on them begins."""
         begun_s = time.perf_counter()
         if task.tokens is not None:
-            return self._shard.embed(task.tokens), begun_s, begun_s
-        message = self._fetch((Hidden, seq), f"activations of step {seq}")
+            return self._shard.embed(task.tokens, batch.prepared), begun_s, begun_s
+        message = self._fetch((Hidden, batch.seq), f"activations of step {batch.seq}")
         assert isinstance(message, Hidden)
-        return message.values, message.sent_s, time.perf_counter()
+        return self._kernels.from_wire(message.values), message.sent_s, time.perf_counter()
 
     def _batch(self, seq: int, rows: tuple[Row, ...]) -> Batch:
         positions = np.concatenate([np.arange(row.position, row.position + row.new_tokens) for row in rows])
@@ -189,7 +180,9 @@ class PrimaryWorker(Worker):
                 share.rows += [at] * len(columns)
                 share.columns += columns
             at += row.new_tokens
-        return Batch(seq, rows, positions, shares.pop(self.device), shares)
+        for share in shares.values():
+            share.at = self._kernels.index(share.rows, share.columns)
+        return Batch(seq, rows, self._shard.prepare(positions), shares.pop(self.device), shares)
 
     def _columns(self, row: Row) -> Iterator[tuple[int, list[int]]]:
         """(device, places among this rank's groups) for every device that holds any of them."""
@@ -197,13 +190,12 @@ class PrimaryWorker(Worker):
         for device in dict.fromkeys(holders):
             yield device, [n for n, holder in enumerate(holders) if holder == device]
 
-    def _hand_over(self, batch: Batch, hidden: Array, sent_s: float, begun_s: float) -> None:
+    def _hand_over(self, batch: Batch, hidden: Tensor, sent_s: float, begun_s: float) -> None:
         place, spent = self._place, batch.spent
         tokens: Tokens | None = None
         if not place.next_devices and place.rank == 0:
             at_s = time.perf_counter()
-            ends = np.cumsum([row.new_tokens for row in batch.rows]) - 1
-            tokens = self._shard.sample(hidden[ends[[row.samples for row in batch.rows]]])
+            tokens = self._sample(batch, hidden)
             spent.dense_s += time.perf_counter() - at_s
         ended_s = time.perf_counter()
         times = StageTimes(sent_s, self._free_s, begun_s, ended_s, spent.dense_s, spent.attention_s,
@@ -213,9 +205,17 @@ class PrimaryWorker(Worker):
         self.send(DRIVER, StageDone(batch.seq, self.device, place.stage, place.rank, times,
                                     tuple(spent.worker_busy_s.items()), tokens))
         for device in place.next_devices if place.rank == 0 else ():
-            self.send(device, Hidden(batch.seq, hidden, ended_s))
+            self.send(device, Hidden(batch.seq, self._kernels.to_wire(hidden), ended_s))
 
-    def _sum(self, batch: Batch, number: int, values: Array) -> Array:
+    def _sample(self, batch: Batch, hidden: Tensor) -> Tokens:
+        ends, asked = [], []
+        for row, end in zip(batch.rows, accumulate(row.new_tokens for row in batch.rows), strict=True):
+            if row.samples:
+                ends.append(end - 1)
+                asked.append((row.request_id, row.position + row.new_tokens))
+        return self._shard.sample(hidden[self._kernels.index(ends)], asked)
+
+    def _sum(self, batch: Batch, number: int, values: Tensor) -> Tensor:
         """Sum of all ranks' values, added up in the same order everywhere."""
         peers, rank = self._place.peers, self._place.rank
         if len(peers) == 1:
@@ -223,19 +223,19 @@ class PrimaryWorker(Worker):
         begun_s = time.perf_counter()
         for device in peers:
             if device != self.device:
-                self.send(device, Partial(batch.seq, number, rank, values))
-        total = np.zeros_like(values)
-        for other, device in enumerate(peers):
-            if other == rank:
-                total = total + values
-            else:
-                message = self._fetch((Partial, batch.seq, number, other), f"a sum from device {device}")
-                assert isinstance(message, Partial)
-                total = total + message.values
+                self.send(device, Partial(batch.seq, number, rank, self._kernels.to_wire(values)))
+        parts = [values if other == rank else self._part(batch.seq, number, other)
+                 for other in range(len(peers))]
+        total = reduce(operator.add, parts)
         batch.spent.collective_s += time.perf_counter() - begun_s
         return total
 
-    def _mlp(self, batch: Batch, layer: int, hidden: Array) -> Array:
+    def _part(self, seq: int, number: int, rank: int) -> Tensor:
+        message = self._fetch((Partial, seq, number, rank), f"a sum from device {self._place.peers[rank]}")
+        assert isinstance(message, Partial)
+        return self._kernels.from_wire(message.values)
+
+    def _mlp(self, batch: Batch, layer: int, hidden: Tensor) -> Tensor:
         begun_s = time.perf_counter()
         values = self._shard.mlp(layer, hidden)
         batch.spent.dense_s += time.perf_counter() - begun_s
@@ -243,28 +243,29 @@ class PrimaryWorker(Worker):
 
     # -- attention ---------------------------------------------------------------------------------
 
-    def _attention_block(self, batch: Batch, layer: int, hidden: Array) -> Array:
+    def _attention_block(self, batch: Batch, layer: int, hidden: Tensor) -> Tensor:
         """Remote heads are sent off first and gathered last."""
-        stage, spent, clock = self._place.stage, batch.spent, time.perf_counter
+        spent, kernels, clock = batch.spent, self._kernels, time.perf_counter
         t0 = clock()
-        q, k, v = self._shard.qkv(layer, hidden, batch.positions)
-        attended = np.empty_like(q)
+        q, k, v = self._shard.qkv(layer, hidden, batch.prepared)
+        attended = kernels.empty_like(q)
         t1 = clock()
         for device, share in batch.remote.items():
-            at = share.rows, share.columns
-            self.send(device, AttentionRequest(batch.seq, self.device, stage, layer, tuple(share.items),
-                                               q[at], k[at], v[at]))
+            items = tuple(share.items) if layer == 0 else None
+            parts = [kernels.to_wire(x[share.at]) for x in (q, k, v)]
+            self.send(device, AttentionRequest(batch.seq, self.device, self._place.stage, layer, items,
+                                               *parts))
         t2 = clock()
-        at = batch.local.rows, batch.local.columns
+        at = batch.local.at
         if batch.local.items:
-            attended[at] = self.cache.decode_attention(stage, layer, batch.local.items, q[at], k[at], v[at])
+            attended[at] = self.cache.decode_attention(batch.plan, layer, q[at], k[at], v[at])
         self._prefill(batch, layer, q, k, v, attended)
         t3 = clock()
         for device, share in batch.remote.items():
             key = AttentionResult, batch.seq, layer, device
             result = self._fetch(key, f"heads from device {device}")
             assert isinstance(result, AttentionResult)
-            attended[share.rows, share.columns] = result.values
+            attended[share.at] = kernels.from_wire(result.values)
             spent.worker_busy_s[device] = spent.worker_busy_s.get(device, 0.0) + result.busy_s
         t4 = clock()
         projected = self._shard.project(layer, attended)
@@ -273,7 +274,7 @@ class PrimaryWorker(Worker):
         spent.attention_s += t3 - t2
         return projected
 
-    def _prefill(self, batch: Batch, layer: int, q: Array, k: Array, v: Array, attended: Array) -> None:
+    def _prefill(self, batch: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> None:
         """Causal attention of the prompts in the batch, over all groups whose weights are here."""
         at = 0
         for row in batch.rows:
@@ -281,13 +282,12 @@ class PrimaryWorker(Worker):
             at = here.stop
             if not row.prefill:
                 continue
-            keys, values = self._prompt(layer, row, k[here].transpose(1, 0, 2), v[here].transpose(1, 0, 2))
-            out = attend_causal(q[here].transpose(1, 2, 0, 3), keys, values)
-            attended[here] = out.transpose(2, 0, 1, 3)
+            keys, values = self._prompt(layer, row, k[here].swapaxes(0, 1), v[here].swapaxes(0, 1))
+            attended[here] = self._kernels.causal(q[here], keys, values)
             if row.push_tag >= 0:
                 self._push(batch.seq, layer, row, keys, values)
 
-    def _prompt(self, layer: int, row: Row, k: Array, v: Array) -> tuple[Array, Array]:
+    def _prompt(self, layer: int, row: Row, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (groups, tokens, d) of a prompt so far; new tokens are stored where they belong.
 
         Raises:
@@ -305,10 +305,11 @@ class PrimaryWorker(Worker):
                              f"request {row.request_id} in KV groups {missing}: no staging copy was booked")
         return pool.read(row.request_id, stage, own, layer, 0, row.position + row.new_tokens)
 
-    def _push(self, seq: int, layer: int, row: Row, keys: Array, values: Array) -> None:
+    def _push(self, seq: int, layer: int, row: Row, keys: Tensor, values: Tensor) -> None:
         """Send the groups of a complete prompt that will live elsewhere, as soon as a layer has them."""
         for device, columns in self._columns(row):
             if device != self.device:
                 groups = tuple(self._shard.groups[n] for n in columns)
+                k, v = (self._kernels.to_wire(x[columns][None]) for x in (keys, values))
                 self.send(device, CacheData(seq, row.push_tag, row.request_id, self._place.stage, (layer,),
-                                            groups, 0, keys[None, columns], values[None, columns], False))
+                                            groups, 0, k, v, False))

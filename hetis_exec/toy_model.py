@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hetis_exec.attention import softmax
+from hetis_exec.backend import Asked
 from hetis_exec.messages import Array, Tokens
 from hetis_sim.policies.plan import InstancePlan
 from hetis_sim.spec.errors import require
@@ -129,12 +129,7 @@ class ToyModel:
 
 
 class ToyShard:
-    """What one rank of one stage computes: some layers, some KV groups, some columns of the MLP.
-
-    Attributes:
-        groups: ids of the KV groups whose weights it holds.
-        layers: number of its layers.
-    """
+    """Some layers, some KV groups, some columns of the MLP; see :class:`hetis_exec.backend.Shard`."""
 
     def __init__(self, model: ToyModel, plan: InstancePlan, stage: int, rank: int) -> None:
         part = plan.stages[stage]
@@ -148,29 +143,27 @@ class ToyShard:
         self._embedding = model.embedding
         self._head = model.head
 
-    def embed(self, tokens: Tokens) -> Array:
-        """Activations of tokens, shape (tokens, hidden)."""
+    def prepare(self, positions: Tokens) -> Tokens:
+        return positions
+
+    def embed(self, tokens: Tokens, prepared: Tokens) -> Array:
         return self._embedding[tokens]
 
-    def qkv(self, layer: int, hidden: Array, positions: Tokens) -> tuple[Array, Array, Array]:
-        """Queries (tokens, groups, r, d), keys and values (tokens, groups, d) of its groups."""
+    def qkv(self, layer: int, hidden: Array, prepared: Tokens) -> tuple[Array, Array, Array]:
         weights, normal = self._weights[layer], norm(hidden)
         q = np.tensordot(normal, weights.query, 1)
         k = np.tensordot(normal, weights.key, 1)
-        return rotate(q, positions), rotate(k, positions), np.tensordot(normal, weights.value, 1)
+        return rotate(q, prepared), rotate(k, prepared), np.tensordot(normal, weights.value, 1)
 
     def project(self, layer: int, attended: Array) -> Array:
-        """Its part of the attention block's output; the ranks' parts sum up."""
         return np.tensordot(attended, self._weights[layer].output, 3)
 
     def mlp(self, layer: int, hidden: Array) -> Array:
-        """Its part of the MLP's output; the ranks' parts sum up."""
         weights, normal = self._weights[layer], norm(hidden)
         result: Array = (silu(normal @ weights.gate) * (normal @ weights.up)) @ weights.down
         return result
 
-    def sample(self, hidden: Array) -> Tokens:
-        """The likeliest next token after each position."""
+    def sample(self, hidden: Array, asked: Asked) -> Tokens:
         tokens: Tokens = np.argmax(norm(hidden) @ self._head, axis=-1)
         return tokens
 
@@ -178,6 +171,13 @@ class ToyShard:
 def norm(x: Array) -> Array:
     """RMSNorm without a scale."""
     result: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + NORM_EPSILON)
+    return result
+
+
+def softmax(scores: Array) -> Array:
+    """Over the last axis."""
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    result: Array = weights / weights.sum(axis=-1, keepdims=True)
     return result
 
 

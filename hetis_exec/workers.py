@@ -18,12 +18,15 @@ import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.errors import ExecutorError
 from hetis_exec.kvcache import KvPool
 from hetis_exec.messages import (
     DRIVER,
+    AttentionItem,
     AttentionRequest,
     AttentionResult,
     Beat,
@@ -108,12 +111,27 @@ class Worker(ABC):
                 raise ExecutorError(f"device {self.device} has waited {self._timeout_s:g} s for {for_what}")
 
 
+@dataclass(slots=True)
+class Batch:
+    """The rows that a primary worker asks about in every layer of step ``seq``.
+
+    Attributes:
+        plan: where their cache is, as of ``version`` of the pool.
+    """
+
+    seq: int
+    items: tuple[AttentionItem, ...]
+    plan: Any = None
+    version: int = -1
+
+
 class AttentionWorker(Worker):
     """Cache and decode attention of one device, for all stages of its instance."""
 
     def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float) -> None:
         super().__init__(device, endpoint, pool, timeout_s)
         self._requests: deque[AttentionRequest] = deque()
+        self._batches: dict[int, Batch] = {}
 
     def turn(self) -> None:
         self.pump()
@@ -136,12 +154,26 @@ class AttentionWorker(Worker):
                 raise ExecutorError(f"attention worker {self.device} does not know what to do with {message}")
 
     def _can_answer(self, request: AttentionRequest) -> bool:
-        return request.after <= self.cache.seq and all(
-            self.cache.ready(item.request_id, request.stage, item.groups) for item in request.items)
+        return request.after <= self.cache.seq and (request.items is None or all(
+            self.cache.ready(item.request_id, request.stage, item.groups) for item in request.items))
 
     def _answer(self, request: AttentionRequest) -> None:
         begun_s = time.perf_counter()
-        values = self.cache.decode_attention(request.stage, request.layer, request.items, request.queries,
-                                             request.keys, request.values)
+        kernels = self.cache.pool.kernels
+        q, k, v = (kernels.from_wire(array) for array in (request.queries, request.keys, request.values))
+        values = kernels.to_wire(self.cache.decode_attention(self._plan(request), request.layer, q, k, v))
         self.send(request.sender, AttentionResult(request.after, request.layer, self.device, values,
                                                   time.perf_counter() - begun_s))
+
+    def _plan(self, request: AttentionRequest) -> Any:
+        """Where the rows of a request are; a sender goes through the layers of one batch at a time."""
+        if request.items is not None:
+            self._batches[request.sender] = Batch(request.after, request.items)
+        batch = self._batches[request.sender]
+        if batch.seq != request.after:
+            raise ExecutorError(f"device {request.sender} asks about step {request.after}, its last known "
+                                f"step is {batch.seq}")
+        if batch.version != self.cache.pool.version:
+            batch.plan = self.cache.plan(request.stage, batch.items)
+            batch.version = self.cache.pool.version
+        return batch.plan

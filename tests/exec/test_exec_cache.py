@@ -28,6 +28,7 @@ from hetis_exec.messages import (
     Send,
 )
 from hetis_exec.mirror import Mirror
+from hetis_exec.toy_backend import ToyKernels
 from hetis_sim.policies.plan import Placement
 from hetis_sim.spec.errors import InfeasibleError
 
@@ -39,12 +40,17 @@ def filled(tokens: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((tokens, D))
 
 
+def pool_of(units: int, block_tokens: int = 4) -> KvPool:
+    """An empty pool."""
+    return KvPool(units, block_tokens, ToyKernels(units, block_tokens, D))
+
+
 # -- the pool --------------------------------------------------------------------------------------------
 
 
 def test_pool_gives_back_what_was_written_across_blocks() -> None:
     """Tokens written in pieces are read as one, whatever blocks and layers they lie in."""
-    pool = KvPool(40, block_tokens=4, head_dim=D)
+    pool = pool_of(40)
     key, other = TableKey(7, 1, 2), TableKey(7, 1, 3)
     for table in (key, other):
         pool.open(table, layers=3, blocks=1, tag=1)
@@ -61,7 +67,7 @@ def test_pool_gives_back_what_was_written_across_blocks() -> None:
 
 def test_pool_counts_units_and_refuses_what_does_not_fit() -> None:
     """A table takes blocks times layers units; a full pool raises and changes nothing."""
-    pool = KvPool(10, block_tokens=4, head_dim=D)
+    pool = pool_of(10)
     pool.open(TableKey(0, 0, 0), layers=3, blocks=2, tag=1)
     assert pool.used_units == 6
     with pytest.raises(CacheError, match="6 units are asked for, 4 of 10 are free"):
@@ -80,7 +86,7 @@ def test_pool_counts_units_and_refuses_what_does_not_fit() -> None:
 
 def test_freed_memory_cannot_be_read_as_cache() -> None:
     """What was freed and taken anew is nan until somebody writes it."""
-    pool = KvPool(2, block_tokens=2, head_dim=D)
+    pool = pool_of(2, 2)
     pool.open(TableKey(0, 0, 0), layers=1, blocks=2, tag=1)
     pool.write(TableKey(0, 0, 0), 0, 0, filled(4), filled(4))
     pool.close(TableKey(0, 0, 0))
@@ -103,7 +109,7 @@ class Pair:
 
     def __init__(self) -> None:
         self.sent: list[tuple[int, Message]] = []
-        self.keepers = [CacheKeeper(device, KvPool(100, 4, D), self._send) for device in (0, 1)]
+        self.keepers = [CacheKeeper(device, pool_of(100), self._send) for device in (0, 1)]
 
     def _send(self, target: int, message: Message) -> None:
         self.sent.append((target, message))

@@ -1,0 +1,121 @@
+"""What workers compute with: the interface between the machinery and a library of arrays.
+
+The machinery (drivers, workers, tables, messages) is the same for all backends. Messages carry
+NumPy arrays; a worker turns them into its backend's arrays and back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from hetis_exec.messages import Array, Tokens
+from hetis_sim.control.engine import Engine
+from hetis_sim.policies.plan import InstancePlan
+
+Tensor = Any
+"""An array of the backend, NumPy's or torch's."""
+
+Units = Any
+"""Unit numbers of a pool, an integer array of NumPy."""
+
+Asked = Sequence[tuple[int, int]]
+"""(request id, position) of tokens that are to be sampled."""
+
+
+class Shard(Protocol):
+    """The dense modules of one rank of one stage.
+
+    Attributes:
+        groups: ids of the KV groups whose weights it holds, G of them with r query heads each.
+        layers: number of its layers.
+    """
+
+    groups: tuple[int, ...]
+    layers: int
+
+    def prepare(self, positions: Tokens) -> Any:
+        """What all layers need to know of the positions of a batch's tokens."""
+
+    def embed(self, tokens: Tokens, prepared: Any) -> Tensor:
+        """Activations of tokens, shape (tokens, hidden)."""
+
+    def qkv(self, layer: int, hidden: Tensor, prepared: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (tokens, G, r, d), keys and values (tokens, G, d) of its groups."""
+
+    def project(self, layer: int, attended: Tensor) -> Tensor:
+        """Its part of the attention block's output; the ranks' parts sum up."""
+
+    def mlp(self, layer: int, hidden: Tensor) -> Tensor:
+        """Its part of the MLP's output; the ranks' parts sum up."""
+
+    def sample(self, hidden: Tensor, asked: Asked) -> Tokens:
+        """The next token after each row of activations."""
+
+
+class Kernels(Protocol):
+    """One worker's memory for cache, in units, and what is computed on it.
+
+    A unit holds block_tokens of one KV group in one layer.
+    """
+
+    def from_wire(self, array: Array) -> Tensor:
+        """An array of a message, without a copy where that is possible."""
+
+    def to_wire(self, tensor: Tensor) -> Array:
+        """An array for a message, without a copy where that is possible."""
+
+    def index(self, *axes: Sequence[int]) -> tuple[Tensor, ...]:
+        """An index that picks, or writes to, one place for each of the numbers."""
+
+    def empty_like(self, tensor: Tensor) -> Tensor:
+        """Room for as much."""
+
+    def clear(self, units: Units) -> None:
+        """Units are free: what they hold is of no use any more."""
+
+    def write(self, units: Units, offsets: Units, keys: Tensor, values: Tensor) -> None:
+        """Store tokens, each at an offset in a unit; shapes (tokens,) and (tokens, d)."""
+
+    def read(self, units: Units) -> tuple[Tensor, Tensor]:
+        """Copies of keys and values; units (..., blocks) give (..., blocks * block_tokens, d)."""
+
+    def plan(self, tables: Sequence[Units], positions: Sequence[int]) -> Any:
+        """Decode attention to come in every layer.
+
+        For each row a table (layers, blocks), and the position of its new token.
+        """
+
+    def decode(self, plan: Any, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store the new tokens' keys and values and attend to all tokens of each row.
+
+        Shapes: queries (rows, r, d), keys and values (rows, d); the result is shaped like the queries.
+        """
+
+    def causal(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Prefill attention: the queries belong to the last of the tokens.
+
+        Shapes: queries (new tokens, G, r, d), keys and values (G, tokens, d); the result is shaped
+        like the queries.
+        """
+
+
+class Backend(Protocol):
+    """Makes the parts of workers. It travels to wherever a worker lives."""
+
+    @property
+    def start_s(self) -> float:
+        """How long workers may take to start."""
+
+    def check(self, engines: Sequence[Engine]) -> None:
+        """Look whether workers of this kind can serve.
+
+        Raises:
+            HetisError: they cannot, or not with so much cache.
+        """
+
+    def kernels(self, capacity_units: int, block_tokens: int) -> Kernels:
+        """Memory and kernels of one worker."""
+
+    def shard(self, plan: InstancePlan, stage: int, rank: int) -> Shard:
+        """The weights of one rank."""

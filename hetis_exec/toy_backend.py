@@ -1,0 +1,120 @@
+"""The toy model's backend: NumPy, float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hetis_exec.messages import Array
+from hetis_exec.toy_model import ToyModel, ToyShard, softmax
+from hetis_sim.control.engine import Engine
+from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.spec.errors import InfeasibleError
+from hetis_sim.spec.model import ModelSpec
+
+POOL_BYTES_MAX = 1 << 30
+
+Units = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ToyBackend:
+    """Workers that compute a :class:`ToyModel`.
+
+    Raises:
+        SpecError: an architecture that the toy does not compute.
+    """
+
+    model: ModelSpec
+    seed: int
+    start_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        ToyModel(self.model, self.seed)
+
+    def check(self, engines: Sequence[Engine]) -> None:
+        """Look whether the pools fit in the memory that a worker may take.
+
+        Raises:
+            InfeasibleError: one does not.
+        """
+        for engine in engines:
+            unit_bytes = 2 * 8 * engine.settings.limits.block_tokens * self.model.head_dim
+            size_bytes = unit_bytes * max(engine.capacity_units.values())
+            if size_bytes > POOL_BYTES_MAX:
+                raise InfeasibleError(f"a worker would take {size_bytes} bytes of this host for its cache, "
+                                      f"at most {POOL_BYTES_MAX} are allowed; use devices with less memory")
+
+    def kernels(self, capacity_units: int, block_tokens: int) -> ToyKernels:
+        """Memory and kernels of one worker."""
+        return ToyKernels(capacity_units, block_tokens, self.model.head_dim)
+
+    def shard(self, plan: InstancePlan, stage: int, rank: int) -> ToyShard:
+        """The weights of one rank."""
+        return ToyShard(ToyModel(self.model, self.seed), plan, stage, rank)
+
+
+@dataclass(frozen=True, slots=True)
+class ToyDecode:
+    """Tables and positions of decode attention to come."""
+
+    tables: Sequence[Units]
+    positions: Sequence[int]
+
+
+class ToyKernels:
+    """See :class:`hetis_exec.backend.Kernels`.
+
+    Freed memory is filled with nan, so that whoever reads what was never written is found out.
+    """
+
+    def __init__(self, capacity_units: int, block_tokens: int, head_dim: int) -> None:
+        self._block_tokens = block_tokens
+        self._keys = np.full((capacity_units, block_tokens, head_dim), np.nan)
+        self._values = np.full((capacity_units, block_tokens, head_dim), np.nan)
+
+    def from_wire(self, array: Array) -> Array:
+        return array
+
+    def to_wire(self, tensor: Array) -> Array:
+        return tensor
+
+    def index(self, *axes: Sequence[int]) -> tuple[Units, ...]:
+        return tuple(np.array(axis, dtype=np.int64) for axis in axes)
+
+    def empty_like(self, tensor: Array) -> Array:
+        return np.empty_like(tensor)
+
+    def clear(self, units: Units) -> None:
+        self._keys[units] = np.nan
+        self._values[units] = np.nan
+
+    def write(self, units: Units, offsets: Units, keys: Array, values: Array) -> None:
+        self._keys[units, offsets] = keys
+        self._values[units, offsets] = values
+
+    def read(self, units: Units) -> tuple[Array, Array]:
+        shape = (*units.shape[:-1], units.shape[-1] * self._block_tokens, self._keys.shape[-1])
+        return self._keys[units].reshape(shape), self._values[units].reshape(shape)
+
+    def plan(self, tables: Sequence[Units], positions: Sequence[int]) -> ToyDecode:
+        return ToyDecode(tables, positions)
+
+    def decode(self, plan: ToyDecode, layer: int, queries: Array, keys: Array, values: Array) -> Array:
+        out = np.empty_like(queries)
+        for n, (units, position) in enumerate(zip(plan.tables, plan.positions, strict=True)):
+            block, offset = divmod(position, self._block_tokens)
+            self.write(units[layer, block:block + 1], np.array([offset]), keys[n], values[n])
+            k, v = self.read(units[layer, :block + 1])
+            out[n] = softmax(queries[n] @ k[:position + 1].T / np.sqrt(k.shape[-1])) @ v[:position + 1]
+        return out
+
+    def causal(self, queries: Array, keys: Array, values: Array) -> Array:
+        new, total = len(queries), keys.shape[1]
+        scores = np.einsum("ngrd,gtd->grnt", queries, keys) / np.sqrt(queries.shape[-1])
+        future = np.arange(total)[None, :] > np.arange(total - new, total)[:, None]
+        result: Array = np.einsum("grnt,gtd->ngrd", softmax(np.where(future, -np.inf, scores)), values)
+        return result
