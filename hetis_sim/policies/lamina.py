@@ -1,13 +1,14 @@
-"""Lamina: decode attention of whole requests on memory-optimised GPUs."""
+"""Lamina: decode attention on memory-optimised GPUs, by whole request."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from hetis_sim.policies.admission import usable_units
+from hetis_sim.policies.apportion import apportion
 from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
 from hetis_sim.policies.bundles import FREE_SHARE
 from hetis_sim.policies.estimate import Estimator
@@ -21,6 +22,9 @@ from hetis_sim.policies.view import InstanceView, RequestView
 from hetis_sim.spec.errors import InfeasibleError, require, require_finite
 
 ALL = 1 << 30
+PARTITION = ("request", "head")
+OFFLOAD = ("balanced", "all")
+PREEMPTION = ("recompute", "swap")
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,9 @@ class LaminaSettings:
     """What a user may change.
 
     Attributes:
-        offload: ``all``: every request is offloaded as long as a worker has room, as in the source;
+        partition: ``request``: all heads of a request are at one worker; ``head``: the heads of every
+            request are divided over all workers of its instance, as the source decided.
+        offload: ``all``: requests are offloaded as long as the workers have room, as in the source;
             ``balanced`` (ours): a request stays with the primaries where its attention is done
             earlier then.
         reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
@@ -36,29 +42,46 @@ class LaminaSettings:
         preemption: ``recompute`` or ``swap``.
     """
 
+    partition: str = "request"
     offload: str = "balanced"
     reserve_fraction: float = 0.05
     preemption: str = "recompute"
 
     def __post_init__(self) -> None:
         require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
-        require(self.offload in ("balanced", "all"), "policy.offload", self.offload, "one of balanced, all")
-        require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
-                "one of recompute, swap")
+        for key, allowed in (("partition", PARTITION), ("offload", OFFLOAD), ("preemption", PREEMPTION)):
+            value = getattr(self, key)
+            require(value in allowed, f"policy.{key}", value, f"one of {', '.join(allowed)}")
+
+
+Row = list[tuple[int, int]]
+"""Groups of one request in one stage, as (position, groups)."""
+
+Choose = Callable[[int, int, bool, Sequence[Row], Mapping[int, int]], Row | None]
+"""A row for a stage, of (stage, tokens, whether it fits at home, rows that fit away, free units)."""
 
 
 class LaminaPolicy(Policy):
-    """Lamina (Chen et al., "Model-attention disaggregation", arXiv 2405.01814, 2024).
+    """Lamina (Chen et al., arXiv 2405.01814v2, 2025).
 
-    From the source: projections and MLP on compute-optimised GPUs, cache and attention of decoding on
-    memory-optimised ones. The unit of offloading is the request: in every stage all its heads are at
-    one worker, or all with the primaries.
+    The paper: "Efficient Heterogeneous Large Language Model Decoding with Model-Attention Disaggregation".
 
-    Ours: prompts are computed by the primaries, which send their caches to the worker; a request goes
-    where its attention is done first, worker or home (``offload: all`` keeps to the workers while they
-    have room); which cards are workers, at least one for every instance, is searched for the highest
-    capacity by the estimates that Hetis is planned with. Heads of a request are never divided between
-    workers and never move, which is what sets Hetis apart.
+    From the source: weights and all dense modules on computation-optimised GPUs; cache and decode attention
+    on memory-optimised ones, which the micro-batches of an instance share; the cache of a prompt is sent to
+    them layer by layer while it is computed; how many of each (its degrees of parallelism) is chosen for
+    the model and the workload. Two ways to divide attention over the memory-optimised GPUs are described:
+    by request, and by head, evenly, which the source takes, since contexts of different length
+    unbalance the first.
+
+    Ours: whole requests are the default (``partition: request``), as the counterpart of Hetis's heads;
+    ``partition: head`` is the source's choice, with shares in proportion to the cache of unequal workers.
+    Primaries keep the requests whose attention they finish sooner (``offload: balanced``), and with
+    ``offload: all`` those that find no room at the workers; in the source they hold no cache at all.
+    Prompts are computed by the primaries, which the source leaves to other machines. Which cards are
+    workers, at least one for every instance, is searched for the highest capacity by the estimates that
+    Hetis is planned with. The source's rotation of micro-batches over replicas of the model is not modelled
+    (the stages of an instance take turns), nor are its network stack and its early sending of queries.
+    Heads never move while a request runs.
     """
 
     name: ClassVar[str] = "lamina"
@@ -104,12 +127,12 @@ class LaminaPolicy(Policy):
         return found, candidates
 
     def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
-        """Every request wholly at one worker, or wholly with the primaries, stage by stage."""
-        reserve, balanced = self.settings.reserve_fraction, self.settings.offload == "balanced"
-        desk = _Desk(view, usable_units(view, reserve if view.running else 0.0))
+        """Placements for the longest prefix that fits; in each stage all of a request is at home or away."""
+        reserve = self.settings.reserve_fraction
+        desk = _Desk(view, usable_units(view, reserve if view.running else 0.0), self.settings)
         placed: list[Placement] = []
         for request in requests:
-            placement = desk.place(request.context_tokens, balanced=balanced)
+            placement = desk.place(request.context_tokens)
             if placement is None:
                 break
             if not placed and not view.running:
@@ -121,74 +144,114 @@ class LaminaPolicy(Policy):
 class _Desk:
     """The load and the free cache of an instance while requests are placed on it."""
 
-    def __init__(self, view: InstanceView, free: dict[int, int]) -> None:
+    def __init__(self, view: InstanceView, free: dict[int, int], settings: LaminaSettings) -> None:
         self._view = view
-        self._plan = view.plan
+        self._positions = view.plan.positions
         self._groups = list(view.groups)
         self._tokens = list(view.group_tokens)
         self._free = free
-        self._heads = sum(view.plan.stages[0].owned_groups)
-        self._positions_of: dict[int, list[int]] = {device: [] for device in view.plan.devices}
-        for position in view.plan.positions:
-            self._positions_of[position.device].append(position.index)
+        self._balanced = settings.offload == "balanced"
+        self._home = [_rows(view, indices, remote=False) for indices in view.plan.stage_positions]
+        self._away = [self._choices(indices, settings.partition) for indices in view.plan.stage_positions]
+        self._jobs: dict[int, list[int]] = {device: [] for device in view.plan.devices}
+        for position in self._positions:
+            self._jobs[position.device].append(position.index)
+
+    def _choices(self, indices: range, partition: str) -> list[Row]:
+        """The ways in which a stage's heads may be away."""
+        workers = _rows(self._view, indices, remote=True)
+        heads = sum(self._view.plan.stages[0].owned_groups)
+        if partition == "request" or not workers:
+            return [[(p, heads)] for p, _ in workers]
+        room = [self._view.capacity_units[self._positions[p].device] for p, _ in workers]
+        counts = apportion(room, [heads] * len(room), heads)
+        return [[(p, n) for (p, _), n in zip(workers, counts, strict=True) if n]]
 
     def keep_free(self, share: float) -> None:
         """Take a share of every device's cache out of what is free."""
         for device, units in self._view.capacity_units.items():
             self._free[device] -= int(share * units)
 
-    def place(self, tokens: int, *, balanced: bool) -> Placement | None:
-        """Groups of one request at every position, booked; None where it does not fit."""
-        placement = [0] * len(self._plan.positions)
+    def place(self, tokens: int) -> Placement | None:
+        """Groups of one request at every position, booked; None where it does not fit.
+
+        Where the stages' own choices do not fit together, as many as can stay at home.
+        """
         blocks = self._view.blocks(tokens + 1)
-        free = dict(self._free)
-        for indices in self._plan.stage_positions:
-            row = self._stage(indices, tokens, blocks, free, balanced)
+        placement = self._placed(tokens, blocks, self._chosen) or self._placed(tokens, blocks, self._packed)
+        if placement is None:
+            return None
+        for p, n in enumerate(placement):
+            self._groups[p] += n
+            self._tokens[p] += n * tokens
+            self._free[self._positions[p].device] -= n * self._positions[p].layers * blocks
+        return placement
+
+    def _placed(self, tokens: int, blocks: int, choose: Choose) -> Placement | None:
+        """A row for every stage, one after the other, the deepest first; None where one finds no room."""
+        free, placement = dict(self._free), [0] * len(self._positions)
+        stages = self._view.plan.stages
+        for s in sorted(range(len(stages)), key=lambda s: (-stages[s].layers, s)):
+            def fits(row: Row) -> bool:
+                return all(self._units(p, n, blocks) <= free[self._positions[p].device] for p, n in row)
+
+            row = choose(s, tokens, fits(self._home[s]), [row for row in self._away[s] if fits(row)], free)
             if row is None:
                 return None
             for p, n in row:
                 placement[p] = n
-                free[self._plan.positions[p].device] -= n * self._plan.positions[p].layers * blocks
-        self._free = free
-        for p, n in enumerate(placement):
-            self._groups[p] += n
-            self._tokens[p] += n * tokens
+                free[self._positions[p].device] -= self._units(p, n, blocks)
         return tuple(placement)
 
-    def _stage(self, indices: range, tokens: int, blocks: int, free: dict[int, int],
-               balanced: bool) -> list[tuple[int, int]] | None:
-        """(position, groups) of the request in one stage."""
-        positions = self._plan.positions
-        unit = positions[indices.start].layers * blocks
-        home = [(p, positions[p].owned_groups) for p in indices if not positions[p].remote]
-        fits_home = all(n * unit <= free[positions[p].device] for p, n in home)
-        away = [p for p in indices if positions[p].remote and self._heads * unit <= free[positions[p].device]]
-        if not away:
-            return home if fits_home else None
-        best = min(away, key=lambda p: (self._away_s(p, tokens), p))
-        if balanced and fits_home and self._home_s(home, tokens) <= self._away_s(best, tokens):
-            return home
-        return [(best, self._heads)]
+    def _units(self, p: int, groups: int, blocks: int) -> int:
+        return groups * blocks * self._positions[p].layers
 
-    def _away_s(self, p: int, tokens: int) -> float:
-        """When a worker is done with a layer of a stage, this request and its other jobs included."""
-        costs, lanes = self._view.costs, self._view.lanes
-        total = costs[p].wire_s_per_group * (self._groups[p] + self._heads) / lanes + costs[p].wire_fixed_s
-        total += self._heads * (costs[p].a_s_per_group + costs[p].b_s_per_group_token * tokens) / lanes
+    def _chosen(self, s: int, tokens: int, fits_home: bool, away: Sequence[Row],
+                free: Mapping[int, int]) -> Row | None:
+        """Away at the worker that is done first, unless the primaries are done before it."""
+        home = self._home[s] if fits_home else None
+        if not away:
+            return home
+        best = min(away, key=lambda row: self._away_s(row, tokens))
+        if self._balanced and home and self._home_s(home, tokens) <= self._away_s(best, tokens):
+            return home
+        return best
+
+    def _packed(self, s: int, tokens: int, fits_home: bool, away: Sequence[Row],
+                free: Mapping[int, int]) -> Row | None:
+        """At home where there is room, or else where most is free."""
+        if fits_home:
+            return self._home[s]
+        return max(away, key=lambda row: min(free[self._positions[p].device] for p, _ in row), default=None)
+
+    def _away_s(self, row: Row, tokens: int) -> float:
+        """When the workers are done with a layer of a stage, this request and their other jobs included."""
+        return max(self._worker_s(p, n, tokens) for p, n in row)
+
+    def _worker_s(self, p: int, groups: int, tokens: int) -> float:
+        cost, lanes = self._view.costs[p], self._view.lanes
+        total = cost.wire_s_per_group * (self._groups[p] + groups) / lanes + cost.wire_fixed_s
+        total += groups * (cost.a_s_per_group + cost.b_s_per_group_token * tokens) / lanes
         if not self._groups[p]:
-            total += costs[p].c_s
-        for other in self._positions_of[self._plan.positions[p].device]:
+            total += cost.c_s
+        for other in self._jobs[self._positions[p].device]:
             if self._groups[other]:
-                cost = costs[other]
-                total += cost.c_s + (cost.a_s_per_group * self._groups[other]
-                                     + cost.b_s_per_group_token * self._tokens[other]) / lanes
+                job = self._view.costs[other]
+                total += job.c_s + (job.a_s_per_group * self._groups[other]
+                                    + job.b_s_per_group_token * self._tokens[other]) / lanes
         return total
 
-    def _home_s(self, home: Sequence[tuple[int, int]], tokens: int) -> float:
+    def _home_s(self, home: Row, tokens: int) -> float:
         """When the slowest rank is done with a layer, this request included."""
         costs, lanes = self._view.costs, self._view.lanes
         return max(costs[p].seconds((self._groups[p] + n) / lanes, (self._tokens[p] + n * tokens) / lanes)
                    for p, n in home)
+
+
+def _rows(view: InstanceView, indices: range, *, remote: bool) -> Row:
+    """The attention workers of a stage, or its ranks with the groups that they own."""
+    positions = [view.plan.positions[p] for p in indices]
+    return [(position.index, position.owned_groups) for position in positions if position.remote is remote]
 
 
 def _reasons(problem: PlanningProblem, instances: Sequence[InstancePlan], best: Layout) -> dict[int, str]:
@@ -199,7 +262,7 @@ def _reasons(problem: PlanningProblem, instances: Sequence[InstancePlan], best: 
             text = (f"primary (instance {i}, stage {s}, {stage.layers} of {instance.layers} layers): "
                     f"dense modules on the high-end cards; {best.describe()}")
             reasons |= dict.fromkeys(stage.devices, text)
-        text = f"attention worker (instance {i}): cache and decode attention of whole requests"
+        text = f"attention worker (instance {i}): cache and decode attention only"
         reasons |= dict.fromkeys(instance.attention_workers, text)
     for device in problem.cluster.devices:
         reasons.setdefault(device.device_id, "not used")

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 from policy_worlds import instance, request, view_of
 
+from hetis_sim.policies.apportion import apportion
 from hetis_sim.policies.hetis.attention import AttentionContext
-from hetis_sim.policies.hetis.dispatcher import apportion
 from hetis_sim.policies.hetis.policy import HetisPolicy
 from hetis_sim.policies.hetis.settings import HetisSettings
 from hetis_sim.policies.plan import Placement

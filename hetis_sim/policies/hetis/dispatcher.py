@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hetis_sim.policies.apportion import apportion
 from hetis_sim.policies.hetis.attention import AttentionContext, ContextTable
 from hetis_sim.policies.hetis.placing import Load, place
 from hetis_sim.policies.hetis.settings import HetisSettings
@@ -92,16 +93,3 @@ def usable_load(view: InstanceView, reserve_fraction: float) -> Load:
     capacity = view.capacity_units
     free = {d: units - int(reserve_fraction * capacity[d]) for d, units in view.free_units.items()}
     return Load(view.groups, view.group_tokens, free)
-
-
-def apportion(weights: Sequence[float], limits: Sequence[int], units: int) -> list[int]:
-    """Whole units in proportion to weights, within limits that sum to ``units`` or more.
-
-    Each unit goes where the count is furthest below its share (Webster's rule of divisors).
-    """
-    counts = [0] * len(weights)
-    for _ in range(units):
-        open_ = [i for i, limit in enumerate(limits) if counts[i] < limit]
-        best = max(open_, key=lambda i: (weights[i] / (2 * counts[i] + 1), -i))
-        counts[best] += 1
-    return counts
