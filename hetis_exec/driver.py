@@ -80,6 +80,8 @@ class ExecutorInput:
         roles = [instance.role for instance in self.plan.instances]
         require(all(role == "both" for role in roles), "plan.roles", roles,
                 "both: workers here carry no cache from one instance to another")
+        require(not self.policy.splits_tokens, "policy", self.policy.name,
+                "one that splits cache by head alone: workers here attend to whole contexts")
 
     @property
     def step_settings(self) -> SchedulerSettings:

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from hetis_exec.errors import ExecutorError
 from hetis_exec.groups import Change, GroupMap, Holders
 from hetis_exec.messages import Await, Close, Drop, Expect, Forget, Grow, Op, Open, Park, Send
 from hetis_sim.control.engine import Engine
@@ -164,6 +165,9 @@ class Mirror:
 
     def _admit(self, state: RequestState, shape: PlacementShape) -> None:
         request_id = state.request_id
+        if shape.ranges is not None:
+            raise ExecutorError(f"request {request_id} is given token ranges; workers here attend to whole "
+                                "contexts")
         before = self.parked.pop(request_id, None)
         holders = (self.groups.initial(shape.placement) if before is None
                    else self.groups.rearranged(before, shape.placement))

@@ -6,17 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 from support import TINY
-from support_policies import SpyPolicy
+from support_policies import SpyPolicy, spread
 from support_runs import Scenario
 
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.invariants import check_controller
+from hetis_sim.control.placement import PlacementShape
 from hetis_sim.control.state import RequestState, Status
 from hetis_sim.control.step import Outcome, Step, Transfer
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.policies.view import RequestView
 from hetis_sim.spec.request import Request
+
+
+def held_blocks(engine: Engine, shape: PlacementShape, blocks: int) -> list[int]:
+    """Blocks of one group at every position, counted one by one."""
+    return spread(engine.plan, TINY.kv_heads, shape.placement, shape.ranges.blocks if shape.ranges else (),
+                  blocks)
 
 
 class SeamDriver:
@@ -141,17 +148,20 @@ class SeamDriver:
             # The latest token is not in cache before the next iteration; a prefill computes all.
             cached = state.request.prompt_tokens + made - (state.status != Status.PREFILL)
             blocks = -(-cached // engine.settings.limits.block_tokens)
-            for position, groups in zip(engine.plan.positions, state.shape.placement, strict=True):
-                used[position.device] += groups * position.layers * blocks
-                if not position.remote:
-                    missing = position.owned_groups - groups
-                    used[position.device] += missing * position.layers * state.staged_blocks
+            units = held_blocks(engine, state.shape, blocks)
+            for position in engine.plan.positions:
+                p, layers = position.index, position.layers
+                used[position.device] += units[p] * layers
+                if not position.remote and state.staged_blocks:
+                    used[position.device] += (position.owned_groups * blocks - units[p]) * layers
                 if state.move is not None:
-                    gained = state.move.shape.placement[position.index] - groups
-                    used[position.device] += max(0, gained) * position.layers * state.move.blocks
+                    then = held_blocks(engine, state.shape, state.move.blocks)[p]
+                    gained = held_blocks(engine, state.move.shape, state.move.blocks)[p] - then
+                    used[position.device] += max(0, gained) * layers
         for held in engine.landings.values():
-            for position, groups in zip(engine.plan.positions, held.shape.placement, strict=True):
-                used[position.device] += groups * position.layers * held.blocks
+            for position, units in zip(engine.plan.positions, held_blocks(engine, held.shape, held.blocks),
+                                       strict=True):
+                used[position.device] += units * position.layers
         assert dict(zip(engine.plan.devices, engine.books.ledger.used, strict=True)) == used
 
     def drain(self) -> None:

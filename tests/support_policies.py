@@ -8,6 +8,7 @@ from typing import Any
 
 from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan
+from hetis_sim.policies.ranges import AnyPlacement, token_split
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 
 PREEMPTIONS_AT_RANDOM = 2
@@ -23,6 +24,49 @@ def draw_placement(plan: InstancePlan, kv_heads: int, random: Random) -> Placeme
             shares[random.randrange(len(shares))] += 1
         placement += kept + shares
     return tuple(placement)
+
+
+def draw_split(plan: InstancePlan, kv_heads: int, most: int, random: Random) -> AnyPlacement:
+    """Any valid placement with up to ``most`` blocks in ranges: at workers, and at home where no tail is."""
+    tail: list[int] = []
+    blocks: list[int] = []
+    for stage in plan.stages:
+        holders = random.sample(range(len(plan.attention_workers) + 1), len(plan.attention_workers) + 1)
+        last, left = holders.pop(), most
+        row = [0] * len(plan.attention_workers)
+        home = 0
+        for holder in holders:
+            n = random.randint(0, left)
+            left -= n
+            if holder:
+                row[holder - 1] = n
+            else:
+                home = n
+        away = [0] * len(plan.attention_workers)
+        if last:
+            away[last - 1] = kv_heads
+        tail += [*([0] * stage.tp if last else stage.owned_groups), *away]
+        blocks += [*[home] * stage.tp, *row]
+    return token_split(tuple(tail), blocks)
+
+
+def spread(plan: InstancePlan, kv_heads: int, tail: Placement, ranges: Sequence[int], count: int,
+           size: int = 1) -> list[int]:
+    """KV heads times blocks (of ``size`` tokens: tokens) at every position, counted one by one."""
+    found = [0] * len(plan.positions)
+    for stage, indices in zip(plan.stages, plan.stage_positions, strict=True):
+        home = list(indices)[:stage.tp]
+        holders = [home] * (ranges[indices.start] if ranges else 0)
+        for p in list(indices)[stage.tp:]:
+            holders += [[p]] * (ranges[p] if ranges else 0)
+        for n in range(count):
+            if n // size < len(holders):
+                for p in holders[n // size]:
+                    found[p] += kv_heads if plan.positions[p].remote else plan.positions[p].owned_groups
+            else:
+                for p in indices:
+                    found[p] += tail[p]
+    return found
 
 
 class LocalPolicy(Policy):
@@ -45,13 +89,16 @@ class WanderPolicy(LocalPolicy):
 
     Args:
         moving: share of the questions for a move that are answered with one.
+        ranges: share of the placements drawn that may have token ranges.
     """
 
     name = "wander"
 
     def __init__(self, seed: int = 0, moving: float = 0.7, preemption: PreemptionMode = "recompute",
-                 streams_handoff: bool = False, kv_heads: int = 4) -> None:
+                 streams_handoff: bool = False, kv_heads: int = 4, ranges: float = 0.0) -> None:
         super().__init__(preemption)
+        self.ranges = ranges
+        self.splits_tokens = ranges > 0
         self.streams_handoff = streams_handoff
         self.seed = seed
         self.moving = moving
@@ -67,8 +114,8 @@ class WanderPolicy(LocalPolicy):
     def handoff(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
         return self.random(6, request.request_id).randrange(len(instances))
 
-    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
-        placed: list[Placement] = []
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> Sequence[AnyPlacement]:
+        placed: list[AnyPlacement] = []
         free = dict(view.free_units)
         for request in requests:
             for placement in self._wishes(request, view):
@@ -82,11 +129,11 @@ class WanderPolicy(LocalPolicy):
             placed.append(placement)
         return placed
 
-    def _wishes(self, request: RequestView, view: InstanceView) -> list[Placement]:
-        wishes = []
+    def _wishes(self, request: RequestView, view: InstanceView) -> list[AnyPlacement]:
+        wishes: list[AnyPlacement] = []
         if request.request_id and request.preemptions <= PREEMPTIONS_AT_RANDOM:
             random = self.random(2, request.request_id, request.preemptions)
-            wishes.append(draw_placement(view.plan, self.kv_heads, random))
+            wishes.append(self._draw(request, view, random))
         return [*wishes, view.plan.local_placement]
 
     def rebalance(self, view: InstanceView, running: Sequence[RequestView]) -> Move | None:
@@ -95,7 +142,7 @@ class WanderPolicy(LocalPolicy):
     def relieve(self, view: InstanceView, device: int, running: Sequence[RequestView]) -> Move | None:
         there = [p.index for p in view.plan.positions if p.device == device]
         return self._move(4, [r for r in running if r.movable and r.placement is not None
-                              and any(r.placement[p] for p in there)], view)
+                              and any(r.placement[p] or (r.blocks and r.blocks[p]) for p in there)], view)
 
     def _move(self, kind: int, movable: Sequence[RequestView], view: InstanceView) -> Move | None:
         if not movable or not view.plan.attention_workers:
@@ -104,7 +151,13 @@ class WanderPolicy(LocalPolicy):
         chosen = movable[random.randrange(len(movable))]
         if random.random() > self.moving:
             return None
-        return Move(chosen.request_id, draw_placement(view.plan, self.kv_heads, random))
+        return Move(chosen.request_id, self._draw(chosen, view, random))
+
+    def _draw(self, request: RequestView, view: InstanceView, random: Random) -> AnyPlacement:
+        if not self.ranges or random.random() >= self.ranges:
+            return draw_placement(view.plan, self.kv_heads, random)
+        most = (request.context_tokens - 1) // view.block_tokens
+        return draw_split(view.plan, self.kv_heads, most, random)
 
     def victim(self, device: int, candidates: Sequence[RequestView]) -> RequestView:
         return self.random(5, device, *(r.request_id for r in candidates)).choice(candidates)

@@ -32,7 +32,8 @@ class Scenario:
 
     ``arrivals_s``, where given, are the times of the requests.
     ``blocks`` is the cache of each instance in blocks of whole contexts, ``worker_blocks`` that
-    of an attention worker in blocks of one group.
+    of an attention worker in blocks of one group; ``ranges`` is the share of placements that may
+    split a request's tokens.
     """
 
     layers: tuple[int, ...] = (6,)
@@ -41,6 +42,7 @@ class Scenario:
     instances: int = 1
     roles: tuple[Role, ...] = ()
     streams_handoff: bool = False
+    ranges: float = 0.0
     blocks: int = 40
     worker_blocks: int = 60
     block_tokens: int = 4
@@ -87,7 +89,7 @@ class Scenario:
     def decider(self) -> Policy:
         """The policy given, or one that decides at random."""
         return self.policy or WanderPolicy(self.seed, preemption=self.preemption,
-                                           streams_handoff=self.streams_handoff)
+                                           streams_handoff=self.streams_handoff, ranges=self.ranges)
 
     def simulation(self, collapse: bool = True, debug: bool = False, log: bool = False) -> Simulation:
         """A simulation that has not begun."""
@@ -140,7 +142,7 @@ def scenarios(**fixed: object) -> st.SearchStrategy[Scenario]:
         "layers": st.sampled_from([(6,), (6,), (2, 4), (1, 2, 3)]), "tp": st.sampled_from([1, 1, 2]),
         "workers": st.integers(0, 2), "instances": st.sampled_from([1, 1, 2]), "blocks": st.integers(18, 60),
         "roles": st.sampled_from([(), (), (), ("prefill", "decode"), ("decode", "both", "prefill")]),
-        "streams_handoff": st.booleans(),
+        "streams_handoff": st.booleans(), "ranges": st.sampled_from([0.0, 0.0, 0.7]),
         "worker_blocks": st.integers(10, 120), "block_tokens": st.sampled_from([1, 4, 16]),
         "chunked": st.booleans(), "chunk_tokens": st.integers(1, 48),
         "preemption": st.sampled_from(["recompute", "swap"]), "interval": st.integers(1, 12),

@@ -52,10 +52,18 @@ CASES = {
     "handoff, streamed, two stages": Scenario(
         roles=("prefill", "decode"), layers=(2, 4), streams_handoff=True),
     "handoff, tight, remote heads": Scenario(**TIGHT, roles=("prefill", "decode", "decode"), workers=1),
+    "token ranges": Scenario(workers=2, ranges=1.0, interval=3, output_max=80),
+    "token ranges, tight, three stages": Scenario(
+        **TIGHT, workers=2, ranges=0.8, interval=2, layers=(1, 2, 3)),
+    "token ranges, tight, swap, chunked, two ranks": Scenario(
+        **TIGHT, workers=2, ranges=0.8, interval=2, tp=2, preemption="swap", chunked=True),
+    "token ranges, handoff": Scenario(**TIGHT, roles=("prefill", "decode"), workers=2, ranges=0.8),
     "long outputs": Scenario(output_max=1500, prompt_max=200, blocks=900, requests=10, rate=2.0),
 }
 
-REACHED = {"recompute": "preemptions", "swap": "preemptions", "moves": "moves",
+REACHED = {"token ranges": "moves", "token ranges, tight, three stages": "moves",
+           "token ranges, tight, swap, chunked, two ranks": "preemptions", "token ranges, handoff": "moves",
+           "recompute": "preemptions", "swap": "preemptions", "moves": "moves",
            "moves, tight, three stages": "moves", "moves, every other iteration, swap": "preemptions",
            "several instances, shared wires, swap": "moved_bytes",
            "closed loop, moves, three stages": "moves"}

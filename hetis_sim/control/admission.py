@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.placement import PlacementError
 from hetis_sim.control.state import RequestState, Status
-from hetis_sim.control.step import Chunk, Flow, Transfer
-from hetis_sim.policies.plan import Placement
+from hetis_sim.control.step import Chunk, Transfer
+from hetis_sim.policies.ranges import AnyPlacement
 
 if TYPE_CHECKING:
     from hetis_sim.control.engine import Engine
@@ -67,7 +67,7 @@ class Admission:
                                  f"{engine.index}")
         return admitted
 
-    def _accept(self, state: RequestState, placement: Placement, lane: Lane, now_s: float,
+    def _accept(self, state: RequestState, placement: AnyPlacement, lane: Lane, now_s: float,
                 budget: int | None) -> bool:
         engine = self._engine
         if engine.waiting[0] is not state:
@@ -114,13 +114,12 @@ class Admission:
         """
         engine = self._engine
         assert state.shape is not None
-        if not state.shape.pushes:
+        if not state.shape.pushed:
             return None
-        size = engine.bytes_per_group_token * state.context_tokens
         state.in_flight_transfers += 1
-        return Transfer(state.request_id, engine.index, "push", tuple(
-            Flow(source, target, size * group_layers, size * group_layers / layers)
-            for source, target, group_layers, layers in state.shape.pushes))
+        flows = engine.books.shapes.push_flows(state.shape, state.context_tokens,
+                                               engine.bytes_per_group_token)
+        return Transfer(state.request_id, engine.index, "push", flows)
 
 
 def _chunk(state: RequestState, budget: int) -> Chunk:

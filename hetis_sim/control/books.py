@@ -7,10 +7,11 @@ from collections.abc import Iterable, Sequence
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.ledger import KvLedger, LedgerError, Units
 from hetis_sim.control.loads import Loads
-from hetis_sim.control.placement import PlacementShape, PlacementShapes
+from hetis_sim.control.placement import PlacementError, PlacementShape, PlacementShapes
 from hetis_sim.control.state import HeldCache, PendingMove, RequestState
 from hetis_sim.control.step import Transfer
-from hetis_sim.policies.plan import InstancePlan, Placement
+from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.policies.ranges import AnyPlacement
 from hetis_sim.policies.view import Move
 
 
@@ -26,7 +27,7 @@ class CacheBooks:
                  loads: Loads) -> None:
         self.plan = plan
         self.block_tokens = block_tokens
-        self.shapes = PlacementShapes(plan, kv_heads)
+        self.shapes = PlacementShapes(plan, kv_heads, block_tokens)
         self.ledger = KvLedger([capacity_units[device] for device in plan.devices])
         self.loads = loads
         self.extra_context = 0
@@ -35,7 +36,7 @@ class CacheBooks:
         """Blocks of one group that ``tokens`` take."""
         return -(-tokens // self.block_tokens)
 
-    def accept(self, state: RequestState, placement: Placement, tokens: int, staged: bool) -> None:
+    def accept(self, state: RequestState, placement: AnyPlacement, tokens: int, staged: bool) -> None:
         """Hold cache for ``tokens`` of a request under a placement.
 
         ``staged`` also holds the remote groups at the primaries, until they are pushed.
@@ -44,30 +45,43 @@ class CacheBooks:
             PlacementError: the placement is malformed.
             LedgerError: it does not fit.
         """
-        shape = self.shapes.shape(placement)
+        shape = self._shape(placement, tokens)
         blocks = self.blocks(tokens)
-        self.ledger.take(shape.block_units, blocks)
-        if staged and shape.staged_units:
-            self.ledger.take(shape.staged_units, blocks)
+        self.ledger.take(shape.units(blocks))
+        if staged and shape.pushed:
+            self.ledger.take(shape.staged(blocks))
             state.staged_blocks = blocks
         state.shape, state.held_blocks, state.cached_tokens = shape, blocks, tokens
-        state.remote_share = shape.remote_share
+        state.remote_share = self.shapes.remote_share(shape, tokens)
         self._count_extra(shape, tokens, 1)
 
-    def fits(self, placement: Placement, tokens: int, staged: bool) -> bool:
-        """Whether :meth:`accept` would succeed."""
+    def _shape(self, placement: AnyPlacement, tokens: int) -> PlacementShape:
+        """The shape of a placement for a request with so many tokens in cache."""
         shape = self.shapes.shape(placement)
+        if shape.ranges is not None and shape.ranges.tokens > tokens:
+            raise PlacementError(f"placement={placement} has {shape.ranges.tokens} tokens in ranges, "
+                                 f"the request has {tokens}")
+        return shape
+
+    def fits(self, placement: AnyPlacement, tokens: int, staged: bool) -> bool:
+        """Whether :meth:`accept` would succeed."""
+        shape = self._shape(placement, tokens)
         blocks = self.blocks(tokens)
-        if not staged or not shape.staged_units:
-            return self.ledger.fits(shape.block_units, blocks)
-        both = dict(shape.block_units)
-        for d, u in shape.staged_units:
+        if not staged or not shape.pushed:
+            return self.ledger.fits(shape.units(blocks))
+        both = dict(shape.units(blocks))
+        for d, u in shape.staged(blocks):
             both[d] = both.get(d, 0) + u
-        return self.ledger.fits(both.items(), blocks)
+        return self.ledger.fits(both.items())
 
     def _count_extra(self, shape: PlacementShape, tokens: int, sign: int) -> None:
         self.extra_context += sign * tokens
         groups, group_tokens = self.loads.extra_groups, self.loads.extra_tokens
+        if shape.ranges is not None:
+            for p, held in enumerate(shape.group_tokens(tokens)):
+                groups[p] += sign * shape.groups[p]
+                group_tokens[p] += sign * held
+            return
         for p, g in shape.pairs:
             groups[p] += sign * g
             group_tokens[p] += sign * g * tokens
@@ -76,7 +90,7 @@ class CacheBooks:
         """Give back the staging copy, if there is one."""
         if state.staged_blocks:
             assert state.shape is not None
-            self.ledger.give(state.shape.staged_units, state.staged_blocks)
+            self.ledger.give(state.shape.staged(state.staged_blocks))
             state.staged_blocks = 0
 
     def join(self, state: RequestState, lane: Lane) -> None:
@@ -102,26 +116,26 @@ class CacheBooks:
         """Give back all that a request outside a lane holds."""
         assert state.shape is not None
         self.unstage(state)
-        self.ledger.give(state.shape.block_units, state.held_blocks)
+        self.ledger.give(state.shape.units(state.held_blocks))
         self._count_extra(state.shape, state.cached_tokens, -1)
         state.shape = None
         state.held_blocks = 0
 
-    def hold(self, placement: Placement, tokens: int) -> HeldCache:
+    def hold(self, placement: AnyPlacement, tokens: int) -> HeldCache:
         """Hold cache for a request that is still elsewhere.
 
         Raises:
             PlacementError, LedgerError: as for :meth:`accept`.
         """
-        shape = self.shapes.shape(placement)
+        shape = self._shape(placement, tokens)
         held = HeldCache(shape, self.blocks(tokens), tokens)
-        self.ledger.take(shape.block_units, held.blocks)
+        self.ledger.take(shape.units(held.blocks))
         self._count_extra(shape, tokens, 1)
         return held
 
     def drop(self, held: HeldCache) -> None:
         """Give back what :meth:`hold` has taken."""
-        self.ledger.give(held.shape.block_units, held.blocks)
+        self.ledger.give(held.shape.units(held.blocks))
         self._count_extra(held.shape, held.tokens, -1)
 
     def begin_move(self, state: RequestState, lane: Lane, move: Move, transfer: Transfer,
@@ -131,35 +145,35 @@ class CacheBooks:
         ``growth`` units per local device must stay free where they go.
         """
         assert state.shape is not None
-        shape = self.shapes.shape(move.placement)
-        gained, lost = _difference(self.plan, state.shape, shape)
-        blocks = self.blocks(lane.cached_tokens(state))
-        if not self.ledger.fits([(d, units * blocks + growth[d]) for d, units in gained]):
+        tokens = lane.cached_tokens(state)
+        shape = self._shape(move.placement, tokens)
+        gained, lost = _difference(self.plan, state.shape, shape, tokens, self.block_tokens)
+        if not self.ledger.fits([(d, units + growth[d]) for d, units in gained]):
             return False
-        self.ledger.take(gained, blocks)
-        state.move = PendingMove(shape, gained, lost, blocks, transfer)
+        self.ledger.take(gained)
+        state.move = PendingMove(shape, gained, lost, self.blocks(tokens), transfer)
         return True
 
     def cancel_move(self, state: RequestState) -> None:
         """Give back what a move under way has reserved."""
         if state.move is not None:
-            self.ledger.give(state.move.gained_units, state.move.blocks)
+            self.ledger.give(state.move.gained_units)
             state.move = None
 
     def finish_move(self, state: RequestState, lane: Lane) -> bool:
         """Switch a member to where its heads have arrived; False if its growth found no room."""
         move = state.move
         assert move is not None
-        blocks = self.blocks(lane.cached_tokens(state))
-        grown = blocks - move.blocks
-        if not self.ledger.fits(move.gained_units, grown):
-            self.cancel_move(state)
+        assert state.shape is not None
+        tokens = lane.cached_tokens(state)
+        gained, lost = _difference(self.plan, state.shape, move.shape, tokens, self.block_tokens)
+        self.cancel_move(state)
+        if not self.ledger.fits(gained):
             return False
-        self.ledger.take(move.gained_units, grown)
-        self.ledger.give(move.lost_units, blocks)
+        self.ledger.take(gained)
+        self.ledger.give(lost)
         lane.swap_shape(state, move.shape)
-        state.remote_share = move.shape.remote_share
-        state.move = None
+        state.remote_share = self.shapes.remote_share(move.shape, tokens)
         return True
 
     def check(self, lanes: Sequence[Lane], others: Sequence[RequestState],
@@ -171,34 +185,38 @@ class CacheBooks:
         """
         want = [0] * len(self.ledger.used)
 
-        def add(units: Units, times: int) -> None:
+        def add(units: Units) -> None:
             for d, u in units:
-                want[d] += u * times
+                want[d] += u
 
         for lane in lanes:
             for state in lane.members.values():
                 assert state.shape is not None
-                add(state.shape.block_units, self.blocks(lane.cached_tokens(state)))
+                add(state.shape.units(self.blocks(lane.cached_tokens(state))))
                 if state.move is not None:
-                    add(state.move.gained_units, state.move.blocks)
+                    add(state.move.gained_units)
         for state in others:
             if state.shape is not None:
-                add(state.shape.block_units, state.held_blocks)
-                add(state.shape.staged_units, state.staged_blocks)
+                add(state.shape.units(state.held_blocks))
+                if state.staged_blocks:
+                    add(state.shape.staged(state.staged_blocks))
         for held in landings:
-            add(held.shape.block_units, held.blocks)
+            add(held.shape.units(held.blocks))
         if want != self.ledger.used:
             raise LedgerError(f"the ledger says {self.ledger.used} units are used, the requests hold {want}")
 
 
-def _difference(plan: InstancePlan, old: PlacementShape,
-                new: PlacementShape) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
-    """Units per block that a move gains and loses, per local device."""
+def _difference(plan: InstancePlan, old: PlacementShape, new: PlacementShape, tokens: int,
+                block_tokens: int) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Units that a move of so many tokens gains and loses, per local device."""
     local = {device: index for index, device in enumerate(plan.devices)}
+    # Ranges are whole blocks, so that a tail's last block is as full as that of the whole cache.
+    whole = -(-tokens // block_tokens) * block_tokens
+    before, after = old.group_tokens(whole), new.group_tokens(whole)
     gained: dict[int, int] = {}
     lost: dict[int, int] = {}
     for position in plan.positions:
-        change = (new.placement[position.index] - old.placement[position.index]) * position.layers
+        change = (after[position.index] - before[position.index]) // block_tokens * position.layers
         if change:
             side = gained if change > 0 else lost
             d = local[position.device]

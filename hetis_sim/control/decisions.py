@@ -30,6 +30,8 @@ class DecisionLog:
         shown = [asdict(request) for request in requests]
         for request in shown:
             del request["arrival_s"]  # measured on a wall clock by an executor
+            if not request["blocks"]:
+                del request["blocks"]
         text = json.dumps({"view": view.to_dict(), "requests": shown}, sort_keys=True, separators=(",", ":"))
         entry = {"n": len(self.lines), "kind": kind, "instance": view.index,
                  "requests": [request["request_id"] for request in shown],

@@ -16,7 +16,7 @@ from hetis_sim.control.placement import match
 from hetis_sim.control.state import Landing, RequestState
 from hetis_sim.control.step import Flow, Transfer
 from hetis_sim.policies.base import Policy
-from hetis_sim.policies.plan import InstancePlan, Placement
+from hetis_sim.policies.plan import InstancePlan
 
 if TYPE_CHECKING:
     from hetis_sim.control.engine import Engine
@@ -92,8 +92,8 @@ class Handoffs:
         chosen.landings[state.request_id] = held
         chosen.cap_open_steps()
         state.landing = Landing(chosen.index, held)
-        size = source.bytes_per_group_token * tokens
-        flows = handoff_flows(source.plan, state.shape.placement, chosen.plan, held.shape.placement, size)
+        flows = handoff_flows(source.plan, state.shape.group_tokens(tokens), chosen.plan,
+                              held.shape.group_tokens(tokens), source.bytes_per_group_token)
         return Transfer(state.request_id, source.index, "handoff", flows, chosen.index)
 
     def arrived(self, state: RequestState) -> bool:
@@ -120,20 +120,21 @@ class Handoffs:
         target.land(state, target.landings.pop(state.request_id))
 
 
-def handoff_flows(source: InstancePlan, given: Placement, target: InstancePlan, taken: Placement,
-                  bytes_per_group_layer: float) -> tuple[Flow, ...]:
+def handoff_flows(source: InstancePlan, given: Sequence[int], target: InstancePlan, taken: Sequence[int],
+                  bytes_per_group_token: int) -> tuple[Flow, ...]:
     """Flows that carry a request's cache between instances with stages of their own.
 
-    Stages that share layers exchange the groups of those layers; the last of them is the tail.
+    ``given`` and ``taken`` are group-tokens at their positions. Stages that share layers exchange
+    those of these layers; the last of them is the tail.
     """
     sizes: dict[tuple[int, int], tuple[int, int]] = {}
     for s, t, layers in shared_layers(source, target):
         give = [[source.positions[p].device, given[p]] for p in source.stage_positions[s] if given[p]]
         take = [[target.positions[p].device, taken[p]] for p in target.stage_positions[t] if taken[p]]
-        for a, b, groups in match(give, take):
+        for a, b, amount in match(give, take):
             total, tail = sizes.get((a, b), (0, 0))
-            sizes[a, b] = (total + groups * layers, tail + groups)
-    return tuple(Flow(a, b, total * bytes_per_group_layer, tail * bytes_per_group_layer)
+            sizes[a, b] = (total + amount * layers, tail + amount)
+    return tuple(Flow(a, b, total * bytes_per_group_token, tail * bytes_per_group_token)
                  for (a, b), (total, tail) in sizes.items())
 
 

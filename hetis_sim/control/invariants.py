@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.engine import Engine
-from hetis_sim.control.state import Status
+from hetis_sim.control.placement import PlacementShape
+from hetis_sim.control.state import RequestState, Status
 from hetis_sim.spec.errors import HetisError
 
 
@@ -32,6 +33,23 @@ def check_controller(controller: Controller) -> None:
         check_engine(engine)
 
 
+def check_ranges(engine: Engine, state: RequestState, shape: PlacementShape) -> None:
+    """Of every KV head of a stage, every cached token is at exactly one position (invariants 3 and 4)."""
+    assert shape.ranges is not None
+    decodes = state.status == Status.DECODE
+    cached = engine.lanes[state.lane].cached_tokens(state) if decodes else state.cached_tokens
+    held = shape.group_tokens(cached)
+    for stage, positions in enumerate(engine.plan.stage_positions):
+        ranges = [p for p in positions if shape.ranges.blocks[p]]
+        counted = sum(held[p] for p in positions)
+        whole = all(held[p] == shape.ranges.groups[p] * shape.ranges.blocks[p] * engine.books.block_tokens
+                    for p in ranges)
+        if counted != engine.model.kv_heads * cached or min(held) < 0 or not whole:
+            raise InvariantError(f"invariant 4 (heads): request {state.request_id} has "
+                                 f"{[held[p] for p in positions]} tokens of KV heads by position in stage "
+                                 f"{stage}, {engine.model.kv_heads} x {cached} are cached")
+
+
 def check_engine(engine: Engine) -> None:
     """Check the books and the head counts of one instance."""
     outside = [s for s in engine.active.values() if s.status != Status.DECODE]
@@ -48,6 +66,8 @@ def check_engine(engine: Engine) -> None:
             if groups != engine.model.kv_heads:
                 raise InvariantError(f"invariant 4 (heads): request {state.request_id} has {groups} of "
                                      f"{engine.model.kv_heads} KV groups in stage {stage}")
+        if state.shape.ranges is not None:
+            check_ranges(engine, state, state.shape)
     if not engine.active and not engine.landings and any(engine.books.ledger.used):
         raise InvariantError("invariant 3 (cache): nobody is active, "
                              f"{engine.books.ledger.used} units are used")

@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 
 from hetis_sim.control.ledger import KvLedger
 from hetis_sim.control.loads import Loads
-from hetis_sim.control.placement import PlacementShape
+from hetis_sim.control.placement import PlacementShape, Ranges
 from hetis_sim.control.state import RequestState
 from hetis_sim.control.step import Step
 
@@ -30,6 +30,7 @@ class Lane:
         partial: requests whose prompt is only in part prefilled (chunked prefill).
         prefilling: requests of the prefill under way, or between prefill and decode.
         groups, base: this lane's rows of the instance's loads.
+        ranged: members with token ranges.
         switches: requests whose moved heads have arrived, waiting for the same.
         fresh: members that have had no token in this lane yet; the driver empties it.
         offset_sum: sum of the members' offsets.
@@ -51,6 +52,7 @@ class Lane:
         self.groups = loads.groups[index]
         self.base = loads.base[index]
         self._loads = loads
+        self.ranged = 0
         self.offset_sum = 0
         self.version = 0
         self.rebalance_at = 0
@@ -111,6 +113,8 @@ class Lane:
         else:
             self.groups -= shape.vector
             self.base -= shape.vector * offset
+        if shape.ranges is not None:
+            self._add_ranges(shape.ranges, sign)
         self.offset_sum += sign * offset
         key = offset % self._block_tokens
         self._crossing_members[key] += sign
@@ -121,6 +125,14 @@ class Lane:
             own[d] += sign * u
             total[d] += sign * u
         self.version += 1
+
+    def _add_ranges(self, ranges: Ranges, sign: int) -> None:
+        loads, index = self._loads, self.index
+        loads.still[index] += sign * ranges.still
+        loads.merged[index] += sign * ranges.merged
+        self.base += sign * ranges.group_tokens
+        loads.ranged += sign
+        self.ranged += sign
 
     def next_units(self) -> list[int] | None:
         """Units per local device that the next iteration needs, None where it needs none."""

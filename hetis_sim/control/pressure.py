@@ -13,10 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, overload
 
 from hetis_sim.control.lane import Lane
+from hetis_sim.control.placement import staying
 from hetis_sim.control.state import RequestState, Status, SwappedCache
 from hetis_sim.control.step import Flow, Transfer
 from hetis_sim.control.swap import HostMemory
-from hetis_sim.policies.plan import Placement
+from hetis_sim.policies.ranges import AnyPlacement
 from hetis_sim.policies.view import Move, RequestView
 
 if TYPE_CHECKING:
@@ -123,9 +124,9 @@ class Pressure:
         if state is None or state.status != Status.DECODE or state.move is not None or state.shape is None:
             return False
         lane = engine.lanes[state.lane]
-        size = engine.bytes_per_group_token * lane.cached_tokens(state)
-        flows = engine.books.shapes.move_flows(state.shape.placement, engine.books.shapes.shape(
-            move.placement).placement, size)
+        shapes = engine.books.shapes
+        flows = shapes.move_flows(state.shape, shapes.shape(move.placement), lane.cached_tokens(state),
+                                  engine.bytes_per_group_token)
         transfer = Transfer(state.request_id, engine.index, "move", flows)
         if not flows or not engine.books.begin_move(state, lane, move, transfer,
                                                           engine.cycle_units):
@@ -214,13 +215,14 @@ class Pressure:
         """Begin to copy a request's cache to the memory of its hosts; False if they are full."""
         engine = self._engine
         assert state.shape is not None
-        size = engine.bytes_per_group_token * state.cached_tokens
         per_host: dict[int, float] = {}
         flows = []
-        for p, groups in state.shape.pairs:
-            position = engine.plan.positions[p]
+        for position, held in zip(engine.plan.positions, state.shape.group_tokens(state.cached_tokens),
+                                  strict=True):
+            if not held:
+                continue
             host = self._host_memory.host(position.device)
-            amount = size * groups * position.layers
+            amount = engine.bytes_per_group_token * held * position.layers
             per_host[host] = per_host.get(host, 0.0) + amount
             flows.append(Flow(position.device, -1 - host, amount))
         host_bytes = tuple(sorted(per_host.items()))
@@ -228,7 +230,7 @@ class Pressure:
             return False
         state.swap = SwappedCache(state.shape, host_bytes)
         state.status = Status.SWAPPED
-        self._freeing[state.request_id] = state.shape.block_units
+        self._freeing[state.request_id] = tuple(state.shape.units(state.held_blocks))
         engine.news.transfers.append(Transfer(state.request_id, engine.index, "swap_out", tuple(flows)))
         return True
 
@@ -262,14 +264,14 @@ class Pressure:
             engine.news.transfers.append(
                 Transfer(state.request_id, engine.index, "swap_in", self._flows_back(state)))
 
-    def _may_return(self, placement: Placement, tokens: int) -> bool:
+    def _may_return(self, placement: AnyPlacement, tokens: int) -> bool:
         """Whether everybody else keeps room for a next block: else two requests could swap places forever."""
         if not self._somebody_runs():
             return True
         books = self._engine.books
         need = list(self._engine.cycle_units)
-        for d, units in books.shapes.shape(placement).block_units:
-            need[d] += units * books.blocks(tokens)
+        for d, units in books.shapes.shape(placement).units(books.blocks(tokens)):
+            need[d] += units
         return books.ledger.fits(enumerate(need))
 
     def swapped_in(self, state: RequestState) -> None:
@@ -283,13 +285,11 @@ class Pressure:
         engine = self._engine
         assert state.swap is not None
         assert state.shape is not None
-        size = engine.bytes_per_group_token * state.cached_tokens
-        old = state.swap.shape.placement
-        moved = engine.books.shapes.move_flows(old, state.shape.placement, size)
+        size, tokens, old = engine.bytes_per_group_token, state.cached_tokens, state.swap.shape
+        moved = engine.books.shapes.move_flows(old, state.shape, tokens, size)
         flows = [Flow(-1 - self._host_memory.host(flow.source), flow.target, flow.size_bytes)
                  for flow in moved]
-        for position, before, after in zip(engine.plan.positions, old, state.shape.placement, strict=True):
-            stay = min(before, after)
+        for position, stay in zip(engine.plan.positions, staying(old, state.shape, tokens), strict=True):
             if stay:
                 host = self._host_memory.host(position.device)
                 flows.append(Flow(-1 - host, position.device, size * stay * position.layers))

@@ -26,7 +26,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PendingMove:
-    """A move under way: where it leads, and what is reserved for it."""
+    """A move under way: where it leads, what is reserved for it, what it gives back, blocks at its begin."""
 
     shape: PlacementShape
     gained_units: tuple[tuple[int, int], ...]
@@ -123,5 +123,7 @@ class RequestState:
         """What a policy may see of it."""
         request = self.request
         context = self.context_tokens if self.status != Status.DECODE else request.prompt_tokens + generated
+        shape = self.shape
         return RequestView(request.request_id, request.arrival_s, request.prompt_tokens, context, generated,
-                           self.shape.placement if self.shape else None, self.preemptions, movable)
+                           shape.placement if shape else None, self.preemptions, movable,
+                           shape.ranges.blocks if shape and shape.ranges else ())

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from hetis_sim.control.envelope import Line
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.loads import Loads
+from hetis_sim.control.ranges import ranged_lines
 from hetis_sim.control.step import Chunk, Step
 from hetis_sim.cost.model import CostModel, TransferCost
 from hetis_sim.policies.costs import position_costs
@@ -106,6 +107,8 @@ class InstanceTimer:
         costs: decode-attention costs of its positions.
         wire_bytes_per_group: bytes per token, layer and remote KV group: query, key and value
             on the way out, the output on the way back.
+        still_bytes_per_group: the same of a group in a token range: the query, and a partial output.
+        merged_bytes_per_group: what a group of a remote tail sends back more beside ranges.
     """
 
     def __init__(self, cluster: ClusterSpec, model: ModelSpec, cost: CostModel, plan: InstancePlan) -> None:
@@ -127,6 +130,9 @@ class InstanceTimer:
         heads = model.heads_per_group
         output = heads * model.head_dim * model.activation_bytes
         self.wire_bytes_per_group = (model.remote_bytes_per_token(heads) - output, output)
+        partial = model.partial_bytes_per_token(heads)
+        self.still_bytes_per_group = (output, partial)
+        self.merged_bytes_per_group = (0, partial - output)
 
     def _line_facts(self, p: Position) -> tuple[int, bool, int, float, float, float, float, float, bool]:
         cost = self.costs[p.index]
@@ -215,7 +221,7 @@ class InstanceTimer:
         """Decode-attention lines of a lane; worked out anew when its membership has changed."""
         version, lines = self._lines.get(lane.index, (-1, None))
         if lines is None or version != lane.version:
-            lines = self._make_lines(lane, loads)
+            lines = self._make_lines(lane, loads) if not lane.ranged else self._ranged_lines(lane, loads)
             self._lines[lane.index] = (lane.version, lines)
         return lines
 
@@ -239,6 +245,12 @@ class InstanceTimer:
             stages.append(StageLines(local, others, local + others))
         work = [self._work(worker, groups, base) for worker in self._worker_positions] if remote else []
         return DecodeLines(tuple(stages), tuple(work))
+
+    def _ranged_lines(self, lane: Lane, loads: Loads) -> DecodeLines:
+        """The same with token ranges; see :mod:`.ranges`."""
+        waits = self._waits(loads) if len(self.plan.stages) > 1 else self._no_waits
+        stages, workers = ranged_lines(self.plan, self.costs, lane.index, loads, waits)
+        return DecodeLines(tuple([StageLines(*lines) for lines in stages]), workers)
 
     def _work(self, worker: list[int], groups: list[int], base: list[int]) -> Line:
         """Line of the seconds that an attention worker computes in an iteration, over all stages."""

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 from hetis_sim.cost.model import CostModel
 from hetis_sim.policies.plan import Placement, Plan
+from hetis_sim.policies.ranges import AnyPlacement
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.model import ModelSpec
@@ -59,12 +60,14 @@ class Policy(ABC):
     """A serving system's decisions.
 
     Implementations keep no state between calls that would make a decision depend on
-    anything but its arguments; they read no clock and draw no random numbers.
+    anything but its arguments; they read no clock and draw no random numbers. One that gives out
+    placements with token ranges says so (``splits_tokens``).
     """
 
     name: ClassVar[str]
     preemption: PreemptionMode = "recompute"
     streams_handoff: bool = False
+    splits_tokens: bool = False
 
     @abstractmethod
     def plan(self, problem: PlanningProblem) -> Plan:
@@ -89,10 +92,11 @@ class Policy(ABC):
         """
         return min(range(len(instances)), key=lambda i: (_pressure(instances[i]), i))
 
-    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> Sequence[AnyPlacement]:
         """Placements for the longest prefix of ``requests`` that fits now, in order.
 
-        The default keeps every head at the rank that holds its weights.
+        Token ranges leave the last token of a request's context to its tail. The default keeps
+        every head at the rank that holds its weights.
         """
         placed: list[Placement] = []
         free = dict(view.free_units)

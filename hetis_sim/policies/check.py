@@ -17,7 +17,15 @@ from dataclasses import dataclass, replace
 from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.costs import position_costs
 from hetis_sim.policies.memory import cache_bytes, cache_units
-from hetis_sim.policies.plan import InstancePlan, Placement, Plan
+from hetis_sim.policies.plan import InstancePlan, Plan
+from hetis_sim.policies.ranges import (
+    AnyPlacement,
+    TokenSplit,
+    full_groups,
+    group_blocks,
+    split_fault,
+    token_split,
+)
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 from hetis_sim.spec.errors import HetisError
 
@@ -130,6 +138,7 @@ class _Bench:
         self.costs = position_costs(problem.cluster, problem.model, problem.cost, plan)
         self.full = cache_units(problem.cluster, problem.model, problem.limits, plan)
         self.capacity = self.full
+        self.most = full_groups(plan)
         self.empty = self._view(index, [])
         self.dispatched = self.placed = self.moves = 0
 
@@ -137,12 +146,16 @@ class _Bench:
         groups, tokens = [0] * len(self.plan.positions), [0] * len(self.plan.positions)
         free, block = dict(self.capacity), self.problem.limits.block_tokens
         for request in running:
+            assert request.placed is not None
             assert request.placement is not None
-            blocks = -(-request.context_tokens // block)
-            for position, n in zip(self.plan.positions, request.placement, strict=True):
-                groups[position.index] += n
-                tokens[position.index] += n * request.context_tokens
-                free[position.device] -= n * position.layers * blocks
+            held = group_blocks(self.plan, request.placed, -(-request.context_tokens // block))
+            # What the last block lacks, the tail lacks.
+            lacking = -request.context_tokens % block
+            for position, n, units in zip(self.plan.positions, request.placement, held, strict=True):
+                p = position.index
+                groups[p] += n or (self.most[p] if units else 0)
+                tokens[p] += units * block - n * lacking
+                free[position.device] -= units * position.layers
         return InstanceView(index, self.plan, self.costs, groups, tokens, len(self.plan.stages), free,
                             self.capacity, block, len(running), 0, 0, sum(r.context_tokens for r in running))
 
@@ -180,19 +193,23 @@ class _Bench:
         view = self.empty
         for number in range(self.rng.choice((0, 1, 5, 40))):
             request = self._random_request(number)
-            chosen: Placement | None
+            chosen: AnyPlacement | None
             if self.rng.random() < 0.5:
                 chosen = next(iter(self.policy.dispatch([request], view)), None)
             else:
-                chosen = self._anywhere()
+                chosen = self._anywhere(request.context_tokens)
             if chosen is None or not view.fits(chosen, request.context_tokens + 1):
                 break
             movable = self.rng.random() < 0.9
-            running.append(replace(request, placement=chosen, generated_tokens=1, movable=movable))
+            tail, blocks = (chosen.tail, chosen.blocks) if isinstance(chosen, TokenSplit) else (chosen, ())
+            running.append(replace(request, placement=tail, blocks=blocks, generated_tokens=1,
+                                   movable=movable))
             view = self._view(self.empty.index, running)
         return running
 
-    def _anywhere(self) -> Placement:
+    def _anywhere(self, tokens: int) -> AnyPlacement:
+        if self.policy.splits_tokens and self.plan.attention_workers and self.rng.random() < 0.5:
+            return self._ranges_anywhere(tokens)
         placement = [0] * len(self.plan.positions)
         for indices in self.plan.stage_positions:
             open_ = [p for p in indices for _ in range(self._limit(p))]
@@ -200,11 +217,20 @@ class _Bench:
                 placement[p] += 1
         return tuple(placement)
 
-    def _limit(self, p: int) -> int:
-        position = self.plan.positions[p]
-        return self.problem.model.kv_heads if position.remote else position.owned_groups
+    def _ranges_anywhere(self, tokens: int) -> AnyPlacement:
+        """The tail at home, older blocks at workers."""
+        blocks = [0] * len(self.plan.positions)
+        for stage, indices in zip(self.plan.stages, self.plan.stage_positions, strict=True):
+            left = (tokens - 1) // self.problem.limits.block_tokens
+            for p in indices[stage.tp:]:
+                blocks[p] = self.rng.randint(0, left)
+                left -= blocks[p]
+        return token_split(self.plan.local_placement, blocks)
 
-    def _dispatch(self, requests: list[RequestView], view: InstanceView) -> list[Placement]:
+    def _limit(self, p: int) -> int:
+        return self.most[p]
+
+    def _dispatch(self, requests: list[RequestView], view: InstanceView) -> Sequence[AnyPlacement]:
         before = copy.deepcopy((view, requests))
         placed = self.policy.dispatch(requests, view)
         again = self.policy.dispatch(requests, view)
@@ -213,7 +239,7 @@ class _Bench:
         _require(len(placed) <= len(requests), "dispatch places a prefix", f"{len(placed)}/{len(requests)}")
         free = dict(view.free_units)
         for request, placement in zip(requests, placed, strict=False):
-            self._check_placement("dispatch", placement)
+            self._check_placement("dispatch", placement, request.context_tokens)
             for device, units in view.units_needed(placement, request.context_tokens + 1).items():
                 free[device] -= units
         _require(all(units >= min(0, view.free_units[d]) for d, units in free.items()),
@@ -222,7 +248,14 @@ class _Bench:
         self.placed += len(placed)
         return placed
 
-    def _check_placement(self, decision: str, placement: Placement) -> None:
+    def _check_placement(self, decision: str, chosen: AnyPlacement, tokens: int) -> None:
+        placement = chosen.tail if isinstance(chosen, TokenSplit) else chosen
+        if isinstance(chosen, TokenSplit):
+            fault = split_fault(self.plan, chosen)
+            _require(not fault, f"{decision} gives ranges that keep the rules", f"{chosen} {fault}")
+            held = group_blocks(self.plan, chosen, (tokens - 1) // self.problem.limits.block_tokens)
+            _require(min(held) >= 0, f"{decision} leaves a token to the tail", f"{chosen}, {tokens} tokens")
+            _require(self.policy.splits_tokens, "splits_tokens says that there are ranges", str(chosen))
         whole = type(placement) is tuple and all(type(n) is int for n in placement)
         _require(whole and len(placement) == len(self.plan.positions),
                  f"{decision} gives a tuple with a whole number for every position", repr(placement))
@@ -249,14 +282,16 @@ class _Bench:
         request = next((r for r in running if r.request_id == move.request_id), None)
         _require(request is not None and request.movable, f"{decision} moves a movable request", str(move))
         assert request is not None
-        assert request.placement is not None
-        self._check_placement(decision, move.placement)
-        _require(move.placement != request.placement, f"{decision} moves something", str(move))
+        old_placement = request.placed
+        assert old_placement is not None
+        self._check_placement(decision, move.placement, request.context_tokens)
+        _require(move.placement != old_placement, f"{decision} moves something", str(move))
         blocks = view.blocks(request.context_tokens)
         gained: dict[int, int] = {}
         change: dict[int, int] = {}
-        for position, new, old in zip(self.plan.positions, move.placement, request.placement, strict=True):
-            units = (new - old) * position.layers * blocks
+        before, after = (group_blocks(self.plan, p, blocks) for p in (old_placement, move.placement))
+        for position, new, old in zip(self.plan.positions, after, before, strict=True):
+            units = (new - old) * position.layers
             gained[position.device] = gained.get(position.device, 0) + max(0, units)
             change[position.device] = change.get(position.device, 0) + units
         _require(all(units <= max(0, view.free_units[d]) for d, units in gained.items()),

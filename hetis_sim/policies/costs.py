@@ -21,15 +21,32 @@ def position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
     attention = cost.decode_attention(cluster.devices[position.device].gpu, model)
     a = attention.a_s_per_head * model.heads_per_group
     b = attention.b_s_per_byte * model.kv_bytes_per_token_per_layer_per_group
+    heads = model.heads_per_group
     if not position.remote:
-        return PositionCost(a, b, attention.c_s)
+        # Merging is taken to read at the rate of decode attention and to start as slowly (ours).
+        merge = attention.b_s_per_byte * model.partial_bytes_per_token(heads)
+        return PositionCost(a, b, attention.c_s, merge_s_per_group=merge)
     sender = instance.stages[position.stage].devices[0]
     transfer = cost.transfer(cluster.link(sender, position.device))
-    wire_bytes = model.remote_bytes_per_token(model.heads_per_group)
+    wire_bytes = model.remote_bytes_per_token(heads)
     share = wire_sharers(cluster, instance, position)
+    wire_s_per_byte = transfer.gamma_s_per_byte * max(1, share)
     # Query, key and value go out and the output comes back: two messages a layer.
     wire_s = transfer.gamma_s_per_byte * wire_bytes * max(1, share)
-    return PositionCost(a, b, attention.c_s, wire_s, 2 * transfer.beta_s, share)
+    still, merged = range_wire_bytes(model)
+    return PositionCost(a, b, attention.c_s, wire_s, 2 * transfer.beta_s, share, still * wire_s_per_byte,
+                        merged * wire_s_per_byte)
+
+
+def range_wire_bytes(model: ModelSpec) -> tuple[int, int]:
+    """Bytes of one KV group per token and layer: at a range, and what merging adds to a tail.
+
+    A range gets the query and returns a partial output with its softmax statistics. A tail gets
+    the new key and value besides, and adds the statistics to its output.
+    """
+    output = model.heads_per_group * model.head_dim * model.activation_bytes
+    partial = model.partial_bytes_per_token(model.heads_per_group)
+    return output + partial, partial - output
 
 
 def wire_sharers(cluster: ClusterSpec, instance: InstancePlan, position: Position) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetis_sim.policies.plan import InstancePlan, Placement
+from hetis_sim.policies.ranges import AnyPlacement, group_blocks, token_split
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,9 +23,10 @@ class RequestView:
         context_tokens: tokens whose cache must exist now: the prompt, plus what has been
             generated (a preempted request starts again with both).
         generated_tokens: tokens made so far.
-        placement: groups at each position, None while it waits.
+        placement: groups at each position, None while it waits; with ranges those of the tail.
         preemptions: how often it lost its cache.
         movable: its heads may move now (it decodes and no move of its is under way).
+        blocks: blocks in ranges at each position (:class:`TokenSplit`), empty without ranges.
     """
 
     request_id: int
@@ -35,6 +37,12 @@ class RequestView:
     placement: Placement | None = None
     preemptions: int = 0
     movable: bool = False
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def placed(self) -> AnyPlacement | None:
+        """Groups and ranges as a policy gives them, None while it waits."""
+        return self.placement if self.placement is None else token_split(self.placement, self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +53,11 @@ class PositionCost:
     for a remote position the transfer ``gamma*d + beta`` with d in groups. ``wire_s_per_group``
     takes the load to be even over the ``wire_sharers`` attention workers behind the same
     network interface (0 where the wire is the position's own): each has that share of it.
+
+    Of requests with token ranges, ``still_wire_s_per_group`` is the wire time of a group in a
+    range, ``merge_wire_s_per_group`` what a group of a remote tail takes longer. A rank merges the
+    partial outputs of its groups after the slowest has come: ``merge_s_per_group`` for each that
+    it reads or writes, and ``c_s`` once.
     """
 
     a_s_per_group: float
@@ -53,6 +66,9 @@ class PositionCost:
     wire_s_per_group: float = 0.0
     wire_fixed_s: float = 0.0
     wire_sharers: int = 0
+    still_wire_s_per_group: float = 0.0
+    merge_wire_s_per_group: float = 0.0
+    merge_s_per_group: float = 0.0
 
     def seconds(self, groups: float, group_tokens: float) -> float:
         """Completion time of the position's share; 0 when it has none."""
@@ -92,7 +108,7 @@ class InstanceView:
         plan: its stages and attention workers.
         costs: one :class:`PositionCost` per position.
         groups, group_tokens: per position, over all requests that hold cache there: KV
-            groups, and KV groups times context tokens.
+            groups, and KV groups times the tokens of them that are there.
         lanes: micro-batches that share the load (equal to the number of stages).
         free_units, capacity_units: per device id.
         block_tokens: tokens of one block.
@@ -119,16 +135,16 @@ class InstanceView:
         """Blocks that ``tokens`` positions of one group take."""
         return -(-tokens // self.block_tokens)
 
-    def units_needed(self, placement: Placement, tokens: int) -> dict[int, int]:
+    def units_needed(self, placement: AnyPlacement, tokens: int) -> dict[int, int]:
         """Units per device id for ``tokens`` of cache under a placement."""
-        blocks = self.blocks(tokens)
         need: dict[int, int] = {}
-        for position, groups in zip(self.plan.positions, placement, strict=True):
+        held = group_blocks(self.plan, placement, self.blocks(tokens))
+        for position, groups in zip(self.plan.positions, held, strict=True):
             if groups:
-                need[position.device] = need.get(position.device, 0) + groups * blocks * position.layers
+                need[position.device] = need.get(position.device, 0) + groups * position.layers
         return need
 
-    def fits(self, placement: Placement, tokens: int) -> bool:
+    def fits(self, placement: AnyPlacement, tokens: int) -> bool:
         """Whether every device has room for the placement."""
         free = self.free_units
         return all(units <= free[device] for device, units in self.units_needed(placement, tokens).items())
@@ -147,4 +163,4 @@ class Move:
     """Give one running request a new placement; only the difference travels."""
 
     request_id: int
-    placement: Placement
+    placement: AnyPlacement

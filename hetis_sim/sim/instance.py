@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from hetis_sim.control.engine import Engine
 
 
+RemoteWires = list[tuple[int, list[tuple[Wire, float]]]]
+
+
 class StuckError(HetisError):
     """A driver or scheduler makes no progress: a defect of the program."""
 
@@ -56,7 +59,7 @@ class Instance:
         self._alarm_s = math.inf
         self._traffic: dict[Wire, float] = {}
         self._traffic_of = (-1, -1)
-        self._remote_wires = self._make_remote_wires()
+        self._remote_wires = self._make_remote_wires(*timer.wire_bytes_per_group)
 
     def ring(self) -> None:
         """Something has changed: look again, after everything else that happens now."""
@@ -210,8 +213,9 @@ class Instance:
         """Bytes per second that decode's head traffic puts on each wire.
 
         Queries, keys and values go out and the outputs come back, once per layer and
-        iteration of every lane. The time of a round is that of the slowest lane in its first
-        iteration with its present members, which does not depend on how far it has run ahead.
+        iteration of every lane; a token range gets no key and value, but sends statistics.
+        The time of a round is that of the slowest lane in its first iteration with its present
+        members, which does not depend on how far it has run ahead.
         """
         state = (self._engine.changes, sum(self._round_version))
         if self._traffic_of != state:
@@ -225,18 +229,17 @@ class Instance:
         rates: dict[Wire, float] = {}
         if period_s <= 0:
             return rates
-        held = self._engine.loads.groups.sum(axis=0).tolist()
-        for p, wires in self._remote_wires:
-            groups = held[p]
-            if groups:
-                for wire, bytes_per_group in wires:
-                    rates[wire] = rates.get(wire, 0.0) + groups * bytes_per_group / period_s
+        loads, timer = self._engine.loads, self._timer
+        _add_rates(rates, loads.groups.sum(axis=0).tolist(), self._remote_wires, period_s)
+        if loads.ranged:
+            still, merged = timer.still_bytes_per_group, timer.merged_bytes_per_group
+            _add_rates(rates, loads.still.sum(axis=0).tolist(), self._make_remote_wires(*still), period_s)
+            _add_rates(rates, loads.merged.sum(axis=0).tolist(), self._make_remote_wires(*merged), period_s)
         return rates
 
-    def _make_remote_wires(self) -> list[tuple[int, list[tuple[Wire, float]]]]:
+    def _make_remote_wires(self, out_bytes: int, back_bytes: int) -> RemoteWires:
         """Per remote position, the bytes that one group of one iteration puts on each wire."""
-        out_bytes, back_bytes = self._timer.wire_bytes_per_group
-        found: list[tuple[int, list[tuple[Wire, float]]]] = []
+        found: RemoteWires = []
         for p in self._timer.plan.positions:
             if p.remote:
                 sender = self._timer.plan.stages[p.stage].devices[0]
@@ -245,3 +248,11 @@ class Instance:
                 wires += [(wire, float(p.layers * back_bytes)) for wire in back]
                 found.append((p.index, wires))
         return found
+
+
+def _add_rates(rates: dict[Wire, float], held: list[int], remote_wires: RemoteWires, period_s: float) -> None:
+    for p, wires in remote_wires:
+        groups = held[p]
+        if groups:
+            for wire, bytes_per_group in wires:
+                rates[wire] = rates.get(wire, 0.0) + groups * bytes_per_group / period_s

@@ -14,6 +14,7 @@ SIZE_LIMITS = {
     "experts_per_token": 10_000, "shared_ffn_hidden": 10_000_000, "learned_positions": 1 << 30,
 }
 MAY_BE_ZERO = ("shared_ffn_hidden", "learned_positions")
+SOFTMAX_STATISTICS_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,3 +248,12 @@ class ModelSpec:
             raise SpecError("query_heads", query_heads,
                             f"a multiple of {self.heads_per_group} up to {self.query_heads}")
         return 2 * self.head_dim * (query_heads * self.activation_bytes + groups * self.kv_bytes)
+
+    def partial_bytes_per_token(self, query_heads: int) -> int:
+        """Bytes of one token's attention output in one layer, computed over part of its context only.
+
+        The output of every head, normalised over that part, travels as an activation; the two
+        softmax statistics that merging needs (maximum and sum, as in DistAttention, arXiv 2401.02669)
+        in fp32, as kernels keep them. Both precisions are ours.
+        """
+        return query_heads * (self.head_dim * self.activation_bytes + SOFTMAX_STATISTICS_BYTES)

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from support import instance_plan
-from support_policies import draw_placement
+from support_policies import draw_placement, draw_split, spread
 
 from hetis_sim.control.books import CacheBooks
 from hetis_sim.control.lane import Lane
@@ -18,7 +18,7 @@ from hetis_sim.control.ledger import KvLedger, LedgerError
 from hetis_sim.control.loads import Loads
 from hetis_sim.control.state import RequestState
 from hetis_sim.control.step import Transfer
-from hetis_sim.policies.plan import Placement
+from hetis_sim.policies.ranges import AnyPlacement, TokenSplit
 from hetis_sim.policies.view import Move
 from hetis_sim.spec.request import Request
 
@@ -32,13 +32,18 @@ class Held:
     """What the model knows of one request."""
 
     state: RequestState
-    placement: Placement
+    placement: AnyPlacement
     tokens: int
     made: int = 1
     lane: int | None = None
     staged: bool = False
-    move: Placement | None = None
+    move: AnyPlacement | None = None
     move_blocks: int = 0
+
+    @property
+    def tail(self) -> tuple[int, ...]:
+        """Groups that grow at each position."""
+        return self.placement.tail if isinstance(self.placement, TokenSplit) else self.placement
 
 
 class BooksMachine(RuleBasedStateMachine):
@@ -63,29 +68,52 @@ class BooksMachine(RuleBasedStateMachine):
     def blocks(self, tokens: int) -> int:
         return (tokens + self.block_tokens - 1) // self.block_tokens
 
-    def units(self, groups: list[int] | Placement, blocks: int) -> dict[int, int]:
-        """Units per device that ``blocks`` blocks of the given groups at every position take."""
+    def draw(self, seed: int, tokens: int) -> AnyPlacement:
+        random = Random(seed)
+        if random.random() < 0.5:
+            return draw_placement(self.plan, KV_HEADS, random)
+        return draw_split(self.plan, KV_HEADS, (tokens - 1) // self.block_tokens, random)
+
+    def held_at(self, placement: AnyPlacement, count: int, size: int = 1) -> list[int]:
+        """KV heads times blocks, or tokens with the size of a block, at every position."""
+        tail, ranges = ((placement.tail, placement.blocks) if isinstance(placement, TokenSplit)
+                        else (placement, ()))
+        return spread(self.plan, KV_HEADS, tail, ranges, count, size)
+
+    def units(self, held: list[int]) -> dict[int, int]:
+        """Units per device of blocks at every position."""
         found = dict.fromkeys(self.plan.devices, 0)
-        for position, n in zip(self.plan.positions, groups, strict=True):
-            found[position.device] += n * position.layers * blocks
+        for position, n in zip(self.plan.positions, held, strict=True):
+            found[position.device] += n * position.layers
         return found
 
-    def staging(self, placement: Placement) -> list[int]:
-        """Groups that primaries keep until they are pushed."""
-        return [max(0, p.owned_groups - n) for p, n in zip(self.plan.positions, placement, strict=True)]
+    def taken(self, placement: AnyPlacement, blocks: int) -> dict[int, int]:
+        return self.units(self.held_at(placement, blocks))
 
-    def gain(self, old: Placement, new: Placement) -> list[int]:
-        return [max(0, n - o) for o, n in zip(old, new, strict=True)]
+    def staging(self, placement: AnyPlacement, blocks: int) -> dict[int, int]:
+        """What primaries keep until it is pushed."""
+        held = self.held_at(placement, blocks)
+        return self.units([max(0, p.owned_groups * blocks - n)
+                           for p, n in zip(self.plan.positions, held, strict=True)])
+
+    def gain(self, old: AnyPlacement, new: AnyPlacement, blocks: int) -> dict[int, int]:
+        before, after = self.held_at(old, blocks), self.held_at(new, blocks)
+        return self.units([max(0, n - o) for o, n in zip(before, after, strict=True)])
+
+    def grown(self, held: Held, iterations: int) -> dict[int, int]:
+        now = self.taken(held.placement, self.blocks(held.tokens))
+        then = self.taken(held.placement, self.blocks(held.tokens + iterations))
+        return {device: then[device] - now[device] for device in now}
 
     def used(self) -> dict[int, int]:
         """Units in use per device, request by request and block by block."""
         parts = []
         for held in self.held.values():
-            parts.append(self.units(held.placement, self.blocks(held.tokens)))
+            parts.append(self.taken(held.placement, self.blocks(held.tokens)))
             if held.staged:
-                parts.append(self.units(self.staging(held.placement), self.blocks(held.tokens)))
+                parts.append(self.staging(held.placement, self.blocks(held.tokens)))
             if held.move is not None:
-                parts.append(self.units(self.gain(held.placement, held.move), held.move_blocks))
+                parts.append(self.gain(held.placement, held.move, held.move_blocks))
         return {device: sum(part[device] for part in parts) for device in self.plan.devices}
 
     def fits(self, *more: dict[int, int]) -> bool:
@@ -105,12 +133,12 @@ class BooksMachine(RuleBasedStateMachine):
 
     @rule(seed=SEEDS, tokens=st.integers(1, 50), output=st.integers(2, 40), staged=st.booleans())
     def accept(self, seed: int, tokens: int, output: int, staged: bool) -> None:
-        placement = draw_placement(self.plan, KV_HEADS, Random(seed))
+        placement = self.draw(seed, tokens)
         state = RequestState(Request(self.next_id, 0.0, tokens, output), generated_base=1)
         self.next_id += 1
-        more = [self.units(placement, self.blocks(tokens))]
+        more = [self.taken(placement, self.blocks(tokens))]
         if staged:
-            more.append(self.units(self.staging(placement), self.blocks(tokens)))
+            more.append(self.staging(placement, self.blocks(tokens)))
         assert self.books.fits(placement, tokens, staged) == self.fits(*more)
         if self.fits(*more):
             self.books.accept(state, placement, tokens, staged)
@@ -131,8 +159,7 @@ class BooksMachine(RuleBasedStateMachine):
         members = [held for held in self.held.values() if held.lane == lane]
         if members:
             iterations = min(iterations, *(h.state.request.output_tokens - h.made for h in members))
-        grown = [self.units(h.placement, self.blocks(h.tokens + iterations) - self.blocks(h.tokens))
-                 for h in members]
+        grown = [self.grown(h, iterations) for h in members]
         if iterations and self.fits(*grown):
             self.lanes[lane].advance(iterations, self.books.ledger)
             for held in members:
@@ -175,10 +202,9 @@ class BooksMachine(RuleBasedStateMachine):
         held = self.pick(seed, decoding=True, moving=False)
         if held is None:
             return
-        target = draw_placement(self.plan, KV_HEADS, Random(seed))
+        target = self.draw(seed, held.tokens)
         blocks = self.blocks(held.tokens)
-        gained = self.gain(held.placement, target)
-        room = self.fits(self.units(gained, blocks))
+        room = self.fits(self.gain(held.placement, target, blocks))
         transfer = Transfer(held.state.request_id, 0, "move", ())
         none = [0] * len(self.plan.devices)
         begun = self.books.begin_move(held.state, self.lanes[held.lane], Move(held.state.request_id, target),
@@ -193,11 +219,14 @@ class BooksMachine(RuleBasedStateMachine):
         held = self.pick(seed, decoding=True, moving=True)
         if held is None:
             return
-        grown = self.blocks(held.tokens) - held.move_blocks
-        room = self.fits(self.units(self.gain(held.placement, held.move), grown))
+        reserved, held.move_blocks = held.move_blocks, 0
+        blocks = self.blocks(held.tokens)
+        target, held.move = held.move, None
+        room = self.fits(self.gain(held.placement, target, blocks))
+        held.move, held.move_blocks = target, reserved
         assert self.books.finish_move(held.state, self.lanes[held.lane]) == room
         if room:
-            held.move_blocks += grown
+            held.move_blocks = blocks
             self.remember_peak()
             held.placement = held.move
         held.move = None
@@ -225,9 +254,11 @@ class BooksMachine(RuleBasedStateMachine):
         groups, tokens = self.loads.total()
         want_groups, want_tokens = [0] * len(self.plan.positions), [0] * len(self.plan.positions)
         for held in self.held.values():
-            for p, n in enumerate(held.placement):
-                want_groups[p] += n
-                want_tokens[p] += n * held.tokens
+            here = self.held_at(held.placement, held.tokens, self.block_tokens)
+            for p, n in enumerate(here):
+                full = KV_HEADS if self.plan.positions[p].remote else self.plan.positions[p].owned_groups
+                want_groups[p] += held.tail[p] or (full if n else 0)
+                want_tokens[p] += n
         assert (groups, tokens) == (want_groups, want_tokens)
         lanes = sum(lane.offset_sum + lane.issued * len(lane.members) for lane in self.lanes)
         assert lanes + self.books.extra_context == sum(held.tokens for held in self.held.values())
@@ -241,9 +272,9 @@ class BooksMachine(RuleBasedStateMachine):
             opening = dict.fromkeys(self.plan.devices, 0)
             for held in members.values():
                 assert lane.cached_tokens(held.state) == held.tokens
-                new = self.blocks(held.tokens + 1) - self.blocks(held.tokens)
-                for device, units in self.units(held.placement, 1).items():
-                    opening[device] += new * units
+                for device, units in self.grown(held, 1).items():
+                    opening[device] += units
+                for device, units in self.grown(held, self.block_tokens).items():
                     cycle[device] += units
             need = lane.next_units() or [0] * len(self.plan.devices)
             assert dict(zip(self.plan.devices, need, strict=True)) == opening
@@ -257,8 +288,11 @@ class BooksMachine(RuleBasedStateMachine):
     def heads_are_all_somewhere(self) -> None:
         for held in self.held.values():
             assert held.state.shape is not None
+            here = held.state.shape.group_tokens(held.tokens)
+            assert here == self.held_at(held.placement, held.tokens, self.block_tokens)
             for positions in self.plan.stage_positions:
                 assert sum(held.state.shape.placement[p] for p in positions) == KV_HEADS
+                assert sum(here[p] for p in positions) == KV_HEADS * held.tokens
 
     def teardown(self) -> None:
         """When everybody has gone, nothing is held."""

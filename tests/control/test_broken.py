@@ -21,6 +21,7 @@ from hetis_sim.control.placement import PlacementError, PlacementShape, Placemen
 from hetis_sim.control.pressure import Pressure
 from hetis_sim.control.state import RequestState
 from hetis_sim.policies.plan import Placement
+from hetis_sim.policies.ranges import AnyPlacement, TokenSplit
 from hetis_sim.policies.view import InstanceView, RequestView
 from hetis_sim.sim.clock import Clock, EventBudgetError
 from hetis_sim.sim.instance import StuckError
@@ -29,6 +30,7 @@ from hetis_sim.sim.simulation import Simulation
 Break = Callable[[pytest.MonkeyPatch], None]
 
 ROOMY = Scenario(layers=(2, 4), workers=1, moves_max=0)
+RANGED = Scenario(layers=(2, 4), workers=2, ranges=1.0, interval=3)
 TIGHT = Scenario(layers=(2, 4), workers=1, blocks=20, worker_blocks=24, rate=60.0, prompt_max=30)
 ONE_STAGE = Scenario(blocks=20, rate=60.0, prompt_max=30, policy=LocalPolicy())
 
@@ -124,6 +126,34 @@ def lost_head(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(PlacementShapes, "shape", broken)
 
 
+def lost_block(patch: pytest.MonkeyPatch) -> None:
+    """A token range is a token of every head shorter than its blocks."""
+    shape = PlacementShapes.shape
+
+    def broken(self: PlacementShapes, placement: AnyPlacement) -> PlacementShape:
+        known = shape(self, placement)
+        if known.ranges is None:
+            return known
+        short = known.ranges.group_tokens - known.ranges.still
+        return replace(known, ranges=replace(known.ranges, group_tokens=short))
+
+    patch.setattr(PlacementShapes, "shape", broken)
+
+
+def growing_range(patch: pytest.MonkeyPatch) -> None:
+    """The tail's new tokens are booked where the ranges are."""
+    shape = PlacementShapes.shape
+
+    def broken(self: PlacementShapes, placement: AnyPlacement) -> PlacementShape:
+        known = shape(self, placement)
+        (device, units), *rest = known.block_units
+        if known.ranges is None or device:
+            return known
+        return replace(known, block_units=((len(self._plan.devices) - 1, units), *rest))
+
+    patch.setattr(PlacementShapes, "shape", broken)
+
+
 BREAKAGES: dict[str, tuple[Break, Scenario, type[Exception], str]] = {
     "a ledger that forgets to give back a block": (forgetful_ledger, ROOMY, LedgerError, "the ledger says"),
     "a ledger that is not told of growth": (generous_ledger, ROOMY, LedgerError, "the ledger says"),
@@ -134,6 +164,7 @@ BREAKAGES: dict[str, tuple[Break, Scenario, type[Exception], str]] = {
     "a scheduler that ends a request a token late": (token_late, ROOMY, InvariantError, "invariant 2"),
     "a move that keeps its reservation": (kept_at_the_end, replace(TIGHT, interval=1), LedgerError, "ledger"),
     "a placement that loses a head": (lost_head, ROOMY, InvariantError, r"invariant 4 \(heads\)"),
+    "a token range that loses tokens": (lost_block, RANGED, InvariantError, r"invariant 4 \(heads\)"),
 }
 
 
@@ -163,12 +194,15 @@ def test_miscounted_tokens_show_in_the_records(broken: Break, monkeypatch: pytes
         assert_sound(ROOMY.run().records(), ROOMY.requests)
 
 
-@pytest.mark.parametrize("broken", [forgetful_ledger, double_member, token_early, dropped_request])
-def test_a_driver_that_counts_for_itself_notices(broken: Break, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("broken", "scenario"), [
+    (forgetful_ledger, ROOMY), (double_member, ROOMY), (token_early, ROOMY), (dropped_request, ROOMY),
+    (growing_range, RANGED)])
+def test_a_driver_that_counts_for_itself_notices(broken: Break, scenario: Scenario,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     """The model behind the state machine sees the breakage from its own counts."""
     broken(monkeypatch)
     with pytest.raises((AssertionError, LedgerError, InvariantError)):
-        driver = SeamDriver(ROOMY)
+        driver = SeamDriver(scenario)
         for n in range(10):
             driver.submit(5 + n, 3 + n)
             driver.ask(0)
@@ -234,8 +268,26 @@ class Elsewhere(WanderPolicy):
         return [(p[0] + 1, *p[1:]) for p in placed]
 
 
+class TooLong(WanderPolicy):
+    """Places more tokens in a range than a request has."""
+
+    def dispatch(self, requests: list[RequestView], view: InstanceView) -> list[AnyPlacement]:
+        placed = super().dispatch(requests, view)
+        short = [r.request_id > 0 and r.context_tokens < 8 for r in requests]
+        split = TokenSplit(view.plan.local_placement, (0, 2, 0, 2))
+        return [split if less else p for p, less in zip(placed, short, strict=False)]
+
+
+class TailTwice(WanderPolicy):
+    """Gives the holder of the tail a range as well."""
+
+    def dispatch(self, requests: list[RequestView], view: InstanceView) -> list[AnyPlacement]:
+        return [TokenSplit(view.plan.local_placement, (1, 0, 0, 0))] * len(super().dispatch(requests, view))
+
+
 @pytest.mark.parametrize(("policy", "text"), [
-    (Nowhere(), "places request .* nowhere on the empty instance"), (Elsewhere(), "KV groups, must be")])
+    (Nowhere(), "places request .* nowhere on the empty instance"), (Elsewhere(), "KV groups, must be"),
+    (TooLong(), "8 tokens in ranges, the request has"), (TailTwice(), "gives the holder of the tail")])
 def test_a_policy_that_cannot_place_is_named(policy: WanderPolicy, text: str) -> None:
     """Placements that cannot be carried out end the run with the numbers, not with a hang."""
     with pytest.raises(PlacementError, match=text):

@@ -12,6 +12,7 @@ from threading import Event
 
 import pytest
 from exec_toys import MODEL, Fixed, expected_tokens, given, pipeline, run, workload
+from support_policies import WanderPolicy
 
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError, WorkerError
@@ -176,6 +177,7 @@ def test_what_a_worker_says_after_the_last_request_counts(monkeypatch: pytest.Mo
     ({"requests": [Request(0, 1.0, 3, 3), Request(1, 0.5, 3, 3)]}, "sorted by arrival_s"),
     ({"requests": [Request(0, 0.0, 3, 3), Request(0, 0.5, 3, 3)]}, "each request_id once"),
     ({"timeout_s": 0.0}, "executor.timeout_s=0.0"),
+    ({"policy": WanderPolicy(ranges=0.5)}, "policy='wander'.* one that splits cache by head alone"),
     ({"timeout_s": float("nan")}, "executor.timeout_s=nan"),
     ({"plan": Plan((InstancePlan((StagePlan((0,), 4, (4,)),), role="prefill"),
                     InstancePlan((StagePlan((1,), 4, (4,)),), role="decode")))}, "plan.roles"),

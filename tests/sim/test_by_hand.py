@@ -11,6 +11,7 @@ from support_runs import Scenario
 
 from hetis_sim.metrics.records import Records
 from hetis_sim.policies.plan import Placement
+from hetis_sim.policies.ranges import TokenSplit
 from hetis_sim.policies.view import InstanceView, RequestView
 from hetis_sim.sim.simulation import Simulation
 from hetis_sim.spec.request import Request
@@ -126,6 +127,35 @@ def test_remote_heads_take_their_attention_and_two_messages() -> None:
     decode = COST.host_s + 6 * layer + COST.last_s
     begin = row["first_token_s"][0] + push_s(10, half)
     assert row["finish_s"][0] - begin == pytest.approx(decode, rel=1e-9)
+
+
+class Ranged(LocalPolicy):
+    """The oldest block of four tokens at the attention worker, all others at home."""
+
+    splits_tokens = True
+
+    def dispatch(self, requests: list[RequestView], view: InstanceView) -> list[TokenSplit]:
+        split = TokenSplit(view.plan.local_placement, (*[0] * view.plan.stages[0].tp, 1))
+        return [split] * len(super().dispatch(requests, view))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_token_range_computes_all_heads_and_sends_them_back_to_be_merged(tp: int) -> None:
+    """Its four tokens do not grow. Queries go out; outputs and two numbers a head come back, to be merged."""
+    runs = [records([10], [n], [0.0], workers=1, worker_blocks=2000, policy=Ranged(), tp=tp) for n in (2, 3)]
+    output = HEADS * TINY.head_dim * TINY.activation_bytes
+    partial = output + HEADS * 2 * 4
+    wire = COST.wire.gamma_s_per_byte * GROUPS * (output + partial) + 2 * COST.wire.beta_s
+    # A rank reads its own partial result and the worker's, and writes one as large.
+    merge = 3 * GROUPS // tp * COST.attention.b_s_per_byte * partial + COST.attention.c_s
+    remote = attention_s([4]) + wire
+    assert remote > attention_s([9], GROUPS // tp)
+    layer = COST.dense_s + COST.dense_s_per_token + remote + merge
+    decode = COST.host_s + 6 * layer + COST.last_s + (6 * 2 * COST.reduce_s if tp > 1 else 0.0)
+    shorter, longer = (run.requests["finish_s"][0] for run in runs)
+    assert longer - shorter == pytest.approx(decode, rel=1e-9)
+    assert runs[0].transfers["size_bytes"].sum() == 6 * 4 * KV * GROUPS
+    assert runs[0].requests["remote_share"][0] == pytest.approx(0.4)
 
 
 def push_s(tokens: int, groups: int) -> float:

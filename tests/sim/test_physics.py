@@ -114,20 +114,24 @@ class Floors:
             slowest = 0.0
             for p in positions:
                 position = engine.plan.positions[p]
-                held = [(state.shape.placement[p], lane.cached_tokens(state) - ahead)
-                        for state in lane.members.values() if state.shape is not None]
-                read = sum(groups * tokens for groups, tokens in held) * kv_bytes
+                shapes = [(state.shape, lane.cached_tokens(state) - ahead)
+                          for state in lane.members.values() if state.shape is not None]
+                read = sum(shape.group_tokens(tokens)[p] for shape, tokens in shapes) * kv_bytes
                 seconds = read * decode_floor_s_per_byte(self.gpu(position.device), MODEL)
                 if position.remote:
-                    sent = sum(MODEL.remote_bytes_per_token(groups * MODEL.heads_per_group)
-                               for groups, _ in held)
+                    sent = sum(MODEL.remote_bytes_per_token(shape.placement[p] * MODEL.heads_per_group)
+                               for shape, _ in shapes)
+                    # A range has the query of all heads sent to it and sends as much back, at least.
+                    still = sum(shape.groups[p] - shape.placement[p] for shape, _ in shapes)
+                    sent += 2 * still * MODEL.heads_per_group * MODEL.head_dim * MODEL.activation_bytes
                     seconds += sent / self.bandwidth(stage.devices[0], position.device)
                 slowest = max(slowest, seconds)
             total += stage.layers * slowest
         return total
 
 
-def run(name: str, chunked: bool, project_root: Path, factor: float = 1.0) -> tuple[Simulation, Floors]:
+def run(name: str, chunked: bool, project_root: Path, factor: float = 1.0,
+        ranges: float = 0.0) -> tuple[Simulation, Floors]:
     """Llama-2-70B on the paper's cluster for a short while, heads and moves at random."""
     cluster = cluster_from_mapping(yaml.safe_load((project_root / "conf/cluster/paper.yaml").read_text()))
     random = Random(3)
@@ -137,7 +141,7 @@ def run(name: str, chunked: bool, project_root: Path, factor: float = 1.0) -> tu
         requests.append(Request(i, now_s, random.randint(10, 900), random.randint(1, 60)))
     settings = SchedulerSettings(EngineLimits(), chunked, 256, rebalance_interval=8)
     cost = ScaledCost(RooflineCost(), factor)
-    given = SimulationInput(cluster, MODEL, cost, WanderPolicy(1, kv_heads=MODEL.kv_heads),
+    given = SimulationInput(cluster, MODEL, cost, WanderPolicy(1, kv_heads=MODEL.kv_heads, ranges=ranges),
                             Plan((PLANS[name],)), requests, settings, 10**6)
     simulation = Simulation(given)
     floors = Floors(simulation)
@@ -162,6 +166,14 @@ def test_no_step_beats_physics(name: str, chunked: bool, project_root: Path) -> 
     for part in ("dense", "collective", "prefill", "decode"):
         assert sum(row[part] for row in floors.rows) > 0
     assert (sum(row["hop"] for row in floors.rows) > 0) == (name == "three stages")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_step_with_token_ranges_beats_physics(name: str, project_root: Path) -> None:
+    """The same where tokens of a request are divided as well: every holder gets the queries of all heads."""
+    simulation, floors = run(name, False, project_root, ranges=0.8)
+    assert_sound(simulation.recorder.records(), 40)
+    assert too_fast(simulation, floors) == {}
 
 
 def too_fast(simulation: Simulation, floors: Floors) -> dict[str, int]:
