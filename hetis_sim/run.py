@@ -26,7 +26,7 @@ from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.parse import cluster_from_mapping, model_from_mapping
 from hetis_sim.spec.request import Request
-from traces import ClosedLoopWorkload, OpenWorkload, build_workload
+from traces import ClosedLoopWorkload, OpenWorkload, build_workload, length_facts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,10 +113,11 @@ def prepare(config: RunConfig) -> Prepared:
                            gpus=[device.gpu for device in cluster.devices])
     workload = build_workload(config.workload, model.context_limit_tokens)
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
-    about = workload.describe()
-    problem = PlanningProblem(cluster, model, cost, settings.limits, about["prompt_tokens"]["mean"],
-                              about["output_tokens"]["mean"], about.get("rate_rps"), config.slo.slo(),
-                              settings.chunk_tokens if settings.chunked_prefill else 0)
+    facts = length_facts(workload.known_lengths(), model.context_limit_tokens)
+    problem = PlanningProblem(cluster, model, cost, settings.limits, facts.prompt_tokens, facts.output_tokens,
+                              workload.describe().get("rate_rps"), config.slo.slo(),
+                              settings.chunk_tokens if settings.chunked_prefill else 0,
+                              facts.prompt_parts, facts.context_tokens)
     prepared = Prepared(config, cluster, model, cost, policy, workload, settings, policy.plan(problem))
     prepared.controller()
     return prepared

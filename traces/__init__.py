@@ -10,7 +10,7 @@ from traces.arrivals import ArrivalProcess, Constant, Gamma, OnOff, Poisson
 from traces.build import build_workload
 from traces.closed import ClosedLoopRun, ClosedLoopWorkload
 from traces.config import ARRIVALS, WorkloadConfig
-from traces.lengths import LengthTable, load_table, table_names
+from traces.lengths import LengthFacts, LengthTable, length_facts, load_table, table_names
 from traces.readers import FORMATS, ReadOptions, read_trace
 from traces.rng import RngStreams
 from traces.table import PrefixBlocks, TraceTable
@@ -19,7 +19,7 @@ from traces.write import write_trace
 
 __all__ = [
     "ARRIVALS", "FORMATS", "ArrivalProcess", "ClosedLoopRun", "ClosedLoopWorkload", "Constant", "Gamma",
-    "LengthTable", "OnOff", "OpenWorkload", "Poisson", "PrefixBlocks", "ReadOptions", "RngStreams",
-    "TraceTable", "Workload", "WorkloadConfig", "build_workload", "load_table", "read_trace",
-    "table_names", "write_trace",
+    "LengthFacts", "LengthTable", "OnOff", "OpenWorkload", "Poisson", "PrefixBlocks", "ReadOptions",
+    "RngStreams", "TraceTable", "Workload", "WorkloadConfig", "build_workload", "length_facts", "load_table",
+    "read_trace", "table_names", "write_trace",
 ]

@@ -71,12 +71,15 @@ class ClosedLoopWorkload(Workload):
         """A new run from the start; two runs of equal answers are equal."""
         return ClosedLoopRun(self)
 
-    def describe(self) -> dict[str, Any]:
-        """As for open workloads; lengths and sha256 are of the first indices of the rows."""
+    def known_lengths(self) -> Lengths:
         shown = min(self.request_limit or HASHED_MAX, HASHED_MAX)
         self.pool.reach(shown)
-        lengths = Lengths(self.pool.lengths.prompt_tokens[:shown], self.pool.lengths.output_tokens[:shown])
-        think_s = self.pool.think_times_s[:shown]
+        return Lengths(self.pool.lengths.prompt_tokens[:shown], self.pool.lengths.output_tokens[:shown])
+
+    def describe(self) -> dict[str, Any]:
+        """As for open workloads; lengths and sha256 are of the first indices of the rows."""
+        lengths = self.known_lengths()
+        think_s = self.pool.think_times_s[:len(lengths.prompt_tokens)]
         return {"n": self.request_limit, "users": self.users, "duration_s": self.duration_s,
                 "think_time_s": float(think_s.mean()), **self._describe(lengths, think_s)}
 

@@ -28,6 +28,34 @@ class Lengths(NamedTuple):
     rows: IntArray | None = None
 
 
+class LengthFacts(NamedTuple):
+    """What an operator knows of the lengths of requests.
+
+    Attributes:
+        prompt_tokens, output_tokens: means.
+        prompt_parts: mean prompts of equal parts of the requests, sorted by prompt.
+        context_tokens: mean context of the requests that decode at a time: each has its prompt, and half its
+            output on average, and stays for as long as its output.
+    """
+
+    prompt_tokens: float
+    output_tokens: float
+    prompt_parts: tuple[float, ...]
+    context_tokens: float
+
+
+def length_facts(lengths: Lengths, context_limit_tokens: int | None = None, parts: int = 8) -> LengthFacts:
+    """Facts of the requests that fit into the model's context, of all where none does."""
+    prompts, outputs = lengths.prompt_tokens, lengths.output_tokens
+    fits = prompts + outputs <= (context_limit_tokens or np.inf)
+    if fits.any():
+        prompts, outputs = prompts[fits], outputs[fits]
+    split = np.array_split(np.sort(prompts), min(parts, len(prompts)))
+    context = float((outputs * (prompts + outputs / 2)).sum() / outputs.sum())
+    return LengthFacts(float(prompts.mean()), float(outputs.mean()),
+                       tuple(float(part.mean()) for part in split), context)
+
+
 @dataclass(frozen=True, slots=True)
 class Component:
     """One part of a table: quantiles of the prompt, and of the output given the prompt.

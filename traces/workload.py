@@ -39,6 +39,10 @@ class Workload(ABC):
     def describe(self) -> dict[str, Any]:
         """Numbers for a run's manifest, all of JSON types, with a sha256 of the workload."""
 
+    @abstractmethod
+    def known_lengths(self) -> Lengths:
+        """Lengths of the requests; where these have no end, of the first ones."""
+
     def _describe(self, lengths: Lengths, times_s: FloatArray) -> dict[str, Any]:
         return {
             "name": self.name, "source": self.source, "seed": self.seed, "closed": self.closed,
@@ -84,6 +88,9 @@ class OpenWorkload(Workload):
         """Mean arrivals per second from the first to the last; ``None`` without a span."""
         span_s = float(self.arrival_s[-1] - self.arrival_s[0])
         return (len(self) - 1) / span_s if span_s > 0 else None
+
+    def known_lengths(self) -> Lengths:
+        return self.lengths
 
     def describe(self) -> dict[str, Any]:
         gaps = np.diff(self.arrival_s)

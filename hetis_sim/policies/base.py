@@ -42,7 +42,9 @@ class PlanningProblem:
     ``prompt_tokens`` and ``output_tokens`` are the workload's mean lengths,
     ``rate_per_s`` its mean rate (None when unknown) and ``slo`` what users are promised: what
     an operator would know. ``chunk_tokens`` is the token budget of a step that mixes pieces of
-    prompts with decoding, 0 where whole prompts go first.
+    prompts with decoding, 0 where whole prompts go first. ``prompt_parts`` are lengths of prompts that are
+    equally likely, and ``context_tokens`` is the mean context of the requests that decode at a time, among
+    which long outputs are more frequent than among arrivals; without them all have the mean lengths.
     """
 
     cluster: ClusterSpec
@@ -54,6 +56,8 @@ class PlanningProblem:
     rate_per_s: float | None = None
     slo: Slo = field(default_factory=Slo)
     chunk_tokens: int = 0
+    prompt_parts: tuple[float, ...] = ()
+    context_tokens: float | None = None
 
 
 class Policy(ABC):

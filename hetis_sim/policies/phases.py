@@ -37,9 +37,12 @@ class DecodeEstimator(Estimator):
         """Prompts are computed elsewhere."""
         return 0.0
 
-    def _with_bubbles(self, cycle: float, stages: int, batch: int, prefills: float, prefill_s: float,
-                      longer_s: float) -> float:
-        return cycle
+    def _passing_layer_s(self, stage: StageShape, batch: int, stages: int) -> float:
+        return 0.0
+
+    def _turn_s(self, shape: InstanceShape, layers: Sequence[int], decode_s: list[float], hops_s: float,
+                batch: int) -> float:
+        return max(len(decode_s) * max(decode_s), sum(decode_s) + hops_s)
 
 
 class PrefillEstimator(Estimator):

@@ -96,12 +96,24 @@ class Relaxation:
             for slack in SLACK:
                 path = _path(share, slack * level[:, None] * speed, prompt_s[types, chosen], model.layers)
                 cycle = np.maximum(stages, 1.0) * slack * level + self._fixed_s[lane.astype(int)]
-                cycle = cycle + requests / estimator.output * path
+                cycle = self._with_prefills(cycle, path, np.maximum(stages, 1.0), lane / estimator.output)
                 penalty = np.maximum(1.0, cycle / self._problem.slo.tpot_s)
                 value = np.where((requests >= 1.0) & np.isfinite(cycle),
                                  count * requests / (estimator.output * cycle * penalty**2), 0.0)
                 best = np.maximum(best, value)
         return best
+
+
+    def _with_prefills(self, turn_s: Array, path_s: Array, stages: Array, prompts: Array) -> Array:
+        """Time per token where ``prompts`` a pass take ``path_s``; a coarse form of the estimator's turn."""
+        if self._estimator.ideal_pipeline:
+            return turn_s
+        if self._problem.chunk_tokens:
+            share = np.minimum(prompts, 1.0)
+            return turn_s + stages * share * path_s / (1.0 + share * (stages - 1.0))
+        share = prompts / (1.0 + prompts)
+        longer = stages * share * np.maximum(path_s - turn_s, 0.0) / (1.0 + share * (stages - 1.0))
+        return (turn_s + longer) / (1.0 - share)
 
 
 def _path(share: Array, most: Array, prompt_s: Array, layers: int) -> Array:

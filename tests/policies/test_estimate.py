@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import exp
 
 import pytest
 from policy_worlds import cluster, paper, problem
 
 from hetis_sim.policies.estimate import Estimator
 from hetis_sim.policies.memory import cache_units
+from hetis_sim.policies.passes import arrivals_per_pass
 from hetis_sim.policies.shape import instance_shape
 from hetis_sim.spec.slo import Slo
 
 
 def test_a_single_stage_agrees_with_a_sum_by_hand() -> None:
-    """Time per token is an iteration plus the prefills that fall into it."""
+    """Time per token is an iteration plus the prefills that fall into it, some of them computed together."""
     given = problem(cluster(("a100-80gb", 1)), "llama2-13b", prompt=200, output=100)
     estimator = Estimator(given)
     shape = instance_shape(given, [(0,)])
@@ -27,7 +29,13 @@ def test_a_single_stage_agrees_with_a_sum_by_hand() -> None:
     prompt = cost.dense_layer_s(gpu, model, 200, 1) + cost.prefill_attention_layer_s(gpu, model, 40, 200, 0)
     prompt = 40 * prompt + cost.head_s(gpu, model, 1, 1) + cost.host_overhead_s(1)
     assert found.prefill_s == pytest.approx(prompt)
-    assert found.tpot_s == pytest.approx(iteration + 32 / 100 * prompt)
+    arrivals = arrivals_per_pass(32 / 100)
+    together = arrivals / (1 - exp(-arrivals))
+    assert 1.0 < together < 1.25
+    alone = cost.prefill_attention_layer_s(gpu, model, 40, 200, 0)
+    added = 40 * (cost.dense_layer_s(gpu, model, 250, 1) - cost.dense_layer_s(gpu, model, 200, 1) + alone / 4)
+    passing = prompt + 4 * (together - 1) * added
+    assert found.tpot_s == pytest.approx(iteration + 32 / 100 / together * passing)
     assert found.requests_per_s == pytest.approx(32 / (100 * found.tpot_s))
 
 
