@@ -74,9 +74,7 @@ class Admission:
             return False
         staged = budget is not None and state.context_tokens > budget
         if staged and not engine.books.fits(placement, state.context_tokens, staged):
-            if engine.active:
-                return False
-            # Not even an empty instance can hold the copy that pieces need: compute it whole.
+            # Whole, it streams to the workers and needs no copy, for which there may never be room.
             staged, state.whole = False, True
         engine.books.accept(state, placement, state.context_tokens, staged)
         engine.waiting.popleft()

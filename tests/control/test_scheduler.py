@@ -40,6 +40,13 @@ class OneRemoteGroup(LocalPolicy):
         return None
 
 
+class AlwaysAway(OneRemoteGroup):
+    """The same, whatever is free."""
+
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
+        return [self.away(view)] * len(requests)
+
+
 def asked(driver: SeamDriver, instance: int = 0) -> Step:
     """The next step, which must be there."""
     step = driver.ask(instance)
@@ -139,6 +146,21 @@ def test_chunks_keep_within_the_budget_and_make_whole_prompts(chunk_tokens: int)
         driver.check()
     assert list(done.values()) == [50, 3, 40, 17]
     assert kinds == set(StepKind)
+
+
+def test_a_prompt_whose_pieces_find_no_room_for_their_copy_is_computed_whole() -> None:
+    """Until the last piece, remote heads are kept at the primaries too; nobody waits for room for that."""
+    driver = SeamDriver(replace(ROOMY, blocks=10, workers=1, worker_blocks=100, moves_max=0, chunked=True,
+                                chunk_tokens=12, policy=AlwaysAway()))
+    driver.submit(8, 30)
+    serve(driver)
+    driver.submit(36, 9)
+    step = serve(driver)
+    assert prompts(step) == [1]
+    assert step.prefill_tokens == 36
+    driver.submit(20, 9)
+    assert driver.left[-1].status == Status.WAITING
+    driver.check()
 
 
 def test_a_request_decodes_once_its_cache_has_arrived() -> None:
