@@ -116,6 +116,13 @@ def position_cost_strategy(remote: bool) -> st.SearchStrategy[PositionCost]:
     return st.builds(PositionCost, slope, per_token, fixed, st.floats(0.0, 1e-5), st.floats(0.0, 2e-4))
 
 
+def share_wires(costs: list[PositionCost], positions: Sequence[int]) -> None:
+    """Put positions of a stage behind one network interface, with the wire of the first."""
+    for p in positions:
+        wire_s = len(positions) * costs[positions[0]].wire_s_per_group
+        costs[p] = replace(costs[p], wire_s_per_group=wire_s, wire_sharers=len(positions))
+
+
 @st.composite
 def situations(draw: st.DrawFn, stages: int = 1, tight: bool = False) -> tuple[AttentionContext, Load, int]:
     """An instance of up to ``stages`` stages with a load, and the context of a request that arrives."""
@@ -123,8 +130,10 @@ def situations(draw: st.DrawFn, stages: int = 1, tight: bool = False) -> tuple[A
     heads = draw(st.sampled_from((2, 3, 4) if count > 1 else (2, 3, 4, 6)))
     owned = [draw(st.sampled_from([(heads,), (heads // 2, heads - heads // 2)])) for _ in range(count)]
     layers = [draw(st.integers(1, 40)) for _ in range(count)]
-    plan = instance(owned, layers, draw(st.integers(1, 2)))
+    plan = instance(owned, layers, draw(st.integers(1, 2 if count > 1 else 3)))
     costs = [draw(position_cost_strategy(position.remote)) for position in plan.positions]
+    for indices in plan.stage_positions:
+        share_wires(costs, [p for p in indices if plan.positions[p].remote and draw(st.booleans())])
     context = AttentionContext(plan, costs, count)
     groups = [draw(st.integers(0, 30)) for _ in plan.positions]
     tokens = [n * draw(st.integers(1, 2000)) for n in groups]

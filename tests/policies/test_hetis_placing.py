@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from policy_worlds import best_time, fits, instance, situations, time_with
 
 from hetis_sim.policies.hetis.attention import AttentionContext
-from hetis_sim.policies.hetis.placing import Load, fill, place
+from hetis_sim.policies.hetis.filling import fill
+from hetis_sim.policies.hetis.placing import Load, place
 from hetis_sim.policies.view import PositionCost
 
 Case = tuple[AttentionContext, Load, int]

@@ -3,7 +3,9 @@
 A position's completion time is the line of :class:`PositionCost` over its average load per
 micro-batch. An attention worker serves every stage of its instance; a job of one stage also
 waits for one average job of every other stage (without their wire time, which overlaps),
-the bound that the control plane charges too. The time of a stage is its slowest position, and
+the bound that the control plane charges too. Workers that a stage reaches through its host's network
+interface share that: each waits for all that the stage sends through it, as the control plane charges
+it too. The time of a stage is its slowest position, and
 
     F = sum over stages of layers * (slowest position of the stage)
 
@@ -39,7 +41,10 @@ class Local(NamedTuple):
 
 
 class Remote(NamedTuple):
-    """An attention worker in its role for one stage. ``wire`` and ``wire_fixed`` delay this stage alone."""
+    """An attention worker in its role for one stage. ``wire`` and ``wire_fixed`` delay this stage alone.
+
+    ``wire`` is the time of one group; where it is ``shared``, of any of the stage's at a worker that shares.
+    """
 
     device: int
     a: float
@@ -47,6 +52,7 @@ class Remote(NamedTuple):
     fixed: float
     wire: float
     wire_fixed: float
+    shared: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,8 @@ class Stage:
 
     Its ranks are the positions ``first`` to ``middle - 1``, the attention workers, in the order of
     the plan, ``middle`` to ``last - 1``. ``remote_fixed`` is the least fixed time of a worker;
-    ``nothing`` is a row of zeros, long enough for either.
+    ``nothing`` is a row of zeros, long enough for either. ``shared`` numbers the workers that are reached
+    through one interface, with ``shared_wire`` seconds for every group at any of them.
     """
 
     index: int
@@ -68,6 +75,12 @@ class Stage:
     owned: tuple[int, ...]
     remote_fixed: float
     nothing: tuple[int, ...]
+    shared: tuple[int, ...]
+    shared_wire: float
+
+    def sent(self, groups: Sequence[float]) -> float:
+        """Seconds that the stage's interface is busy with the groups of a load, over all micro-batches."""
+        return self.shared_wire * sum([groups[self.middle + w] for w in self.shared])
 
 
 class AttentionContext:
@@ -84,9 +97,10 @@ class AttentionContext:
         self.layers = plan.layers
         self.positions = len(plan.positions)
         self.units_per_block = self.kv_heads * plan.layers
-        # Rows a, b, fixed, wire and wire_fixed over the positions, for many loads at a time.
-        self.table = np.array([(c.a_s_per_group, c.b_s_per_group_token, lanes * c.c_s, c.wire_s_per_group,
-                                lanes * c.wire_fixed_s) for c in costs]).T
+        # Rows a, b, fixed, wire (unless shared) and wire_fixed over the positions, for many loads at a time.
+        self.table = np.array([(c.a_s_per_group, c.b_s_per_group_token, lanes * c.c_s,
+                                0.0 if c.wire_sharers else c.wire_s_per_group, lanes * c.wire_fixed_s)
+                               for c in costs]).T
 
     def _stage(self, s: int) -> Stage:
         local: list[Local] = []
@@ -96,14 +110,17 @@ class AttentionContext:
             position, cost = self.plan.positions[p], self.costs[p]
             a, b, fixed = cost.a_s_per_group, cost.b_s_per_group_token, self.lanes * cost.c_s
             if position.remote:
-                remote.append(Remote(position.device, a, b, fixed, cost.wire_s_per_group,
-                                     self.lanes * cost.wire_fixed_s))
+                remote.append(Remote(position.device, a, b, fixed,
+                                     cost.wire_s_per_group / max(1, cost.wire_sharers),
+                                     self.lanes * cost.wire_fixed_s, cost.wire_sharers > 0))
             else:
                 local.append(Local(position.device, position.owned_groups, a, b, fixed))
         stage = self.plan.stages[s]
         least = min((r.fixed + r.wire_fixed for r in remote), default=math.inf)
         return Stage(s, stage.layers, indices.start, indices.start + stage.tp, indices.stop, tuple(local),
-                     tuple(remote), stage.owned_groups, least, (0,) * max(len(local), len(remote)))
+                     tuple(remote), stage.owned_groups, least, (0,) * max(len(local), len(remote)),
+                     tuple(w for w, r in enumerate(remote) if r.shared),
+                     max((r.wire for r in remote if r.shared), default=0.0))
 
     def remote_load(self, groups: Sequence[float],
                     tokens: Sequence[float]) -> tuple[list[float], list[list[float]]]:
@@ -117,12 +134,12 @@ class AttentionContext:
         wires: list[list[float]] = []
         for stage in self.stages:
             row: list[float] = []
-            middle, last = stage.middle, stage.last
+            middle, last, sent = stage.middle, stage.last, stage.sent(groups) if stage.shared else 0.0
             here = zip(groups[middle:last], tokens[middle:last], stage.remote, strict=True)
-            for w, (g, t, (_, a, b, fixed, wire, wire_fixed)) in enumerate(here):
+            for w, (g, t, (_, a, b, fixed, wire, wire_fixed, shared)) in enumerate(here):
                 if g > 0:
                     busy[w] += a * g + b * t + fixed
-                    row.append(wire * g + wire_fixed)
+                    row.append((sent if shared else wire * g) + wire_fixed)
                 else:
                     row.append(-math.inf)
             wires.append(row)

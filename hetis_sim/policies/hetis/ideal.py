@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from hetis_sim.policies.hetis.attention import AttentionContext
-from hetis_sim.policies.hetis.placing import divisible_level, spread_many
+from hetis_sim.policies.hetis.filling import divisible_level
+from hetis_sim.policies.hetis.placing import spread_many
 from hetis_sim.policies.view import InstanceView
 
 
@@ -30,8 +31,15 @@ def attention_bound(context: AttentionContext, view: InstanceView) -> float:
         forced_jobs += max(0.0, away) * min((r.a + r.b * tokens for r in stage.remote), default=0.0)
         start = [rank.fixed for rank in stage.local]
         step = [rank.a + rank.b * tokens for rank in stage.local]
-        start += [remote.fixed + remote.wire_fixed for remote in stage.remote]
-        step += [remote.a + remote.b * tokens + remote.wire for remote in stage.remote]
+        own = [remote for remote in stage.remote if not remote.shared]
+        start += [remote.fixed + remote.wire_fixed for remote in own]
+        step += [remote.a + remote.b * tokens + remote.wire for remote in own]
+        if stage.shared:
+            # Together no faster than one worker with the speed of all behind the interface.
+            through = [stage.remote[w] for w in stage.shared]
+            start.append(min(remote.fixed + remote.wire_fixed for remote in through))
+            speed = sum(1.0 / (remote.a + remote.b * tokens) for remote in through)
+            step.append(stage.shared_wire + 1.0 / speed)
         levels.append(_limited_level(start, step, limits, groups))
     job = forced_jobs / max(1, len(context.workers))
     return sum(stage.layers * (max(level, job) if away else level)

@@ -3,7 +3,8 @@
     min  sum over stages of layers_s * f_s
     s.t. f_s >= base_p + sum_j w_jp x_jp                       ranks p of stage s
          T_d >= base_d + sum_j,s u_jd x_jsd                    attention workers d
-         f_s >= T_d + wire_sd (base + sum_j x_jsd)             pairs (s, d) in use
+         f_s >= T_d + wire_sd (base + sum_j x_jsd)             pairs (s, d) in use, d on a wire of its own
+         f_s >= T_d + wire_s (base + sum_j,d x_jsd)            the others, which share the stage's interface
          sum_p x_jp = heads_j                                  every item j, every stage
          sum_j units_j x_jp <= free                            every device
          0 <= x_jp <= heads that p may hold
@@ -148,9 +149,11 @@ class _Problem:
                     columns.append(self._j + p)
                     values.append((remote.a + remote.b * self._length) * SCALE)
                     base += remote.a * self.groups[p] + remote.b * self.tokens[p] + remote.fixed
-                    wire = np.append(np.full(len(self.items), remote.wire * SCALE), (1.0, -1.0))
-                    waiting = remote.wire * self.groups[p] + remote.wire_fixed
-                    delayed = np.append(self._j + p, (self.t(d), self.f(stage.index)))
+                    through = [stage.middle + w for w in stage.shared] if remote.shared else [p]
+                    sent = np.concatenate([self._j + q for q in through])
+                    wire = np.append(np.full(len(sent), remote.wire * SCALE), (1.0, -1.0))
+                    waiting = remote.wire * sum(self.groups[q] for q in through) + remote.wire_fixed
+                    delayed = np.append(sent, (self.t(d), self.f(stage.index)))
                     self.rows.at_most(delayed, wire, -waiting * SCALE)
             if columns:
                 self.rows.at_most(np.append(np.concatenate(columns), self.t(d)),

@@ -3,22 +3,21 @@
 For one request the linear program has a combinatorial answer. Every KV group of the request
 takes the same time at a given position, so the k-th group put there completes at
 ``start + k*step``; the H smallest of these numbers over all positions are the placement with
-the smallest largest completion time, in whole groups and under limits per position. This is
+the smallest largest completion time, in whole groups and under limits per position; workers behind one
+network interface also wait for all that passes it (:mod:`.filling`). This is
 exact for one stage. Stages share attention workers, so they are placed one after the other,
 and a stage keeps groups at its ranks that would cost the other stages more than it gains.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from operator import add
 
 from hetis_sim.policies.hetis.attention import AttentionContext, Stage
+from hetis_sim.policies.hetis.filling import INFINITY, Interface, fill_shared, interface_of
 from hetis_sim.policies.plan import Placement
 
-INFINITY = math.inf
-BULK_GROUPS = 16
 IDEAL_PARTS = 64
 
 
@@ -107,61 +106,18 @@ def spread_many(context: AttentionContext, count: float, tokens: float, blocks: 
     return None if placement is None else [n * weight for n in placement]
 
 
-def divisible_level(start: Sequence[float], step: Sequence[float], units: float) -> float:
-    """The common level of the lines ``start[i] + x[i]*step[i]`` when a divisible load fills them up."""
-    rate = amount = 0.0
-    level = INFINITY
-    for s, w in sorted(zip(start, step, strict=True)):
-        if s >= level:
-            break
-        rate += 1.0 / w
-        amount += s / w
-        level = (units + amount) / rate
-    return level
-
-
-def fill(start: list[float], step: list[float], limit: list[int],
-         units: int) -> tuple[list[int], float] | None:
-    """The ``units`` smallest of the numbers ``start[i] + k*step[i]``, k = 1..limit[i].
-
-    Returns:
-        How many were taken for each i and the largest of them, or None if there are too few.
-    """
-    counts = _bulk(start, step, limit, units) if units > BULK_GROUPS else [0] * len(start)
-    following = [start[i] + (n + 1) * step[i] if n < limit[i] else INFINITY for i, n in enumerate(counts)]
-    level = max((start[i] + n * step[i] for i, n in enumerate(counts) if n), default=0.0)
-    for _ in range(units - sum(counts)):
-        level = min(following)
-        if level == INFINITY:
-            return None
-        i = following.index(level)
-        counts[i] += 1
-        following[i] = start[i] + (counts[i] + 1) * step[i] if counts[i] < limit[i] else INFINITY
-    return counts, level
-
-
-def _bulk(start: list[float], step: list[float], limit: list[int], units: int) -> list[int]:
-    """Numbers that are certainly among the smallest: those below the level of a divisible load.
-
-    Without limits and roundings the divisible load fills every position up to one level,
-    which cannot be above the level in whole groups.
-    """
-    level = divisible_level(start, step, units)
-    # One group less than the level allows, against rounding of the division.
-    return [max(0, min(n, int((level - s) / w) - 1)) for s, w, n in zip(start, step, limit, strict=True)]
-
-
 class _Placing:
     """One request on its way to its positions.
 
-    ``busy``, ``wires`` and ``room`` are the attention workers' jobs, wire times by stage, and free
-    units; they follow the stages placed so far. ``levels`` holds the time of every stage's ranks:
-    of stages not yet placed, with all heads at home. What is placed are ``parts`` portions of
-    every KV group of the model, each worth ``weight`` groups; one portion worth one, for a request.
+    ``busy``, ``wires`` and ``room`` are the attention workers' jobs, wire times by stage, and free units, and
+    ``sent`` is the time of each stage's interface; they follow the stages placed so far. ``levels`` holds
+    the time of every stage's ranks: of stages not yet placed, with all heads at home. What is placed are
+    ``parts`` portions of every KV group of the model, each worth ``weight`` groups; one portion worth one,
+    for a request.
     """
 
-    __slots__ = ("blocks", "busy", "context", "levels", "load", "old", "parts", "placement", "room", "tokens",
-                 "weight", "wires")
+    __slots__ = ("blocks", "busy", "context", "levels", "load", "old", "parts", "placement", "room", "sent",
+                 "tokens", "weight", "wires")
 
     def __init__(self, context: AttentionContext, load: Load, tokens: float, blocks: float,
                  old: Placement | None, levels: list[float], parts: int = 1, weight: float = 1) -> None:
@@ -174,16 +130,18 @@ class _Placing:
         self.weight = weight
         self.levels = levels
         self.busy, self.wires = context.remote_load(load.groups, load.tokens)
+        self.sent = [stage.sent(load.groups) for stage in context.stages]
         self.room: list[float] = [load.free[device] for device in context.workers]
         self.placement = list(context.local_placement)
 
     def paying(self) -> list[int]:
         """Stages of which a first group completes at some attention worker before their ranks do."""
         found: list[int] = []
-        for stage, level, row in zip(self.context.stages, self.levels, self.wires, strict=True):
+        stages = self.context.stages
+        for stage, level, row, sent in zip(stages, self.levels, self.wires, self.sent, strict=True):
             workers = zip(self.busy, row, stage.remote, strict=True)
-            for busy, held, (_, a, b, fixed, wire, wire_fixed) in workers:
-                ahead = held if held >= 0.0 else fixed + wire_fixed
+            for busy, held, (_, a, b, fixed, wire, wire_fixed, shared) in workers:
+                ahead = held if held >= 0.0 else fixed + wire_fixed + (sent if shared else 0.0)
                 if busy + ahead + a + b * self.tokens + wire < level:
                     found.append(stage.index)
                     break
@@ -207,7 +165,7 @@ class _Placing:
             owed = sum(n * stage.layers * self.blocks for n, stage in zip(lack, stages, strict=True))
         for s in sorted(spread, key=lambda s: (-lack[s], -stages[s].layers * levels[s], s)):
             work = self._stage_work(stages[s], limits[s])
-            filled = fill(work.start, work.step, work.limit, kv_heads)
+            filled = fill_shared(work.start, work.step, work.limit, kv_heads, work.interface)
             if filled is None:
                 return self._pack(limits, lack)
             work.counts, level = filled
@@ -249,18 +207,19 @@ class _Placing:
         limit = limit[:]
         opening: list[float] = []
         old = self.old[stage.middle:stage.last] if self.old else stage.nothing
-        for busy, held, room, kept, (_, a, b, fixed, wire, wire_fixed) in zip(
-                self.busy, self.wires[stage.index], self.room, old, stage.remote, strict=False):
+        row, sent = self.wires[stage.index], self.sent[stage.index]
+        for busy, held, room, kept, (_, a, b, fixed, wire, wire_fixed, shared) in zip(
+                self.busy, row, self.room, old, stage.remote, strict=False):
             if held >= 0.0:
                 opening.append(0.0)
                 start.append(busy + held)
             else:
                 opening.append(fixed)
-                start.append(busy + fixed + wire_fixed)
-            step.append((a + b * tokens + wire) * weight)
+                start.append(busy + fixed + wire_fixed + (sent if shared else 0.0))
+            step.append((a + b * tokens + (0.0 if shared else wire)) * weight)
             fits = int(room // unit) + kept
             limit.append(kv_heads if fits > kv_heads else fits if fits > 0 else 0)
-        return _Work(stage, start, step, limit, opening)
+        return _Work(stage, start, step, limit, opening, interface_of(stage, row, weight))
 
     def _draw_back(self, work: _Work, least: int, most: int) -> None:
         """Take groups home from the workers while that shortens F or ``most`` are away.
@@ -296,11 +255,12 @@ class _Placing:
     def _total(self, work: _Work) -> tuple[float, bool]:
         """F with the counts of one stage, and whether they delay another stage."""
         busy, here = self._jobs(work), work.stage.index
-        worst = 0.0
-        for s, n, w, held in zip(work.start[work.first:], work.counts[work.first:], work.step[work.first:],
-                                 self.wires[here], strict=True):
-            if (n or held >= 0.0) and s + n * w > worst:
-                worst = s + n * w
+        worst, sent = 0.0, work.sent()
+        first = work.first
+        for s, n, w, held, remote in zip(work.start[first:], work.counts[first:], work.step[first:],
+                                         self.wires[here], work.stage.remote, strict=True):
+            if n or held >= 0.0:
+                worst = max(worst, s + n * w + (sent if remote.shared else 0.0))
         total = work.stage.layers * max(worst, work.local_level())
         harm = False
         for stage, level, row in zip(self.context.stages, self.levels, self.wires, strict=True):
@@ -321,11 +281,16 @@ class _Placing:
         self.busy = self._jobs(work)
         row, unit = self.wires[stage.index], stage.layers * self.blocks
         old = self.old[stage.middle:stage.last] if self.old else stage.nothing
+        more = work.sent()
+        self.sent[stage.index] += more
         for w, (n, kept, remote) in enumerate(zip(counts[work.first:], old, stage.remote, strict=False)):
-            if n:
+            if remote.shared:
+                if n or row[w] >= 0.0:
+                    row[w] = self.sent[stage.index] + remote.wire_fixed
+            elif n:
                 row[w] = n * self.weight * remote.wire + (row[w] if row[w] >= 0.0 else remote.wire_fixed)
-                if n > kept:
-                    self.room[w] -= (n - kept) * unit
+            if n > kept:
+                self.room[w] -= (n - kept) * unit
 
     def _pack(self, limits: list[list[int]], lack: list[int]) -> Placement | None:
         """Ranks as full as they can be, the rest on whichever workers have most room."""
@@ -353,27 +318,30 @@ class _Placing:
 class _Work:
     """The positions of one stage as sequences: ranks first, then attention workers."""
 
-    __slots__ = ("counts", "first", "limit", "opening", "stage", "start", "step")
+    __slots__ = ("counts", "first", "interface", "limit", "opening", "stage", "start", "step")
 
     def __init__(self, stage: Stage, start: list[float], step: list[float], limit: list[int],
-                 opening: list[float]) -> None:
+                 opening: list[float], interface: Interface | None) -> None:
         self.stage = stage
         self.start = start
         self.step = step
         self.limit = limit
         self.opening = opening
         self.first = len(stage.local)
+        self.interface = interface
         self.counts: list[int] = []
 
-    def following(self, i: int) -> float:
-        """Completion time of one more group at a position, infinite at its limit."""
-        if self.counts[i] >= self.limit[i]:
-            return INFINITY
-        return self.start[i] + (self.counts[i] + 1) * self.step[i]
+    def sent(self) -> float:
+        """Time that the counts keep the interface busy."""
+        if self.interface is None:
+            return 0.0
+        return self.interface.wire * sum([n for n, through in zip(self.counts, self.interface.of, strict=True)
+                                          if through])
 
     def completion(self, i: int) -> float:
         """Completion time of the last group at a position."""
-        return self.start[i] + self.counts[i] * self.step[i]
+        ahead = self.sent() if self.interface is not None and self.interface.of[i] else 0.0
+        return self.start[i] + self.counts[i] * self.step[i] + ahead
 
     def local_level(self) -> float:
         """Time of the slowest rank."""
@@ -392,7 +360,8 @@ class _Work:
         first, counts, start, step, limit = self.first, self.counts, self.start, self.step, self.limit
         homes = [start[i] + (counts[i] + 1) * step[i] if counts[i] < limit[i] else INFINITY
                  for i in range(first)]
-        ends = [start[i] + counts[i] * step[i] if counts[i] else 0.0 for i in range(first, len(counts))]
+        # Of those behind an interface all come earlier when one group less passes it.
+        ends = [self.completion(i) if counts[i] else 0.0 for i in range(first, len(counts))]
         level = self.local_level()
         moved = 0
         while moved < most:
@@ -407,17 +376,25 @@ class _Work:
             w = ends.index(max(ends))
             counts[first + w] -= 1
             ends[w] = ends[w] - step[first + w] if counts[first + w] else 0.0
+            if self.interface is not None and self.interface.of[first + w]:
+                ends = [end - self.interface.wire if end and through else end
+                        for end, through in zip(ends, self.interface.of[first:], strict=True)]
             moved += 1
         return moved
 
 
 def _keep_in_place(old: Sequence[int], work: _Work, level: float) -> None:
     """Shift groups back to where their cache is, as long as no position passes ``level``."""
-    counts = work.counts
+    counts, behind = work.counts, work.interface.of if work.interface is not None else []
     for home, before in enumerate(old):
-        while counts[home] < before and work.following(home) <= level:
+        while counts[home] < min(before, work.limit[home]):
             away = max((i for i, n in enumerate(counts) if n > old[i]), key=work.completion, default=-1)
             if away < 0:
                 return
             counts[away] -= 1
             counts[home] += 1
+            affected = [i for i in range(len(counts)) if behind[i]] if behind and behind[home] else [home]
+            if max(work.completion(i) for i in affected if counts[i]) > level:
+                counts[away] += 1
+                counts[home] -= 1
+                break

@@ -9,8 +9,9 @@ import numpy as np
 
 from hetis_sim.policies.hetis.attention import AttentionContext, ContextTable
 from hetis_sim.policies.hetis.dispatcher import usable_load
+from hetis_sim.policies.hetis.filling import fill_shared, interface_of
 from hetis_sim.policies.hetis.ideal import attention_exceeds
-from hetis_sim.policies.hetis.placing import Load, fill, place
+from hetis_sim.policies.hetis.placing import Load, place
 from hetis_sim.policies.hetis.settings import HetisSettings
 from hetis_sim.policies.plan import Placement, Position
 from hetis_sim.policies.view import InstanceView, Move, RequestView
@@ -163,6 +164,9 @@ def _total_times(context: AttentionContext, groups: np.ndarray[Any, np.dtype[np.
     total = np.zeros(len(groups))
     for stage in context.stages:
         here = slice(stage.middle, stage.last)
+        if stage.shared:
+            through = [stage.middle + w for w in stage.shared]
+            waits[:, through] += stage.shared_wire * groups[:, through].sum(axis=1, keepdims=True)
         worst = jobs[:, stage.first:stage.middle].max(axis=1)
         if stage.remote:
             remote = np.where(used[:, here], busy + waits[:, here], 0.0).max(axis=1)
@@ -225,6 +229,7 @@ def _elsewhere(context: AttentionContext, position: Position, placement: Sequenc
     stage = context.stages[position.stage]
     unit = blocks * stage.layers
     busy, wires = context.remote_load(load.groups, load.tokens)
+    sent = stage.sent(load.groups)
     start: list[float] = []
     step: list[float] = []
     limit: list[int] = []
@@ -234,12 +239,12 @@ def _elsewhere(context: AttentionContext, position: Position, placement: Sequenc
         limit.append(min(rank.owned - placement[p], max(0, load.free[rank.device]) // unit))
     for d, remote in enumerate(stage.remote):
         start.append(busy[d] + (wires[stage.index][d] if wires[stage.index][d] >= 0.0
-                                else remote.fixed + remote.wire_fixed))
-        step.append(remote.a + remote.b * tokens + remote.wire)
+                                else remote.fixed + remote.wire_fixed + (sent if remote.shared else 0.0)))
+        step.append(remote.a + remote.b * tokens + (0.0 if remote.shared else remote.wire))
         limit.append(max(0, load.free[remote.device]) // unit)
     limit[position.index - stage.first] = 0
     units = min(most, sum(limit))
-    filled = fill(start, step, limit, units)
+    filled = fill_shared(start, step, limit, units, interface_of(stage, wires[stage.index]))
     counts = filled[0] if filled else [0] * len(limit)
     gained = [0] * context.positions
     gained[stage.first:stage.last] = counts
