@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from itertools import combinations
@@ -12,7 +13,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 from hetis_exec.crew import STOP_AT_ONCE_S, STOP_S, WorkerSpec, build_worker
-from hetis_exec.messages import DRIVER, Message, Stop
+from hetis_exec.messages import DRIVER, Failed, Message, Stop
 from hetis_exec.transport import Endpoint
 
 
@@ -20,7 +21,8 @@ class PipeEndpoint:
     """One party of a set of processes: a pipe to every other one.
 
     A thread of its own writes, so that a party whose peer is busy or gone goes on receiving.
-    A pipe whose other end is gone is forgotten; the driver sees to the rest.
+    A pipe whose other end is gone is forgotten: the driver sees to the rest. If it is the driver
+    that is gone, the party is told to stop.
     """
 
     def __init__(self, address: int, pipes: dict[int, Connection]) -> None:
@@ -59,6 +61,8 @@ class PipeEndpoint:
             try:
                 message: Message = pipe.recv()
             except (EOFError, OSError):
+                if pipe is self._pipes.get(DRIVER):
+                    return Stop(at_once=True)
                 continue
             self._open.append(pipe)
             return message
@@ -80,7 +84,12 @@ class PipeEndpoint:
 def _work(spec: WorkerSpec, pipes: dict[int, Connection]) -> None:
     """Life of a worker process."""
     endpoint = PipeEndpoint(spec.device, pipes)
-    build_worker(spec, endpoint).run()
+    try:
+        worker = build_worker(spec, endpoint)
+    except Exception:  # noqa: BLE001 - the driver is told, and raises
+        endpoint.send(DRIVER, Failed(spec.device, traceback.format_exc()))
+    else:
+        worker.run()
     endpoint.close()
 
 

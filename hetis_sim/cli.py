@@ -6,9 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from hetis_sim.spec.errors import HetisError
+
+if TYPE_CHECKING:
+    from hetis_sim.config import RunConfig
 
 USAGE = """usage: hetis-sim COMMAND [hydra options] [key=value ...]
 
@@ -51,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         command, rest = "run", words
     if command != "run":
         rest = ["hydra.run.dir=.", "hydra.output_subdir=null", *rest]
-    _with_hydra(COMMANDS[command], rest)
+    with_hydra(COMMANDS[command], rest)
 
 
 def _completion_words(words: list[str]) -> list[str]:
@@ -68,18 +71,25 @@ def _completion_words(words: list[str]) -> list[str]:
     return ["run", *words]
 
 
-def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
+def with_hydra(task: Callable[..., None], overrides: list[str], main: str = "config",
+               schema: type[RunConfig] | None = None) -> None:
+    """Have Hydra make a configuration of the words, and run a task on it.
+
+    Args:
+        main: the main configuration in ``conf/``.
+        schema: its type, registered by the caller; by default that of the simulator's commands.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from hetis_sim.config import check_keys, normalise, register, typed
+    from hetis_sim.config import RunConfig, check_keys, normalise, register, typed
 
     register()
     overrides = normalise(overrides)
     try:
-        check_keys(overrides)
+        check_keys(overrides, schema or RunConfig)
     except HetisError as error:
         _refuse(error)
 
@@ -104,7 +114,7 @@ def _with_hydra(task: Callable[..., None], overrides: list[str]) -> None:
     call.__name__ = call.__qualname__ = "hetis_sim"
     sys.argv = [sys.argv[0], *overrides]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://conf", config_name="config")(call)()
+        hydra.main(version_base="1.3", config_path="pkg://conf", config_name=main)(call)()
     except SystemExit as end:
         # Before anything has begun, Hydra ends for words that it cannot use, and has said so.
         sys.exit(EXIT_BAD_INPUT if end.code == 1 and not begun else end.code)

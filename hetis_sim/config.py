@@ -126,11 +126,11 @@ class RunConfig:
         require(self.output in OUTPUTS, "output", self.output, f"one of {', '.join(OUTPUTS)}")
 
 
-def register() -> None:
-    """Make the schema known to Hydra."""
+def register(name: str = "run_schema", schema: type[RunConfig] = RunConfig) -> None:
+    """Make a schema known to Hydra."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    ConfigStore.instance().store(name=name, node=schema)
 
 
 def normalise(overrides: Sequence[str]) -> list[str]:
@@ -144,7 +144,7 @@ def normalise(overrides: Sequence[str]) -> list[str]:
     return fixed
 
 
-def check_keys(overrides: Sequence[str]) -> None:
+def check_keys(overrides: Sequence[str], schema: type[RunConfig] = RunConfig) -> None:
     """Refuse unknown keys with the known ones, before Hydra does so without.
 
     Raises:
@@ -154,11 +154,10 @@ def check_keys(overrides: Sequence[str]) -> None:
         path, sign, value = text.partition("=")
         names = path.lstrip("+~").split("@")[0].replace("/", ".").split(".")
         if sign and not path.startswith("-") and names[0] != "hydra":
-            _check_path(names, value)
+            _check_path(names, value, schema)
 
 
-def _check_path(names: Sequence[str], value: str) -> None:
-    kind: Any = RunConfig
+def _check_path(names: Sequence[str], value: str, kind: Any) -> None:
     for depth, name in enumerate(names):
         if not is_dataclass(kind):
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hetis_sim.config import RunConfig
-from hetis_sim.metrics import print_summary, summary_line, summary_markdown
+from hetis_sim.metrics import Summary, print_summary, summary_line, summary_markdown
 from hetis_sim.policies.memory import cache_bytes, stage_weight_bytes
 from hetis_sim.run import Prepared, Result
 from hetis_sim.spec.gpu import GIB
@@ -37,21 +37,26 @@ def progress_bar(config: RunConfig, prepared: Prepared) -> Iterator[Callable[[in
 
 def print_result(result: Result, folder: Path | None = None) -> None:
     """Print a run's figures in the configured form."""
-    config = result.prepared.config
-    title = _title(result.prepared)
-    if config.output == "json":
-        print(summary_line(result.summary, policy=result.prepared.policy.name, run=str(folder or "")))
-    elif config.output == "markdown":
-        print(summary_markdown(result.summary, title=title, provenance=provenance_notes(result.prepared)))
-    elif config.output == "table":
-        print_summary(result.summary, title=title, provenance=provenance_notes(result.prepared))
+    print_figures(result.summary, result.prepared, provenance_notes(result.prepared), folder)
+
+
+def print_figures(summary: Summary, prepared: Prepared, notes: Sequence[str], folder: Path | None = None,
+                  label: str = "simulated") -> None:
+    """Print the figures of a run, simulated or measured, in the configured form."""
+    output, title = prepared.config.output, _title(prepared, label)
+    if output == "json":
+        print(summary_line(summary, policy=prepared.policy.name, run=str(folder or "")))
+    elif output == "markdown":
+        print(summary_markdown(summary, title=title, provenance=notes))
+    elif output == "table":
+        print_summary(summary, title=title, provenance=notes)
         if folder is not None:
             print(f"written to {folder}")
 
 
-def _title(prepared: Prepared) -> str:
+def _title(prepared: Prepared, label: str = "simulated") -> str:
     counts = ", ".join(f"{count} x {name}" for name, count in prepared.cluster.gpu_counts.items())
-    return (f"simulated: {prepared.policy.name} serving {prepared.model.name} on {prepared.cluster.name} "
+    return (f"{label}: {prepared.policy.name} serving {prepared.model.name} on {prepared.cluster.name} "
             f"({counts}), workload {prepared.workload.name}")
 
 

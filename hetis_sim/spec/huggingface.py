@@ -15,6 +15,8 @@ from hetis_sim.spec.families import FAMILIES, HubConfig
 from hetis_sim.spec.lookup import near_matches
 from hetis_sim.spec.model import ModelSpec
 
+CONFIG_FILE = "config.json"
+
 FILE_LIMIT_BYTES = 1 << 20
 """A longer file is not a config.json; published ones are a few kB."""
 
@@ -90,15 +92,20 @@ def load_huggingface(path: str | Path, name: str | None = None, *, context_limit
     """
     file = Path(path).expanduser()
     if file.is_dir():
-        file = file / "config.json"
-    values = _read_json(file)
+        file = file / CONFIG_FILE
+    values = read_config(file)
     if name is None:
-        name = (file.resolve().parent.name if file.name == "config.json" else file.stem) or "model"
+        name = (file.resolve().parent.name if file.name == CONFIG_FILE else file.stem) or "model"
     return model_from_huggingface(values, name, context_limit_tokens=context_limit_tokens,
                                   weight_bytes=weight_bytes, kv_bytes=kv_bytes, label=str(file))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """The content of a ``config.json``.
+
+    Raises:
+        SpecError: it is missing, too large or not a JSON object.
+    """
     try:
         with file.open("rb") as stream:
             content = stream.read(FILE_LIMIT_BYTES + 1)

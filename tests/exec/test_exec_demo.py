@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from exec_toys import slow_cache
 
-from hetis_exec.__main__ import main
+from hetis_exec.cli import main
 from hetis_exec.messages import DRIVER, Beat, CacheData, Stop
 from hetis_exec.records import RunRecord
 from hetis_exec.transport import InProcessTransport

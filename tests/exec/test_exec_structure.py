@@ -65,7 +65,7 @@ def test_no_policy_is_known_by_name(project_root: Path) -> None:
     for path in (project_root / "hetis_exec").glob("*.py"):
         strings = {node.value for node in ast.walk(ast.parse(path.read_text()))
                    if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-        assert path.name == "__main__.py" or not strings & set(BUILTIN), path.name
+        assert path.name == "cli.py" or not strings & set(BUILTIN), path.name
 
 
 def test_the_policy_that_runs_is_the_simulator_s() -> None:

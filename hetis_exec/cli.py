@@ -1,0 +1,116 @@
+"""The command line of measured runs.
+
+``replay`` serves a workload with a model on workers of this host, and takes the words of
+``python -m hetis_sim run`` (Hydra overrides); ``toy`` runs a small trace on a toy model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hetis_exec.config import MAIN, ExecutionConfig, register_execution
+from hetis_exec.crew import ThreadCrew
+from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
+from hetis_exec.processes import ProcessCrew
+from hetis_exec.replay import replay
+from hetis_exec.run import Measured, execute, prepare_execution, write_measured
+from hetis_exec.toy import ToyTrace, toy_input
+from hetis_sim.metrics import print_summary, roles_of_plan, summarize
+from hetis_sim.policies.registry import policy_names
+from hetis_sim.report import print_figures, progress_bar
+from hetis_sim.spec.errors import HetisError
+from hetis_sim.spec.slo import Slo
+
+SLO = Slo(0.5, 0.05)
+SAME_DECISIONS = "replayed in the simulator with the measured times: the same {} decisions, byte for byte"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["replay"]:
+        return _replay(words[1:])
+    options = _parser().parse_args(words)
+    try:
+        _toy(options)
+    except HetisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    trace = ToyTrace()
+    parser = argparse.ArgumentParser(prog="python -m hetis_exec", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("replay", help="a workload on a model: [hydra options] [key=value ...]")
+    toy = commands.add_parser(
+        "toy", help="a small trace on a toy model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    toy.add_argument("--policy", default="hetis", help=f"one of {', '.join(policy_names())}")
+    toy.add_argument("--requests", type=int, default=trace.requests, help="length of the trace")
+    toy.add_argument("--rate", type=float, default=trace.rate_per_s, help="mean arrivals per second")
+    toy.add_argument("--seed", type=int, default=trace.seed, help="of the trace, the prompts and the weights")
+    toy.add_argument("--processes", action="store_true", help="workers are processes instead of threads")
+    toy.add_argument("--record", metavar="FILE", help="keep what a replay needs, as JSON")
+    return parser
+
+
+def _replay(words: list[str]) -> int:
+    """Serve a workload; exits with status 2 on bad input, 1 if the run has ended early."""
+    from hetis_sim.cli import with_hydra
+
+    register_execution()
+    ended_early: list[bool] = []
+
+    def task(config: object) -> None:
+        assert isinstance(config, ExecutionConfig)
+        ended_early.append(_serve(config))
+
+    with_hydra(task, words, MAIN, ExecutionConfig)
+    return 1 if any(ended_early) else 0
+
+
+def _serve(config: ExecutionConfig) -> bool:
+    """Run, write and print; whether a failure has ended the run early."""
+    from hydra.core.hydra_config import HydraConfig
+
+    execution = prepare_execution(config)
+    with progress_bar(config, execution.prepared) as progress:
+        measured = execute(execution, progress)
+    folder = write_measured(measured, Path(HydraConfig.get().runtime.output_dir))
+    print_figures(measured.summary, execution.prepared, _notes(measured), folder, "measured")
+    if measured.error is not None:
+        print(f"error: {measured.error}", file=sys.stderr)
+    return measured.error is not None
+
+
+def _notes(measured: Measured) -> list[str]:
+    given = measured.execution.given
+    weights = "random weights" if measured.execution.config.model.path is None else "weights of its folder"
+    devices = sum(len(instance.devices) for instance in given.plan.instances)
+    notes = [f"{weights}, {devices} workers on {os.cpu_count()} cores of this host"]
+    if measured.checked is not None:
+        notes.append(SAME_DECISIONS.format(measured.checked))
+    return notes
+
+
+def _toy(options: argparse.Namespace) -> None:
+    trace = ToyTrace(options.requests, options.rate, seed=options.seed)
+    given = toy_input(options.policy, trace)
+    result = Executor(given, ProcessCrew if options.processes else ThreadCrew).run()
+    if options.record:
+        result.record.write(options.record)
+    replay(given, result.record)
+    _print(given, result, "processes" if options.processes else "threads")
+
+
+def _print(given: ExecutorInput, result: ExecutionResult, workers: str) -> None:
+    roles = roles_of_plan(given.plan.to_dict(), len(given.cluster.devices))
+    summary = summarize(result.recorder, slo=SLO, roles=roles, label="measured")
+    print_summary(
+        summary, title=f"measured: {given.policy.name} serving a toy model on {len(roles)} {workers}",
+        provenance=[SAME_DECISIONS.format(len(result.record.decisions))])

@@ -1,0 +1,83 @@
+"""The configuration of a measured run: that of a simulated one, and how workers run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hetis_exec.models.architecture import ELEMENT_BYTES
+from hetis_sim.config import RunConfig, register
+from hetis_sim.spec.errors import require, require_finite
+from hetis_sim.spec.lookup import require_int
+from hetis_sim.spec.parse import ModelConfig
+
+SCHEMA = "executor_schema"
+MAIN = "executor"
+WORKERS = ("processes", "threads")
+
+
+@dataclass
+class ExecModelConfig(ModelConfig):
+    """A model that is computed.
+
+    Attributes:
+        path: a Hugging Face folder (``config.json`` and safetensors). Without one, weights are drawn
+            from ``executor.seed`` for the architecture that the other keys give.
+    """
+
+    path: str | None = None
+
+
+@dataclass
+class ExecutorConfig:
+    """How workers run.
+
+    Attributes:
+        workers: ``processes`` or ``threads``.
+        threads: of torch, in each process.
+        seed: of prompts, of sampling, and of weights where no folder is given.
+        temperature, top_p: of sampling; temperature 0 takes the likeliest token.
+        timeout_s: a worker that shows no sign of life for so long is lost.
+        check: repeat the run in the simulator with the measured times, and compare all decisions.
+        record: also write ``record.json``, from which the run can be replayed.
+    """
+
+    workers: str = "processes"
+    threads: int = 1
+    seed: int = 0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    timeout_s: float = 60.0
+    check: bool = True
+    record: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.workers in WORKERS, "executor.workers", self.workers, f"one of {', '.join(WORKERS)}")
+        require_int("executor.threads", self.threads, 1, 1024)
+        require_int("executor.seed", self.seed, 0, 1 << 62)
+        require_finite("executor.timeout_s", self.timeout_s, 0.0, open_low=True)
+
+
+@dataclass
+class ExecutionConfig(RunConfig):
+    """Everything that decides a measured run.
+
+    Attributes:
+        model: see :class:`ExecModelConfig`.
+        executor: see :class:`ExecutorConfig`.
+    """
+
+    model: ExecModelConfig = field(default_factory=ExecModelConfig)
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+
+    def for_control(self) -> RunConfig:
+        """The same, as the control plane is to see it: with the folder's model, in this backend's types."""
+        model = replace(self.model, weight_bytes=ELEMENT_BYTES, kv_bytes=ELEMENT_BYTES)
+        if self.model.path is not None:
+            model.config = str(Path(self.model.path).expanduser())
+        return replace(self, model=model)
+
+
+def register_execution() -> None:
+    """Make the schema known to Hydra."""
+    register(SCHEMA, ExecutionConfig)

@@ -1,0 +1,1 @@
+"""Attention in torch: a plain reference, and what CPUs compute."""

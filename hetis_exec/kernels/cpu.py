@@ -1,0 +1,189 @@
+"""Cache and attention of one worker on a CPU.
+
+Rows of decode attention are (request, KV group) pairs. The query heads of a group are folded into the
+query length of one attention head, and rows are computed some at a time: the blocks of such a chunk
+are gathered into a buffer that is allocated once, then attended to by torch's fused kernel. A new
+allocation for each gather would cost several times the attention itself, in page faults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import scaled_dot_product_attention
+
+from hetis_exec.messages import Array
+
+CHUNK_BYTES = 4 << 20
+"""Keys and values that are gathered at a time: about what a core's share of the caches holds."""
+
+Units = NDArray[np.int64]
+
+
+class Chunk(NamedTuple):
+    """Rows of a plan that are computed together.
+
+    Attributes:
+        rows: of the plan's order.
+        units: numbers of their units, shape (layers, rows x blocks); too short tables are filled up.
+        blocks: of each row.
+        tokens: of the longest row.
+        mask: what to add to the scores, shape (rows, 1, 1, tokens); None where all are equally long.
+    """
+
+    rows: slice
+    units: torch.Tensor
+    blocks: int
+    tokens: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Decode attention of a batch, for all layers.
+
+    Attributes:
+        slots: where the new tokens go, as numbers of a pool of tokens, shape (layers, rows).
+        order, inverse: rows by length, and back; None where they are so already.
+    """
+
+    slots: torch.Tensor
+    order: torch.Tensor | None
+    inverse: torch.Tensor | None
+    chunks: Sequence[Chunk]
+
+
+class CpuKernels:
+    """See :class:`hetis_exec.backend.Kernels`.
+
+    Args:
+        capacity_units, block_tokens, head_dim: the pool, of shape (units, block_tokens, head_dim) for
+            keys and for values. Its memory is taken as it is written to.
+        poison: written over what is freed, so that tests find out who reads it.
+        chunk_bytes: keys and values that are gathered at a time.
+    """
+
+    def __init__(self, capacity_units: int, block_tokens: int, head_dim: int, poison: float | None = None,
+                 chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._block_tokens = block_tokens
+        self._head_dim = head_dim
+        self._poison = poison
+        self._block_bytes = 2 * 4 * block_tokens * head_dim
+        self._chunk_bytes = chunk_bytes
+        shape = (max(1, capacity_units), block_tokens, head_dim)
+        # Zeros, because masked places are read as well: 0 times nan would be nan. Those of NumPy cost
+        # nothing until they are written to.
+        self._keys, self._values = (torch.from_numpy(np.zeros(shape, dtype=np.float32)) for _ in range(2))
+        self._buffers = torch.empty(0), torch.empty(0)
+
+    # -- arrays --------------------------------------------------------------------------------------
+
+    def from_wire(self, array: Array) -> torch.Tensor:
+        return torch.from_numpy(array)
+
+    def to_wire(self, tensor: torch.Tensor) -> Array:
+        array: Array = tensor.numpy()
+        return array
+
+    def index(self, *axes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.tensor(axis, dtype=torch.int64) for axis in axes)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    # -- cache ---------------------------------------------------------------------------------------
+
+    def clear(self, units: Units) -> None:
+        if self._poison is not None:
+            at = torch.from_numpy(units)
+            self._keys[at] = self._poison
+            self._values[at] = self._poison
+
+    def write(self, units: Units, offsets: Units, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._store(torch.from_numpy(units * self._block_tokens + offsets), keys, values)
+
+    def _store(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._keys.view(-1, self._head_dim).index_copy_(0, slots, keys)
+        self._values.view(-1, self._head_dim).index_copy_(0, slots, values)
+
+    def read(self, units: Units) -> tuple[torch.Tensor, torch.Tensor]:
+        at = torch.from_numpy(np.ascontiguousarray(units))
+        return self._keys[at].flatten(-3, -2), self._values[at].flatten(-3, -2)
+
+    # -- decode attention ----------------------------------------------------------------------------
+
+    def plan(self, tables: Sequence[Units], positions: Sequence[int]) -> DecodePlan:
+        at = np.array(positions)
+        where, offsets = np.divmod(at, self._block_tokens)
+        newest = np.stack([table[:, n] for table, n in zip(tables, where.tolist(), strict=True)], axis=1)
+        order: list[int] = np.argsort(-at, kind="stable").tolist()
+        sorted_already = order == list(range(len(order)))
+        return DecodePlan(
+            slots=torch.from_numpy(newest * self._block_tokens + offsets),
+            order=None if sorted_already else torch.tensor(order),
+            inverse=None if sorted_already else torch.from_numpy(np.argsort(order)),
+            chunks=self._chunks([tables[n] for n in order], at[order]))
+
+    def _chunks(self, tables: Sequence[Units], positions: Units) -> list[Chunk]:
+        """Rows from the longest to the shortest, in pieces of at most chunk_bytes, one row at least."""
+        begins = [0]
+        while begins[-1] < len(tables):
+            first = begins[-1]
+            blocks = int(positions[first]) // self._block_tokens + 1
+            begins.append(min(len(tables), first + max(1, self._chunk_bytes // (blocks * self._block_bytes))))
+        return [self._chunk(slice(a, b), tables[a:b], positions[a:b] + 1) for a, b in pairwise(begins)]
+
+    def _chunk(self, rows: slice, tables: Sequence[Units], tokens: Units) -> Chunk:
+        longest = int(tokens[0])
+        blocks = -(-longest // self._block_tokens)
+        units = np.zeros((len(tables[0]), len(tables), blocks), dtype=np.int64)
+        for n, table in enumerate(tables):
+            used = table[:, :blocks]
+            units[:, n, :used.shape[1]] = used
+        mask: torch.Tensor | None = None
+        if int(tokens[-1]) < longest:
+            beyond = torch.arange(longest) >= torch.from_numpy(tokens)[:, None]
+            mask = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
+        return Chunk(rows, torch.from_numpy(units.reshape(len(units), -1)), blocks, longest, mask)
+
+    def decode(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
+               values: torch.Tensor) -> torch.Tensor:
+        self._store(plan.slots[layer], keys, values)
+        ordered = queries if plan.order is None else queries[plan.order]
+        out = torch.empty_like(ordered)
+        for chunk in plan.chunks:
+            units = chunk.units[layer]
+            rows = chunk.rows.stop - chunk.rows.start
+            k, v = (self._gather(pool, which, units, rows, chunk.tokens)
+                    for which, pool in enumerate((self._keys, self._values)))
+            out[chunk.rows] = scaled_dot_product_attention(ordered[chunk.rows, None], k, v, chunk.mask)[:, 0]
+        return out if plan.inverse is None else out[plan.inverse]
+
+    def _gather(self, pool: torch.Tensor, which: int, units: torch.Tensor, rows: int,
+                tokens: int) -> torch.Tensor:
+        """Blocks of a pool, in a buffer that the next gather uses again; shape (rows, 1, tokens, d)."""
+        width = self._block_tokens * self._head_dim
+        if len(self._buffers[which]) < len(units) * width:
+            # Pieces of a batch grow by a block at a time: leave room for some more.
+            size = max(len(units) * width * 5 // 4, self._chunk_bytes // 8)
+            self._buffers = torch.empty(size), torch.empty(size)
+        gathered = self._buffers[which][:len(units) * width].view(len(units), width)
+        torch.index_select(pool.view(len(pool), width), 0, units, out=gathered)
+        return gathered.view(rows, 1, -1, self._head_dim)[:, :, :tokens]
+
+    # -- prefill -------------------------------------------------------------------------------------
+
+    def causal(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        new, groups, r, d = queries.shape
+        total = keys.shape[1]
+        k, v = (x[:, None].expand(groups, r, total, d) for x in (keys, values))
+        options: dict[str, Any] = {"is_causal": new == total}
+        if 1 < new < total:
+            options["attn_mask"] = torch.ones(new, total, dtype=torch.bool).tril(total - new)
+        return scaled_dot_product_attention(queries.permute(1, 2, 0, 3), k, v, **options).permute(2, 0, 1, 3)

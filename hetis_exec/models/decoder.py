@@ -1,0 +1,237 @@
+"""The dense modules of decoder-only transformers, as one tensor-parallel rank computes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from hetis_exec.backend import Asked
+from hetis_exec.messages import Tokens
+from hetis_exec.models.architecture import Architecture, Rope
+from hetis_exec.models.names import layer_names, model_names
+from hetis_exec.models.sampling import Sampling
+from hetis_exec.models.weights import Weights
+
+Pair = tuple[torch.Tensor, torch.Tensor | None]
+"""Weight and bias."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of a model one rank holds.
+
+    Attributes:
+        layers: their numbers.
+        groups: ids of its KV groups, in ascending order.
+        columns: its share of the inner width of the MLP.
+        lead: adds the biases of which there must be one for all ranks.
+        first, last: holds the embedding, the LM head.
+    """
+
+    layers: range
+    groups: tuple[int, ...]
+    columns: slice
+    lead: bool
+    first: bool
+    last: bool
+
+
+class Layer(NamedTuple):
+    """Weights of one layer: Q, K and V in one matrix, gate and up projections in one."""
+
+    attention_norm: Pair
+    qkv: Pair
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: Pair
+    mlp_norm: Pair
+    up: Pair
+    down: Pair
+
+
+class Prepared(NamedTuple):
+    """Positions of a batch; cos and sin have shape (tokens, 1, d / 2)."""
+
+    positions: torch.Tensor
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+
+
+class DecoderShard:
+    """See :class:`hetis_exec.backend.Shard`."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, part: Part, sampling: Sampling) -> None:
+        self.groups = part.groups
+        self.layers = len(part.layers)
+        self._architecture = architecture
+        self._spec = architecture.spec
+        self._sampling = sampling
+        self._activation = ACTIVATIONS[architecture.activation]
+        loader = Loader(architecture, weights, part)
+        self._layers = [loader.layer(number) for number in part.layers]
+        names = model_names(architecture)
+        head = names.embedding if self._spec.tied_embeddings else names.head
+        self._embedding = loader.weight(names.embedding) if part.first else None
+        self._positions = loader.weight(names.positions) if part.first and names.positions else None
+        self._final_norm = loader.pair(names.final_norm) if part.last else None
+        self._head = loader.weight(head) if part.last else None
+        self._inv_freq = None if architecture.rope is None else inverse_frequencies(
+            architecture.rope, self._spec.head_dim)
+
+    def prepare(self, positions: Tokens) -> Prepared:
+        at = torch.from_numpy(positions)
+        if self._inv_freq is None:
+            return Prepared(at, None, None)
+        angles = at[:, None].float() * self._inv_freq
+        return Prepared(at, angles.cos()[:, None], angles.sin()[:, None])
+
+    def embed(self, tokens: Tokens, prepared: Prepared) -> torch.Tensor:
+        assert self._embedding is not None
+        hidden = functional.embedding(torch.from_numpy(tokens), self._embedding)
+        if self._positions is not None:
+            rows = prepared.positions + self._architecture.position_offset
+            hidden = hidden + functional.embedding(rows, self._positions)
+        return hidden
+
+    def qkv(self, layer: int, hidden: torch.Tensor,
+            prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        weights, spec = self._layers[layer], self._spec
+        number, d = len(self.groups), spec.head_dim
+        normal = self._norm(hidden, weights.attention_norm)
+        heads = functional.linear(normal, *weights.qkv).view(len(hidden), -1, d)
+        queries = number * spec.heads_per_group
+        rotated, v = heads[:, :queries + number], heads[:, queries + number:]
+        if weights.query_norm is not None and weights.key_norm is not None:
+            rotated = torch.cat((self._head_norm(rotated[:, :queries], weights.query_norm),
+                                 self._head_norm(rotated[:, queries:], weights.key_norm)), dim=1)
+        if prepared.cos is not None and prepared.sin is not None:
+            rotated = rotate(rotated, prepared.cos, prepared.sin)
+        return rotated[:, :queries].reshape(len(hidden), number, -1, d), rotated[:, queries:], v
+
+    def project(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
+        return functional.linear(attended.flatten(1), *self._layers[layer].output)
+
+    def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        weights = self._layers[layer]
+        inner = functional.linear(self._norm(hidden, weights.mlp_norm), *weights.up)
+        if self._spec.gated_mlp:
+            gate, up = inner.chunk(2, dim=1)
+            inner = self._activation(gate) * up
+        else:
+            inner = self._activation(inner)
+        return functional.linear(inner, *weights.down)
+
+    def sample(self, hidden: torch.Tensor, asked: Asked) -> Tokens:
+        return self._sampling.choose(self.logits(hidden), asked)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Shape (rows, vocab)."""
+        assert self._head is not None
+        assert self._final_norm is not None
+        return functional.linear(self._norm(hidden, self._final_norm), self._head)
+
+    def _norm(self, x: torch.Tensor, weights: Pair) -> torch.Tensor:
+        shape, epsilon = (self._spec.hidden,), self._architecture.norm_epsilon
+        if self._architecture.layer_norm:
+            return functional.layer_norm(x, shape, *weights, eps=epsilon)
+        return functional.rms_norm(x, shape, weights[0], epsilon)
+
+    def _head_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return functional.rms_norm(x, (self._spec.head_dim,), weight, self._architecture.norm_epsilon)
+
+
+class Loader:
+    """Takes one rank's share out of a model's tensors."""
+
+    def __init__(self, architecture: Architecture, weights: Weights, part: Part) -> None:
+        self._architecture = architecture
+        self._spec = architecture.spec
+        self._weights = weights
+        self._part = part
+
+    def weight(self, module: str) -> torch.Tensor:
+        """A whole matrix."""
+        return self._weights.tensor(f"{module}.weight")
+
+    def bias(self, module: str, wanted: bool) -> torch.Tensor | None:
+        """A whole bias, where there is one."""
+        return self._weights.tensor(f"{module}.bias") if wanted else None
+
+    def pair(self, norm: str) -> Pair:
+        """Weight and bias of a norm."""
+        return self.weight(norm), self.bias(norm, self._architecture.layer_norm)
+
+    def layer(self, number: int) -> Layer:
+        """One layer."""
+        spec, names = self._spec, layer_names(self._architecture, number)
+        qkv_biases, mlp_biases = spec.linear_biases or spec.qkv_biases, spec.linear_biases or spec.mlp_biases
+        ups = (names.gate, names.up) if spec.gated_mlp else (names.up,)
+        return Layer(
+            self.pair(names.attention_norm),
+            self._rows([names.query, names.key, names.value], qkv_biases, self._of_groups),
+            self.weight(names.query_norm) if spec.qk_norm else None,
+            self.weight(names.key_norm) if spec.qk_norm else None,
+            (self._of_groups(self.weight(names.output).t()).t().contiguous(),
+             self._shared_bias(names.output, spec.linear_biases or spec.output_bias)),
+            self.pair(names.mlp_norm),
+            self._rows(ups, mlp_biases, self._of_columns),
+            (self.weight(names.down)[:, self._part.columns].contiguous(),
+             self._shared_bias(names.down, mlp_biases)))
+
+    def _rows(self, modules: Sequence[str], biases: bool,
+              share: Callable[[torch.Tensor], torch.Tensor]) -> Pair:
+        """The rank's rows of several matrices, one below the other."""
+        weights = torch.cat([share(self.weight(module)) for module in modules])
+        if not biases:
+            return weights, None
+        return weights, torch.cat([share(self._weights.tensor(f"{module}.bias")) for module in modules])
+
+    def _of_groups(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of the rank's KV groups, out of those of all groups one after the other."""
+        by_group = rows.reshape(self._spec.kv_heads, -1, *rows.shape[1:])
+        return by_group[list(self._part.groups)].flatten(0, 1)
+
+    def _of_columns(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows[self._part.columns]
+
+    def _shared_bias(self, module: str, wanted: bool) -> torch.Tensor | None:
+        """A bias that is added once, by one rank, to the sum of all."""
+        return self.bias(module, wanted and self._part.lead)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding; halves of the last axis are rotated against each other."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    """Radians per position for each pair of the head dimension, shape (d / 2,).
+
+    ``llama3`` is the scaling of Llama 3.1 (Llama Team 2024; the formula is that of its published
+    reference code).
+    """
+    plain = torch.pow(rope.theta, -torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    if rope.kind == "default":
+        return plain
+    if rope.kind == "linear":
+        return plain / rope.factor
+    wavelengths = 2 * math.pi / plain
+    share = (rope.original_positions / wavelengths - rope.low) / (rope.high - rope.low)
+    share = share.clamp(0.0, 1.0)
+    return (1.0 - share) * plain / rope.factor + share * plain
+
+
+def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+}

@@ -1,0 +1,51 @@
+"""From logits to tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hetis_exec.backend import Asked
+from hetis_exec.messages import Tokens
+from hetis_sim.spec.errors import require_finite
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: only the likeliest tokens are drawn from, as few as have this probability together
+            (nucleus sampling, Holtzman et al. 2020).
+        seed: each token is drawn by a number that depends on this, its request and its position:
+            neither on the batch it is computed in nor on how the model is split.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_finite("exec.temperature", self.temperature, 0.0, 100.0)
+        require_finite("exec.top_p", self.top_p, 0.0, 1.0, open_low=True)
+
+    def choose(self, logits: torch.Tensor, asked: Asked) -> Tokens:
+        """One token for each row of logits, shape (rows, vocab)."""
+        if self.temperature == 0.0:
+            likeliest: Tokens = logits.argmax(dim=-1).numpy()
+            return likeliest
+        chances, tokens = torch.softmax(logits.double() / self.temperature, dim=-1).sort(descending=True,
+                                                                                        stable=True)
+        reached = chances.cumsum(dim=-1).numpy()
+        return np.array([tokens[n, self._drawn(reached[n], place)].item() for n, place in enumerate(asked)],
+                        dtype=np.int64)
+
+    def _drawn(self, reached: np.ndarray, place: tuple[int, int]) -> int:
+        """Rank of the token that is drawn, by the cumulated probabilities of the ranks."""
+        kept = 1 + int(np.searchsorted(reached, min(self.top_p, reached[-1])))
+        number = np.random.default_rng([self.seed, *place]).random()
+        reached = reached[:kept]
+        return int(np.searchsorted(reached, number * reached[-1], side="right"))

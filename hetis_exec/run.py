@@ -1,0 +1,146 @@
+"""From a configuration to a measured run and its folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+from hetis_exec.config import ExecutionConfig
+from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec
+from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
+from hetis_exec.errors import ExecutorError
+from hetis_exec.models.architecture import Architecture, made_up, read_architecture
+from hetis_exec.processes import ProcessCrew
+from hetis_exec.replay import replay
+from hetis_sim.metrics import Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
+from hetis_sim.metrics.manifest import value_sha256
+from hetis_sim.run import Prepared, prepare
+from hetis_sim.spec.errors import HetisError, SpecError
+from traces import OpenWorkload
+
+CREWS: dict[str, Callable[[Sequence[WorkerSpec]], Crew]] = {"threads": ThreadCrew, "processes": ProcessCrew}
+RECORD = "record.json"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """A checked combination, ready to run.
+
+    Attributes:
+        config: as the user gave it.
+        prepared: what the control plane decides with.
+        given: what is to be executed.
+    """
+
+    config: ExecutionConfig
+    prepared: Prepared
+    given: ExecutorInput
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a measured run gives back.
+
+    Attributes:
+        checked: decisions that the simulator has repeated, None if it was not asked to.
+        error: what has ended the run early.
+    """
+
+    execution: Execution
+    result: ExecutionResult
+    summary: Summary
+    checked: int | None
+    error: ExecutorError | None = None
+
+
+def prepare_execution(config: ExecutionConfig) -> Execution:
+    """Check a configuration; everything but the run itself.
+
+    Raises:
+        HetisError: the combination cannot run; the text says why.
+    """
+    try:
+        from hetis_exec.models.sampling import Sampling
+        from hetis_exec.torch_backend import TorchBackend
+    except ModuleNotFoundError as error:
+        raise HetisError(f"{error.name} is not installed: real models need the extra exec "
+                         "(pip install 'hetis-sim[exec]')") from error
+    settings = config.executor
+    folder = None if config.model.path is None else Path(config.model.path).expanduser()
+    architecture = _architecture(config, folder)
+    prepared = prepare(config.for_control())
+    if not isinstance(prepared.workload, OpenWorkload):
+        raise SpecError("workload.arrivals", config.workload.arrivals, "an open workload: arrivals in time")
+    architecture = made_up(prepared.model) if architecture is None else replace(architecture,
+                                                                                spec=prepared.model)
+    backend = TorchBackend(architecture, folder, settings.seed,
+                           Sampling(settings.temperature, settings.top_p, settings.seed),
+                           threads=settings.threads)
+    given = ExecutorInput(prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan,
+                          prepared.workload.requests(), prepared.settings, settings.seed, settings.timeout_s,
+                          log_decisions=settings.check or settings.record or config.sim.log_decisions,
+                          debug=config.sim.debug, backend=backend)
+    return Execution(config, prepared, given)
+
+
+def _architecture(config: ExecutionConfig, folder: Path | None) -> Architecture | None:
+    """That of the model folder; a bad one is refused before anything else is looked at."""
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise SpecError("model.path", str(folder), "a folder with config.json and safetensors")
+    return read_architecture(folder, context_limit_tokens=config.model.context_limit_tokens)
+
+
+def execute(execution: Execution, progress: Callable[[int], None] | None = None) -> Measured:
+    """Run a checked combination.
+
+    A run that a worker's failure has ended early gives back what had finished by then, with its error.
+
+    Raises:
+        HetisError: the combination cannot run, or the simulator decides otherwise.
+    """
+    executor = Executor(execution.given, CREWS[execution.config.executor.workers], progress)
+    try:
+        result = executor.run()
+    except ExecutorError as error:
+        if error.result is None:
+            raise
+        return _measured(execution, error.result, None, error)
+    checked = None
+    if execution.config.executor.check:
+        replay(execution.given, result.record)
+        checked = len(result.record.decisions)
+    return _measured(execution, result, checked)
+
+
+def _measured(execution: Execution, result: ExecutionResult, checked: int | None,
+              error: ExecutorError | None = None) -> Measured:
+    config, prepared = execution.config, execution.prepared
+    roles = roles_of_plan(prepared.plan.to_dict(), len(prepared.cluster.devices))
+    summary = summarize(result.recorder, slo=config.slo.slo(), roles=roles, label="measured",
+                        trim=Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction))
+    return Measured(execution, result, summary, checked, error)
+
+
+def write_measured(measured: Measured, path: Path) -> Path:
+    """Write the run folder, with the files of a simulated run."""
+    execution, config = measured.execution, measured.execution.config
+    prepared, about = execution.prepared, execution.prepared.workload.describe()
+    manifest = build_manifest(
+        label="measured", seeds={"workload": config.workload.seed, "executor": config.executor.seed},
+        hashes={"workload": about["sha256"], "config": value_sha256(asdict(config)),
+                "plan": value_sha256(prepared.plan.to_dict()["instances"])},
+        extra={"workload": dict(about), "executor": {
+            "torch": metadata.version("torch"), "cores": os.cpu_count(),
+            "checked_decisions": measured.checked,
+            "error": None if measured.error is None else str(measured.error)}})
+    folder = write_run(path, recorder=measured.result.recorder, summary=measured.summary, manifest=manifest,
+                       plan=prepared.plan.to_dict(), config=asdict(config),
+                       decisions=measured.result.record.decisions if config.sim.log_decisions else None)
+    if config.executor.record:
+        measured.result.record.write(folder / RECORD)
+    return folder
