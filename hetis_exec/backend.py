@@ -104,6 +104,10 @@ class Backend(Protocol):
     """Makes the parts of workers. It travels to wherever a worker lives."""
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """What is worth importing once for all worker processes."""
+
+    @property
     def start_s(self) -> float:
         """How long workers may take to start."""
 

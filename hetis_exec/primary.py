@@ -155,6 +155,7 @@ class PrimaryWorker(Worker):
                         "heads on their way here")
         batch.plan = self.cache.plan(stage, items) if items else None
         for layer in range(self._shard.layers):
+            self.beat()
             hidden = hidden + self._sum(batch, 2 * layer, self._attention_block(batch, layer, hidden))
             hidden = hidden + self._sum(batch, 2 * layer + 1, self._mlp(batch, layer, hidden))
         self._hand_over(batch, hidden, sent_s, begun_s)

@@ -41,6 +41,11 @@ class TorchBackend:
     threads: int = 1
     start_s: float = 180.0
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What is worth importing once for all worker processes."""
+        return (__name__,)
+
     def weights(self) -> Weights:
         """The tensors of the model.
 

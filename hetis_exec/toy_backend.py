@@ -32,6 +32,11 @@ class ToyBackend:
     seed: int
     start_s: float = 30.0
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What is worth importing once for all worker processes."""
+        return (__name__,)
+
     def __post_init__(self) -> None:
         ToyModel(self.model, self.seed)
 

@@ -86,10 +86,7 @@ class Worker(ABC):
         Raises:
             Stopped: it said so.
         """
-        now_s = time.monotonic()
-        if now_s - self._beat_s >= BEAT_S:
-            self._beat_s = now_s
-            self.send(DRIVER, Beat(self.device))
+        self.beat()
         message = self._endpoint.receive(BEAT_S)
         if isinstance(message, Stop) and message.at_once:
             raise Stopped
@@ -97,6 +94,13 @@ class Worker(ABC):
             self.cache.take(message)
         elif message is not None:
             self.take(message)
+
+    def beat(self) -> None:
+        """Show that this worker is alive, if it has not done so lately."""
+        now_s = time.monotonic()
+        if now_s - self._beat_s >= BEAT_S:
+            self._beat_s = now_s
+            self.send(DRIVER, Beat(self.device))
 
     def wait_until(self, done: Callable[[], bool], for_what: str) -> None:
         """Take in messages until something holds.

@@ -29,8 +29,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_finite("exec.temperature", self.temperature, 0.0, 100.0)
-        require_finite("exec.top_p", self.top_p, 0.0, 1.0, open_low=True)
+        require_finite("executor.temperature", self.temperature, 0.0, 100.0)
+        require_finite("executor.top_p", self.top_p, 0.0, 1.0, open_low=True)
 
     def choose(self, logits: torch.Tensor, asked: Asked) -> Tokens:
         """One token for each row of logits, shape (rows, vocab)."""

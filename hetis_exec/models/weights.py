@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,8 +123,8 @@ def _indexed(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _values(mapping: Mapping[str, str]) -> list[str]:
-    if not all(isinstance(value, str) for value in mapping.values()):
+def _values(mapping: Any) -> list[str]:
+    if not isinstance(mapping, dict) or not all(isinstance(value, str) for value in mapping.values()):
         raise TypeError("weight_map does not map names to files")
     return list(mapping.values())
 

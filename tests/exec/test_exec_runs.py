@@ -2,100 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pytest
-from exec_toys import (
-    Fixed,
-    Relieving,
-    Turning,
-    expected_tokens,
-    given,
-    pipeline,
-    run,
-    slow_cache,
-    workload,
-)
+from exec_scenarios import ONE, SCENARIOS, SHORT, TWO, Scenario, has_happened
+from exec_toys import Fixed, expected_tokens, given, run
 
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
 from hetis_exec.messages import DRIVER, Control
 from hetis_exec.replay import replay
-from hetis_exec.transport import Delay
-from hetis_sim.control.step import StepKind
 from hetis_sim.metrics import Recorder, record_violations
-from hetis_sim.policies.plan import InstancePlan, Plan, StagePlan
-
-ONE = pipeline([[0]], [4])
-SPREAD = pipeline([[0]], [4], [1, 2])
-TWO = pipeline([[0], [1]], [3, 1], [2])
-THREE = pipeline([[0], [1], [2]], [1, 2, 1], [3, 4])
-RANKS = pipeline([[0, 1], [2]], [2, 2], [3, 4], owned=[[3, 1], [4]])
-REPLICAS = Plan((InstancePlan((StagePlan((0,), 4, (4,)),), (1,)),
-                 InstancePlan((StagePlan((2,), 1, (4,)), StagePlan((3,), 3, (4,))), (4,))))
-
-SHORT = workload(10)
-LONG = workload(8, (8, 30), (10, 24), gap_s=0.0)
-PLACES = [(4, 0, 0), (1, 2, 1), (0, 0, 4), (2, 0, 2)]
-STAGE_PLACES = [(2, 2, 3, 1), (4, 0, 0, 4), (0, 4, 2, 2)]
-# Groups that change places between attention workers, because ranks take only their own.
-RANK_PLACES = [(1, 1, 1, 1, 4, 0, 0), (2, 1, 1, 0, 0, 2, 2), (1, 0, 0, 3, 1, 0, 3), (3, 1, 0, 0, 4, 0, 0)]
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A run, and what must have happened in it for its test to be worth anything."""
-
-    make: Callable[[], ExecutorInput]
-    delay: Delay | None = None
-    preempts: bool = False
-    moves: bool = False
-    kinds: frozenset[str] = frozenset()
-    step_kinds: frozenset[StepKind] = frozenset((StepKind.PREFILL, StepKind.DECODE))
-
-
-def scenario(plan: Plan, policy: Fixed, requests: list[Any] = SHORT, delay: Delay | None = None, *,
-             preempts: bool = False, moves: bool = False, kinds: tuple[str, ...] = (),
-             **settings: Any) -> Scenario:
-    """A scenario; ``kinds`` are the transfers that must occur."""
-    mixed = {StepKind.MIXED} if settings.get("chunked_prefill") else set()
-    return Scenario(lambda: given(plan, policy, requests, **settings), delay, preempts, moves,
-                    frozenset(kinds), frozenset({StepKind.PREFILL, StepKind.DECODE} | mixed))
-
-
-CHUNKS = {"chunked_prefill": True, "chunk_tokens": 12}
-SCENARIOS = {
-    "all_local": scenario(ONE, Fixed()),
-    "spread": scenario(SPREAD, Fixed((1, 2, 1)), kinds=("push",)),
-    "all_remote": scenario(SPREAD, Fixed((0, 2, 2)), kinds=("push",)),
-    "two_stages": scenario(TWO, Fixed((2, 2, 3, 1)), kinds=("push",)),
-    "three_stages": scenario(THREE, Fixed((2, 1, 1, 4, 0, 0, 0, 3, 1)), kinds=("push",)),
-    "uneven_ranks": scenario(RANKS, Fixed((1, 1, 1, 1, 2, 0, 2)), kinds=("push",)),
-    "replicas": scenario(REPLICAS, Fixed(), hosts=(2, 3)),
-    "chunked": scenario(SPREAD, Fixed((1, 2, 1)), LONG, kinds=("push",), **CHUNKS),
-    "chunked_stages": scenario(TWO, Fixed((1, 3, 3, 1)), LONG, kinds=("push",), **CHUNKS),
-    "recompute": scenario(ONE, Fixed(), LONG, preempts=True, units=200),
-    "recompute_stages": scenario(TWO, Fixed((2, 2, 3, 1)), LONG, preempts=True, kinds=("push",), units=150),
-    "recompute_chunked": scenario(TWO, Fixed((1, 3, 3, 1)), LONG, preempts=True, kinds=("push",), units=160,
-                                  **CHUNKS),
-    "swap": scenario(SPREAD, Fixed((1, 2, 1), "swap"), LONG, preempts=True, units=100, hosts=(1, 2),
-                     kinds=("push", "swap_out", "swap_in")),
-    "swap_stages": scenario(TWO, Fixed((2, 2, 3, 1), "swap"), LONG, preempts=True, units=150,
-                            kinds=("push", "swap_out", "swap_in")),
-    "moves": scenario(SPREAD, Turning(PLACES), LONG, slow_cache(0.003), moves=True, kinds=("push", "move")),
-    "moves_stages": scenario(TWO, Turning(STAGE_PLACES), LONG, slow_cache(0.003), moves=True,
-                             kinds=("push", "move"), moves_max=3),
-    "moves_ranks": scenario(RANKS, Turning(RANK_PLACES), LONG, slow_cache(0.003), moves=True,
-                            kinds=("push", "move"), moves_max=2),
-    "moves_tight": scenario(SPREAD, Turning(PLACES), LONG, slow_cache(0.003), moves=True, preempts=True,
-                            kinds=("push", "move"), units=260),
-    "moves_swap_tight": scenario(SPREAD, Turning(PLACES, "swap"), LONG, slow_cache(0.003), moves=True,
-                                 preempts=True, kinds=("push", "move", "swap_out", "swap_in"), units=260),
-    "relief": scenario(SPREAD, Relieving((4, 0, 0)), LONG, moves=True, kinds=("move",), units=260),
-}
 
 
 @dataclass(frozen=True)
@@ -149,11 +67,7 @@ def test_tokens_are_those_of_one_process(done: Done) -> None:
 
 def test_what_the_scenario_is_about_has_happened(done: Done) -> None:
     """Preemptions, moves, transfers and kinds of steps occur where the scenario needs them."""
-    states = done.executor.controller.states.values()
-    assert sum(state.preemptions for state in states) >= done.scenario.preempts
-    assert sum(state.moves for state in states) >= done.scenario.moves
-    assert done.scenario.kinds <= {kind for _, kind, _ in done.result.record.arrivals}
-    assert done.scenario.step_kinds <= {StepKind(step.kind) for step in done.result.record.steps}
+    assert has_happened(done.scenario, done.executor, done.result)
 
 
 def test_physical_cache_is_booked_cache_at_every_message(done: Done) -> None:

@@ -1,0 +1,96 @@
+"""Tiny models in Hugging Face folders, made by transformers, which also says what they generate."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="real models need the extra exec")
+transformers = pytest.importorskip("transformers", reason="what real models generate is told by transformers")
+
+from hetis_exec.driver import ExecutorInput  # noqa: E402
+from hetis_exec.models.architecture import read_architecture  # noqa: E402
+from hetis_exec.torch_backend import TorchBackend  # noqa: E402
+
+POISON = 1e4
+"""Written over freed cache: whoever reads it generates something else."""
+
+LLAMA = {"vocab_size": 89, "hidden_size": 32, "intermediate_size": 50, "num_hidden_layers": 4,
+         "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 256,
+         "initializer_range": 0.3, "rms_norm_eps": 1e-5}
+OPT = {"vocab_size": 89, "hidden_size": 32, "ffn_dim": 50, "num_hidden_layers": 4, "num_attention_heads": 4,
+       "max_position_embeddings": 256, "word_embed_proj_dim": 32, "init_std": 0.3, "dropout": 0.0}
+
+# Rotary frequencies of Llama 3.1, with limits that 256 positions reach.
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", LLAMA),
+    "llama3": ("Llama", {**LLAMA, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
+    "llama-biases": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
+    "llama-linear": ("Llama", {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0,
+                                                            "rope_theta": 1e4}}),
+    "smol": ("Llama", {**LLAMA, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "qwen2": ("Qwen2", LLAMA),
+    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 12}),
+    "mistral": ("Mistral", {**LLAMA, "head_dim": 10, "sliding_window": None}),
+    "opt": ("OPT", OPT),
+}
+
+
+@cache
+def reference(name: str) -> Any:
+    """The model as transformers computes it. Biases and norms are given values that matter."""
+    family, settings = MODELS[name]
+    torch.set_num_threads(1)
+    torch.manual_seed(list(MODELS).index(name))
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if key.endswith(".bias") or "norm" in key:
+                weight.add_(0.3 * torch.randn_like(weight))
+    return model
+
+
+@cache
+def folder(name: str) -> Path:
+    """The folder of a model."""
+    logging.disable(logging.WARNING)
+    path = Path(mkdtemp(prefix=f"hetis-{name}-"))
+    reference(name).save_pretrained(path)
+    return path
+
+
+def backend(name: str, **settings: Any) -> TorchBackend:
+    """The same model as workers compute it."""
+    return TorchBackend(read_architecture(folder(name)), folder(name), poison=POISON, **settings)
+
+
+def given_for(name: str, **settings: Any) -> dict[str, Any]:
+    """What :func:`exec_toys.given` takes for a model."""
+    made = backend(name, **settings)
+    return {"model": made.architecture.spec, "backend": made}
+
+
+def is_greedy(name: str, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Whether transformers, asked after each of the tokens, would have gone on with the next one."""
+    text = torch.tensor([[*prompt, *tokens]])
+    with torch.no_grad():
+        logits = reference(name)(text, use_cache=False).logits[0]
+    likeliest: list[int] = logits[len(prompt) - 1:-1].argmax(dim=-1).tolist()
+    return likeliest == list(tokens)
+
+
+def wrong(name: str, what: ExecutorInput, tokens: Mapping[int, Sequence[int]]) -> list[int]:
+    """Requests whose tokens are not those of transformers, or not as many as were asked for."""
+    return [request.request_id for request in what.requests
+            if len(tokens[request.request_id]) != request.output_tokens
+            or not is_greedy(name, what.prompt(request).tolist(), tokens[request.request_id])]
