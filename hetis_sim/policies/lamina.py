@@ -13,8 +13,14 @@ from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
 from hetis_sim.policies.bundles import FREE_SHARE
 from hetis_sim.policies.estimate import Estimator
 from hetis_sim.policies.layout import gpu_types
-from hetis_sim.policies.offload import OffloadEstimator, worker_cuts
-from hetis_sim.policies.plan import InstancePlan, Placement, Plan
+from hetis_sim.policies.offload import (
+    OffloadEstimator,
+    jobs_s,
+    positions_of,
+    worker_cuts,
+    worker_reasons,
+)
+from hetis_sim.policies.plan import Placement, Plan
 from hetis_sim.policies.pools import does_not_fit
 from hetis_sim.policies.search import Layout, LayoutSearch
 from hetis_sim.policies.shape import instance_shape
@@ -107,7 +113,8 @@ class LaminaPolicy(Policy):
                    "requests_per_s": 1.0 / best.cost_s, "best": [layout.describe() for layout in found[:3]]}
         instances = tuple(instance_shape(problem, draft.groups, draft.workers).with_layers(estimate.layers)
                           for draft, estimate in zip(best.drafts, best.estimates, strict=True))
-        return Plan(instances, _reasons(problem, instances, best), figures)
+        return Plan(instances, worker_reasons(problem, instances, best, "dense modules on the high-end cards",
+                                 "attention worker", "cache and decode attention only"), figures)
 
     def _search(self, problem: PlanningProblem) -> tuple[list[Layout], int]:
         """The best layout of every cut, and how many were looked at."""
@@ -153,9 +160,7 @@ class _Desk:
         self._balanced = settings.offload == "balanced"
         self._home = [_rows(view, indices, remote=False) for indices in view.plan.stage_positions]
         self._away = [self._choices(indices, settings.partition) for indices in view.plan.stage_positions]
-        self._jobs: dict[int, list[int]] = {device: [] for device in view.plan.devices}
-        for position in self._positions:
-            self._jobs[position.device].append(position.index)
+        self._jobs = positions_of(view.plan)
 
     def _choices(self, indices: range, partition: str) -> list[Row]:
         """The ways in which a stage's heads may be away."""
@@ -234,12 +239,7 @@ class _Desk:
         total += groups * (cost.a_s_per_group + cost.b_s_per_group_token * tokens) / lanes
         if not self._groups[p]:
             total += cost.c_s
-        for other in self._jobs[self._positions[p].device]:
-            if self._groups[other]:
-                job = self._view.costs[other]
-                total += job.c_s + (job.a_s_per_group * self._groups[other]
-                                    + job.b_s_per_group_token * self._tokens[other]) / lanes
-        return total
+        return total + jobs_s(self._view, self._jobs[self._positions[p].device], self._groups, self._tokens)
 
     def _home_s(self, home: Row, tokens: int) -> float:
         """When the slowest rank is done with a layer, this request included."""
@@ -252,18 +252,3 @@ def _rows(view: InstanceView, indices: range, *, remote: bool) -> Row:
     """The attention workers of a stage, or its ranks with the groups that they own."""
     positions = [view.plan.positions[p] for p in indices]
     return [(position.index, position.owned_groups) for position in positions if position.remote is remote]
-
-
-def _reasons(problem: PlanningProblem, instances: Sequence[InstancePlan], best: Layout) -> dict[int, str]:
-    """One sentence for every device."""
-    reasons: dict[int, str] = {}
-    for i, instance in enumerate(instances):
-        for s, stage in enumerate(instance.stages):
-            text = (f"primary (instance {i}, stage {s}, {stage.layers} of {instance.layers} layers): "
-                    f"dense modules on the high-end cards; {best.describe()}")
-            reasons |= dict.fromkeys(stage.devices, text)
-        text = f"attention worker (instance {i}): cache and decode attention only"
-        reasons |= dict.fromkeys(instance.attention_workers, text)
-    for device in problem.cluster.devices:
-        reasons.setdefault(device.device_id, "not used")
-    return dict(sorted(reasons.items()))

@@ -1,15 +1,19 @@
-"""Which cards compute attention only, for systems that offload whole requests."""
+"""Which cards compute attention only, for systems that offload to them, and how long that takes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.estimate import Estimate, Estimator
 from hetis_sim.policies.layers import split_layers
 from hetis_sim.policies.layout import GpuType
 from hetis_sim.policies.phases import ranks
+from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.policies.search import Layout
 from hetis_sim.policies.shape import InstanceShape, StageShape
+from hetis_sim.policies.view import InstanceView
 
 CUTS_MOST = 16
 ROUNDING = 1e-9
@@ -84,3 +88,38 @@ def _some(types: Sequence[GpuType], devices: Sequence[int]) -> list[GpuType]:
         if any(hosts):
             kept.append(replace(kind, hosts=tuple(host for host in hosts if host)))
     return kept
+
+
+def worker_reasons(problem: PlanningProblem, instances: Sequence[InstancePlan], best: Layout, dense: str,
+                   role: str, duty: str) -> dict[int, str]:
+    """One sentence for every device: ``dense`` of primaries, ``role`` and ``duty`` of the others in use."""
+    reasons: dict[int, str] = {}
+    for i, instance in enumerate(instances):
+        for s, stage in enumerate(instance.stages):
+            text = (f"primary (instance {i}, stage {s}, {stage.layers} of {instance.layers} layers): "
+                    f"{dense}; {best.describe()}")
+            reasons |= dict.fromkeys(stage.devices, text)
+        reasons |= dict.fromkeys(instance.attention_workers, f"{role} (instance {i}): {duty}")
+    for device in problem.cluster.devices:
+        reasons.setdefault(device.device_id, "not used")
+    return dict(sorted(reasons.items()))
+
+
+def positions_of(plan: InstancePlan) -> dict[int, list[int]]:
+    """Positions of every device of an instance."""
+    found: dict[int, list[int]] = {device: [] for device in plan.devices}
+    for position in plan.positions:
+        found[position.device].append(position.index)
+    return found
+
+
+def jobs_s(view: InstanceView, positions: Sequence[int], groups: Sequence[int],
+           tokens: Sequence[int]) -> float:
+    """Time of one job for each of a device's positions, under a load; without the wire."""
+    total = 0.0
+    for p in positions:
+        if groups[p]:
+            cost = view.costs[p]
+            busy = cost.a_s_per_group * groups[p] + cost.b_s_per_group_token * tokens[p]
+            total += cost.c_s + busy / view.lanes
+    return total

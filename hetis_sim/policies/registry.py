@@ -24,6 +24,7 @@ BUILTIN: Mapping[str, str] = {
     "distserve": "hetis_sim.policies.distserve:DistServePolicy",
     "hetis": "hetis_sim.policies.hetis.policy:HetisPolicy",
     "hexgen": "hetis_sim.policies.hexgen:HexGenPolicy",
+    "infinite": "hetis_sim.policies.infinite:InfinitePolicy",
     "lamina": "hetis_sim.policies.lamina:LaminaPolicy",
     "splitwise": "hetis_sim.policies.splitwise:SplitwisePolicy",
     "vllm": "hetis_sim.policies.vllm:VllmPolicy",
