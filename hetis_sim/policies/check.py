@@ -21,8 +21,10 @@ from hetis_sim.policies.plan import InstancePlan, Plan
 from hetis_sim.policies.ranges import (
     AnyPlacement,
     TokenSplit,
+    computed_groups,
     full_groups,
     group_blocks,
+    group_tokens,
     split_fault,
     token_split,
 )
@@ -146,16 +148,14 @@ class _Bench:
         groups, tokens = [0] * len(self.plan.positions), [0] * len(self.plan.positions)
         free, block = dict(self.capacity), self.problem.limits.block_tokens
         for request in running:
-            assert request.placed is not None
-            assert request.placement is not None
-            held = group_blocks(self.plan, request.placed, -(-request.context_tokens // block))
-            # What the last block lacks, the tail lacks.
-            lacking = -request.context_tokens % block
-            for position, n, units in zip(self.plan.positions, request.placement, held, strict=True):
-                p = position.index
-                groups[p] += n or (self.most[p] if units else 0)
-                tokens[p] += units * block - n * lacking
-                free[position.device] -= units * position.layers
+            placed, context = request.placed, request.context_tokens
+            assert placed is not None
+            groups = [a + b for a, b in zip(groups, computed_groups(self.plan, placed), strict=True)]
+            held = group_tokens(self.plan, placed, context, block)
+            tokens = [a + b for a, b in zip(tokens, held, strict=True)]
+            for position, n in zip(self.plan.positions, group_blocks(self.plan, placed, -(-context // block)),
+                                   strict=True):
+                free[position.device] -= n * position.layers
         return InstanceView(index, self.plan, self.costs, groups, tokens, len(self.plan.stages), free,
                             self.capacity, block, len(running), 0, 0, sum(r.context_tokens for r in running))
 

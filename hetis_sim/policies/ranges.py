@@ -59,10 +59,24 @@ def group_blocks(plan: InstancePlan, placement: AnyPlacement, blocks: int) -> li
 
     Negative where the ranges hold more than that.
     """
+    return group_tokens(plan, placement, blocks, 1)
+
+
+def computed_groups(plan: InstancePlan, placement: AnyPlacement) -> list[int]:
+    """KV groups computed at every position, in a range or in the tail."""
     if not isinstance(placement, TokenSplit):
-        return [groups * blocks for groups in placement]
+        return list(placement)
+    return [groups or (full if held else 0) for groups, full, held
+            in zip(placement.tail, full_groups(plan), placement.blocks, strict=True)]
+
+
+def group_tokens(plan: InstancePlan, placement: AnyPlacement, tokens: int, block_tokens: int) -> list[int]:
+    """At every position, the sum over its KV groups of the tokens that are there."""
+    if not isinstance(placement, TokenSplit):
+        return [groups * tokens for groups in placement]
     ranges = range_blocks(plan, placement.blocks)
-    return [groups * (blocks - ranges[p.stage]) + full * held for p, groups, full, held
+    return [groups * (tokens - ranges[p.stage] * block_tokens) + full * held * block_tokens
+            for p, groups, full, held
             in zip(plan.positions, placement.tail, full_groups(plan), placement.blocks, strict=True)]
 
 

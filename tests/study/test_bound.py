@@ -38,6 +38,8 @@ CLOSE = 2e-3
 LLAMA = catalogued("llama2-13b")
 COST = load_cost_model("roofline", host=HostOverhead(1e-3, 1e-5))
 OVERLOAD = ("rate=1000", "requests=150")
+DIVIDED = ({"name": "hetis", "granularity": "request"}, {"name": "hetis", "granularity": "sequence"},
+           {"name": "infinite"})
 
 
 def cluster(*hosts: tuple[str, ...], network: str = "ethernet-100g") -> ClusterSpec:
@@ -75,12 +77,12 @@ def test_no_tiny_system_exceeds_the_bound_at_length(scenario: Scenario) -> None:
     assert found is None or found.share <= 1.0
 
 
-def configured(policy: str, *words: str) -> RunConfig:
+def configured(policy: dict[str, str], *words: str) -> RunConfig:
     """A configuration with a policy, whether or not there is a file for it."""
-    return replace(compose("policy=vllm", *words), policy={"name": policy})
+    return replace(compose("policy=vllm", *words), policy=dict(policy))
 
 
-def assert_within(policy: str, *words: str) -> None:
+def assert_within(policy: dict[str, str], *words: str) -> None:
     """A run under overload finishes no more requests per second than the bound for them."""
     try:
         ready = prepare(configured(policy, *OVERLOAD, *words))
@@ -99,7 +101,14 @@ def assert_within(policy: str, *words: str) -> None:
 @pytest.mark.parametrize("policy", policy_names())
 def test_no_policy_exceeds_the_bound(policy: str) -> None:
     """Every policy there is, on cards of two kinds, all requests at once."""
-    assert_within(policy, "cluster=a100-t4", "model=llama2-13b", "requests=80")
+    assert_within({"name": policy}, "cluster=a100-t4", "model=llama2-13b", "requests=80")
+
+
+@pytest.mark.parametrize("policy", DIVIDED, ids=str)
+def test_no_unit_of_division_exceeds_the_bound(policy: dict[str, str]) -> None:
+    """Nor does it matter what of a request is divided; on so little cache that much of it has to be."""
+    assert_within(policy, "cluster=a100-t4", "model=llama2-13b", "requests=80",
+                  "scheduler.memory_utilization=0.5")
 
 
 @pytest.mark.slow
@@ -115,7 +124,7 @@ def test_no_policy_exceeds_the_bound(policy: str) -> None:
 ])
 def test_no_policy_exceeds_the_bound_anywhere(policy: str, words: tuple[str, ...]) -> None:
     """The same over clusters, models, workloads and ways to batch."""
-    assert_within(policy, *words)
+    assert_within({"name": policy}, *words)
 
 
 # -- it is not idle ----------------------------------------------------------------------------

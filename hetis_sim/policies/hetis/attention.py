@@ -84,9 +84,11 @@ class Stage:
 
 
 class AttentionContext:
-    """What follows from an instance's plan and costs, worked out once."""
+    """What follows from an instance's plan and costs, worked out once; ``ranges`` for token ranges."""
 
-    def __init__(self, plan: InstancePlan, costs: Sequence[PositionCost], lanes: int) -> None:
+    def __init__(self, plan: InstancePlan, costs: Sequence[PositionCost], lanes: int,
+                 ranges: bool = False) -> None:
+        self.ranges = ranges
         self.plan = plan
         self.costs = costs
         self.lanes = lanes
@@ -99,8 +101,13 @@ class AttentionContext:
         self.units_per_block = self.kv_heads * plan.layers
         # Rows a, b, fixed, wire (unless shared) and wire_fixed over the positions, for many loads at a time.
         self.table = np.array([(c.a_s_per_group, c.b_s_per_group_token, lanes * c.c_s,
-                                0.0 if c.wire_sharers else c.wire_s_per_group, lanes * c.wire_fixed_s)
+                                0.0 if c.wire_sharers else self._wire_s(c), lanes * c.wire_fixed_s)
                                for c in costs]).T
+
+    def _wire_s(self, cost: PositionCost) -> float:
+        """Wire time of a group alone; with token ranges what is remote is taken to be in one."""
+        wire = cost.still_wire_s_per_group if self.ranges else cost.wire_s_per_group
+        return wire / max(1, cost.wire_sharers)
 
     def _stage(self, s: int) -> Stage:
         local: list[Local] = []
@@ -110,8 +117,7 @@ class AttentionContext:
             position, cost = self.plan.positions[p], self.costs[p]
             a, b, fixed = cost.a_s_per_group, cost.b_s_per_group_token, self.lanes * cost.c_s
             if position.remote:
-                remote.append(Remote(position.device, a, b, fixed,
-                                     cost.wire_s_per_group / max(1, cost.wire_sharers),
+                remote.append(Remote(position.device, a, b, fixed, self._wire_s(cost),
                                      self.lanes * cost.wire_fixed_s, cost.wire_sharers > 0))
             else:
                 local.append(Local(position.device, position.owned_groups, a, b, fixed))
@@ -172,7 +178,8 @@ def local_time(stage: Stage, groups: Sequence[float], tokens: Sequence[float]) -
 class ContextTable:
     """Keeps the context of each instance for as long as its plan and costs are the same objects."""
 
-    def __init__(self) -> None:
+    def __init__(self, ranges: bool = False) -> None:
+        self._ranges = ranges
         self._known: dict[int, AttentionContext] = {}
 
     def get(self, view: InstanceView) -> AttentionContext:
@@ -180,5 +187,6 @@ class ContextTable:
         found = self._known.get(view.index)
         if (found is None or found.plan is not view.plan or found.costs is not view.costs
                 or found.lanes != view.lanes):
-            found = self._known[view.index] = AttentionContext(view.plan, view.costs, view.lanes)
+            found = AttentionContext(view.plan, view.costs, view.lanes, self._ranges)
+            self._known[view.index] = found
         return found

@@ -11,7 +11,9 @@ from hetis_sim.policies.hetis.dispatcher import Dispatcher
 from hetis_sim.policies.hetis.parallelizer import Parallelizer
 from hetis_sim.policies.hetis.redispatcher import Redispatcher
 from hetis_sim.policies.hetis.settings import HetisSettings
-from hetis_sim.policies.plan import Placement, Plan
+from hetis_sim.policies.hetis.unitwise import UnitDispatcher, UnitRedispatcher
+from hetis_sim.policies.plan import Plan
+from hetis_sim.policies.ranges import AnyPlacement
 from hetis_sim.policies.view import InstanceView, Move, RequestView
 
 
@@ -20,7 +22,8 @@ class HetisPolicy(Policy):
 
     The paper gives the division into Parallelizer, Dispatcher and Redispatcher, the exclusion
     rule, the linear program, both triggers of redispatch and theta. What it leaves open is
-    marked as ours where it is decided.
+    marked as ours where it is decided. With another ``granularity`` the same plan and objective divide whole
+    requests, or tokens, in place of heads.
     """
 
     name: ClassVar[str] = "hetis"
@@ -29,16 +32,22 @@ class HetisPolicy(Policy):
     def __init__(self, settings: HetisSettings | None = None) -> None:
         self.settings = settings or HetisSettings()
         self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
-        contexts = ContextTable()
+        self.splits_tokens = self.settings.granularity == "sequence"
+        contexts = ContextTable(ranges=self.splits_tokens)
         self._parallelizer = Parallelizer(self.settings)
-        self._dispatcher = Dispatcher(self.settings, contexts)
-        self._redispatcher = Redispatcher(self.settings, contexts)
+        self._dispatcher: Dispatcher | UnitDispatcher
+        if self.settings.granularity == "head":
+            self._dispatcher = Dispatcher(self.settings, contexts)
+            self._redispatcher = Redispatcher(self.settings, contexts)
+        else:
+            self._dispatcher = UnitDispatcher(self.settings, contexts)
+            self._redispatcher = UnitRedispatcher(self.settings, contexts)
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """Search the primary layout; see :class:`Parallelizer`."""
         return self._parallelizer.plan(problem)
 
-    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> Sequence[AnyPlacement]:
         """Place the longest prefix that fits; see :class:`Dispatcher`."""
         return self._dispatcher.dispatch(requests, view)
 

@@ -14,17 +14,22 @@ from hetis_sim.policies.hetis.ideal import attention_exceeds
 from hetis_sim.policies.hetis.placing import Load, place
 from hetis_sim.policies.hetis.settings import HetisSettings
 from hetis_sim.policies.plan import Placement, Position
+from hetis_sim.policies.ranges import AnyPlacement
 from hetis_sim.policies.view import InstanceView, Move, RequestView
 
 TRIALS = 8
 """Requests that are tried in full, those with the largest possible benefit first (ours)."""
 
 
+Shares = tuple[np.ndarray[Any, np.dtype[np.int64]], np.ndarray[Any, np.dtype[np.float64]]]
+"""Groups and group-tokens by request and position."""
+
+
 class Change(NamedTuple):
     """A possible move: what it does to F (seconds times micro-batches), and what travels."""
 
     request: RequestView
-    placement: Placement
+    placement: AnyPlacement
     time: float
     moved: int
     freed: int = 0
@@ -53,13 +58,22 @@ class Redispatcher:
         load = usable_load(view, self.settings.reserve_fraction)
         best: Change | None = None
         target = now * (1.0 - self.settings.min_benefit)
-        for floor, request in _least_possible(context, view, movable)[:TRIALS]:
+        shares = self._shares(context, view, movable) if movable else None
+        least = _least_possible(context, view, movable, shares) if shares else []
+        for floor, request in least[:TRIALS]:
             if floor >= min(target, best.time if best else now):
                 break
             change = self._replace(context, view, load, request)
             if change is not None and change.time < target and (best is None or _faster(change, best)):
                 best = change
         return Move(best.request.request_id, best.placement) if best else None
+
+    def _shares(self, context: AttentionContext, view: InstanceView,
+                movable: Sequence[RequestView]) -> Shares:
+        """What each request adds to the load."""
+        held = _matrix(movable)
+        tokens = np.array([request.context_tokens for request in movable], dtype=np.float64)
+        return held, held * tokens[:, None]
 
     def _replace(self, context: AttentionContext, view: InstanceView, load: Load,
                  request: RequestView) -> Change | None:
@@ -95,10 +109,10 @@ class Redispatcher:
         room = {d: units - growth[d] for d, units in view.free_units.items()}
         lifo = self.settings.eviction == "lifo"
         best: Change | None = None
-        ordered = _by_arrival(candidates) if lifo else _by_relief(context, view, candidates, here, wanted)
+        ordered = by_arrival(candidates) if lifo else _by_relief(context, view, candidates, here, wanted)
         for request in ordered:
             change = _take_off(context, view, request, here, wanted, room)
-            if change is not None and (best is None or _better_relief(change, best, wanted)):
+            if change is not None and (best is None or better_relief(change, best, wanted)):
                 best = change
                 if lifo:
                     break
@@ -112,7 +126,8 @@ def _faster(change: Change, best: Change) -> bool:
     return (change.moved, change.request.request_id) < (best.moved, best.request.request_id)
 
 
-def _better_relief(change: Change, best: Change, wanted: int) -> bool:
+def better_relief(change: Change, best: Change, wanted: int) -> bool:
+    """The order of moves for memory: enough, or most, freed first; then as fast as can be."""
     if (change.freed >= wanted) != (best.freed >= wanted):
         return change.freed >= wanted
     if change.freed < wanted and change.freed != best.freed:
@@ -134,14 +149,10 @@ def _growth(context: AttentionContext, view: InstanceView) -> dict[int, int]:
 
 
 def _least_possible(context: AttentionContext, view: InstanceView,
-                    movable: Sequence[RequestView]) -> list[tuple[float, RequestView]]:
+                    movable: Sequence[RequestView], shares: Shares) -> list[tuple[float, RequestView]]:
     """F without each request at all, which no move of it can undercut; smallest first."""
-    if not movable:
-        return []
-    held = _matrix(movable)
-    tokens = np.array([request.context_tokens for request in movable], dtype=np.float64)
-    groups = np.array(view.groups) - held
-    times = _total_times(context, groups, np.array(view.group_tokens) - held * tokens[:, None])
+    held, tokens = shares
+    times = _total_times(context, np.array(view.groups) - held, np.array(view.group_tokens) - tokens)
     order = np.lexsort((np.array([request.request_id for request in movable]), times))
     return [(float(times[i]), movable[i]) for i in order[:TRIALS]]
 
@@ -175,7 +186,8 @@ def _total_times(context: AttentionContext, groups: np.ndarray[Any, np.dtype[np.
     return total
 
 
-def _by_arrival(candidates: Sequence[RequestView]) -> list[RequestView]:
+def by_arrival(candidates: Sequence[RequestView]) -> list[RequestView]:
+    """The latest first."""
     return sorted(candidates, key=lambda r: (-r.arrival_s, -r.request_id))
 
 

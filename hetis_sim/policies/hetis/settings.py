@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
 
+GRANULARITY = ("head", "request", "sequence")
 DISPATCH = ("lp", "greedy", "static")
 EVICTION = ("benefit", "lifo")
 PREEMPTION = ("recompute", "swap")
@@ -25,6 +26,10 @@ class HetisSettings:
             ideal (0.5 in the paper).
         reserve_fraction: share of each device's cache that admission leaves free, so that the
             running requests can grow. A request alone on its instance may use all.
+        granularity: what of a request is divided over devices: its KV groups (``head``, as in the paper),
+            nothing (``request``: all heads in one place, stage by stage), or its tokens (``sequence``:
+            blocks with all heads). The last two are ours, for comparison; they place one request after
+            the other.
         dispatch: ``lp`` (greedy for few requests, the linear program from ``lp_min_requests``
             on), ``greedy`` (one request after the other) or ``static`` (every request gets the
             same split, in proportion to the cache of the devices).
@@ -42,6 +47,7 @@ class HetisSettings:
     ideal_pipeline: bool = False
     theta: float = 0.5
     reserve_fraction: float = 0.05
+    granularity: str = "head"
     dispatch: str = "lp"
     lp_min_requests: int = 8
     redispatch: bool = True
@@ -60,6 +66,9 @@ class HetisSettings:
         for key in ("redispatch", "ideal_pipeline"):
             value = getattr(self, key)
             require(isinstance(value, bool), f"policy.{key}", value, "true or false")
-        for key, allowed in (("dispatch", DISPATCH), ("eviction", EVICTION), ("preemption", PREEMPTION)):
+        for key, allowed in (("granularity", GRANULARITY), ("dispatch", DISPATCH),
+                             ("eviction", EVICTION), ("preemption", PREEMPTION)):
             value = getattr(self, key)
             require(value in allowed, f"policy.{key}", value, f"one of {', '.join(allowed)}")
+        require(self.granularity == "head" or self.dispatch != "static", "policy.dispatch", self.dispatch,
+                "lp or greedy where granularity is not head")
