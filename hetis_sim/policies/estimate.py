@@ -38,6 +38,7 @@ from hetis_sim.policies.passes import Array, arrivals_per_pass, mean_pass_s
 from hetis_sim.policies.shape import InstanceShape, StageShape
 
 BATCH_STEPS = 12
+SMALLER = 0.85
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,14 @@ class Estimate:
         The square outweighs what the larger batch behind the miss brings in throughput.
         """
         return self.requests_per_s / self.penalty**2
+
+
+def _better(found: Estimate | None, best: Estimate | None) -> Estimate | None:
+    """Of two estimates the one that holds the SLO, or else that of higher value."""
+    if found is None or best is None:
+        return found or best
+    ahead = (found.penalty <= 1.0, found.value) > (best.penalty <= 1.0, best.value)
+    return found if ahead else best
 
 
 class Pieces(NamedTuple):
@@ -112,26 +121,44 @@ class Estimator:
     def best(self, shape: InstanceShape, layers: Sequence[int] | None = None) -> Estimate | None:
         """The estimate at the best batch, with the best layers unless they are given; None if nothing fits.
 
-        Batches are tried from the largest that memory could hold downwards: until the SLO is
-        held, and on as long as the estimate gets better.
+        Batches are tried from the largest that memory could hold downwards, until one fits and holds the SLO;
+        then between it and the last that does not, to within a tenth; then downwards again, as long as the
+        estimate gets better.
         """
+        batch, above = self.largest_batch(shape), 0
         best: Estimate | None = None
-        batch, stages = self.largest_batch(shape), len(shape.stages)
         for _ in range(BATCH_STEPS):
-            lane = max(1, batch // stages)
-            found = self.at(shape, lane, min(batch, lane * stages), layers)
-            shrink = 0.85
-            if found is not None:
-                if best is not None and best.penalty <= 1.0 and found.value <= best.value:
-                    break
-                if best is None or found.value > best.value or found.penalty <= 1.0 < best.penalty:
-                    best = found
-                if found.penalty > 1.0:
-                    shrink = min(0.95, max(0.3, 1.0 / found.penalty))
-            if batch <= 1:
+            found = self._with_requests(shape, batch, layers)
+            best = _better(found, best)
+            if batch <= 1 or (found is not None and found.penalty <= 1.0):
                 break
+            above = batch
+            shrink = SMALLER if found is None else min(0.95, max(0.3, 1.0 / found.penalty))
             batch = max(1, min(batch - 1, int(batch * shrink)))
+        if best is None or best.penalty > 1.0:
+            return best
+        while above > 1.1 * batch + 1.0:
+            middle = round(math.sqrt(batch * above))
+            found = self._with_requests(shape, middle, layers)
+            if found is not None and found.penalty <= 1.0:
+                batch, best = middle, max(best, found, key=lambda estimate: estimate.value)
+            else:
+                above = middle
+        return self._downwards(shape, layers, best)
+
+    def _downwards(self, shape: InstanceShape, layers: Sequence[int] | None, best: Estimate) -> Estimate:
+        """A better estimate with a smaller batch, if there is one."""
+        while best.requests > 1:
+            found = self._with_requests(shape, int(best.requests * SMALLER), layers)
+            if found is None or found.value <= best.value:
+                break
+            best = found
         return best
+
+    def _with_requests(self, shape: InstanceShape, batch: int,
+                       layers: Sequence[int] | None) -> Estimate | None:
+        lane = max(1, batch // len(shape.stages))
+        return self.at(shape, lane, min(batch, lane * len(shape.stages)), layers)
 
     def largest_batch(self, shape: InstanceShape) -> int:
         """Requests that memory could hold if it could be split at will, within the engine's limit."""

@@ -73,6 +73,19 @@ def test_the_slo_limits_the_batch() -> None:
     assert tight.requests < loose.requests
 
 
+@pytest.mark.parametrize("chunk_tokens", [0, 512])
+def test_no_other_batch_is_much_better(chunk_tokens: int) -> None:
+    """Of all batches none that holds the SLO has an estimate that is 3 % higher."""
+    given = replace(problem(cluster(("a100-80gb", 4)), prompt=156, output=66), chunk_tokens=chunk_tokens)
+    for groups in ([(0, 1)], [(0, 1, 2, 3)], [(0, 1), (2, 3)]):
+        shape, estimator = instance_shape(given, groups), Estimator(given)
+        found = estimator.best(shape)
+        assert found is not None
+        others = [estimator.at(shape, lane, lane * len(groups)) for lane in range(1, 256, 5)]
+        most = max(other.value for other in others if other is not None and other.penalty <= 1.0)
+        assert most <= 1.03 * found.value
+
+
 def test_an_slo_out_of_reach_is_marked() -> None:
     """The estimate says by which factor it is missed, and counts for less."""
     given = replace(problem(cluster(("a100-80gb", 4))), slo=Slo(5.0, 0.01))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import ceil
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -115,6 +117,31 @@ def test_short_requests_stay_at_home_and_long_ones_are_split() -> None:
     load = Load([0] * 4, [0] * 4, dict.fromkeys(plan.devices, 10**6))
     assert place(context, load, 100, 7) == (4, 4, 0, 0)
     assert place(context, load, 20_000, 1251) == (3, 3, 1, 1)
+
+
+def test_workers_behind_one_interface_are_placed_as_brute_force_would() -> None:
+    """Every group that passes the interface delays all of them, so how many pass is part of the answer."""
+    random = Random(1)
+    used = 0
+    for _ in range(150):
+        plan = instance([(4,)], [random.randint(1, 40)], 3)
+        costs = [PositionCost(random.uniform(1e-7, 2e-5), 10 ** random.uniform(-10, -6.7),
+                              random.uniform(0.0, 1e-4)) for _ in plan.positions]
+        wire = PositionCost(0.0, 0.0, 0.0, 3 * 10 ** random.uniform(-7, -4.5), random.uniform(0.0, 2e-4), 3)
+        for p in (1, 2, 3):
+            costs[p] = replace(wire, a_s_per_group=costs[p].a_s_per_group, c_s=costs[p].c_s,
+                               b_s_per_group_token=costs[p].b_s_per_group_token)
+        context = AttentionContext(plan, costs, 1)
+        groups = [random.choice((0, random.randint(0, 30))) for _ in plan.positions]
+        held = [n * random.randint(1, 2000) for n in groups]
+        load = Load(groups, held, {d: random.choice((10**6, 20_000)) for d in plan.devices})
+        tokens = random.randint(1, 3000)
+        placement, best = (search(context, load, tokens, blocks_of(tokens)) for search in (place, best_time))
+        assert (placement is None) == (best is None)
+        if placement is not None:
+            used += any(placement[1:])
+            assert time_with(context, load, [(tokens, placement)]) == pytest.approx(best, rel=1e-9)
+    assert used > 20
 
 
 def test_what_moves_keeps_what_it_can_in_place() -> None:
