@@ -77,6 +77,8 @@ class ExecutorInput:
         require(times == sorted(times), "requests", "arrival times that go back", "sorted by arrival_s")
         ids = [request.request_id for request in self.requests]
         require(len(set(ids)) == len(ids), "requests", "the same request_id twice", "each request_id once")
+        require(self.plan.mesh is None, "plan.mesh", "a mesh of nodes",
+                "none: workers here form pipelines, plans with instances only")
         roles = [instance.role for instance in self.plan.instances]
         require(all(role == "both" for role in roles), "plan.roles", roles,
                 "both: workers here carry no cache from one instance to another")

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from hetis_sim.config import RunConfig
 from hetis_sim.metrics import Summary, print_summary, summary_line, summary_markdown
-from hetis_sim.policies.memory import cache_bytes, stage_weight_bytes
+from hetis_sim.policies.memory import cache_bytes, mesh_cache_bytes, stage_weight_bytes
+from hetis_sim.policies.plan import SINK, SOURCE, MeshPlan
 from hetis_sim.run import Prepared, Result
 from hetis_sim.spec.gpu import GIB
 from traces import OpenWorkload
@@ -93,6 +94,8 @@ def print_plan(prepared: Prepared) -> None:
         workers = (f"; attention workers {_devices(prepared, instance.attention_workers)}"
                    if instance.attention_workers else "")
         console.print(f"instance {number} ({instance.role}): {stages}{workers}")
+    if prepared.plan.mesh is not None:
+        console.print(_mesh_table(prepared, prepared.plan.mesh))
     console.print(_memory_table(prepared))
     same: dict[str, list[str]] = {}
     for device, reason in sorted(prepared.plan.reasons.items()):
@@ -122,6 +125,27 @@ def _devices(prepared: Prepared, devices: tuple[int, ...]) -> str:
     return " + ".join(f"{count} x {name}" for name, count in kinds.items())
 
 
+def _mesh_table(prepared: Prepared, mesh: MeshPlan) -> Table:
+    """The nodes in the order of their layers: rates, and where requests go from there."""
+    def edges(at: int) -> str:
+        names = [f"{mesh.edges[e].target if mesh.edges[e].target != SINK else 'end'}: "
+                 f"{mesh.edges[e].tokens_per_s:,.0f}" for e in mesh.outgoing[at]]
+        return ", ".join(names)
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for header in ("node", "GPUs", "layers", "rate tokens/s", "flow tokens/s", "goes on to node: tokens/s"):
+        table.add_column(header, justify="right" if header.endswith(" tokens/s") else "left")
+    table.add_row("start", "", "", "", f"{_flow_from(mesh, SOURCE):,.0f}", edges(SOURCE))
+    for n, node in enumerate(mesh.nodes):
+        table.add_row(str(n), _devices(prepared, node.devices), f"{node.first_layer}-{node.end_layer - 1}",
+                      f"{node.tokens_per_s:,.0f}", f"{_flow_from(mesh, n):,.0f}", edges(n))
+    return table
+
+
+def _flow_from(mesh: MeshPlan, at: int) -> float:
+    return sum(mesh.edges[e].tokens_per_s for e in mesh.outgoing[at])
+
+
 def _memory_table(prepared: Prepared) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
     for header in ("GPU", "role", "memory GiB", "weights GiB", "cache GiB", "other GiB"):
@@ -136,6 +160,14 @@ def _memory_table(prepared: Prepared) -> Table:
                 rows[device] = (f"primary {number}.{s}", weights, cache[device])
         for device in instance.attention_workers:
             rows[device] = (f"attention worker {number}", 0.0, cache[device])
+    mesh = prepared.plan.mesh
+    if mesh is not None:
+        left_bytes = mesh_cache_bytes(prepared.cluster, prepared.model, prepared.settings.limits, mesh)
+        for n, node in enumerate(mesh.nodes):
+            ends = node.first_layer == 0, node.end_layer == mesh.layers
+            for rank, device in enumerate(node.devices):
+                weights = float(stage_weight_bytes(prepared.model, node, rank, *ends))
+                rows[device] = (f"node {n}", weights, left_bytes[device])
     for spec in prepared.cluster.devices:
         role, weights, left = rows.get(spec.device_id, ("unused", 0.0, 0.0))
         memory, room = float(spec.gpu.memory_bytes), max(0.0, float(left))

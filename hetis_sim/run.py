@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from hetis_sim.config import RunConfig, compose
 from hetis_sim.control.controller import Controller
+from hetis_sim.control.make import make_controller
+from hetis_sim.control.mesh.controller import MeshController
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.cost.load import load_cost_model
 from hetis_sim.cost.model import CostModel, ProvenanceRow
 from hetis_sim.cost.roofline import HostOverhead
@@ -60,11 +61,9 @@ class Prepared:
         links[self.cluster.network.name] = self.cluster.network
         return self.cost.provenance(self.gpus, self.model, list(links.values()))
 
-    def controller(self) -> Controller:
+    def controller(self) -> Controller | MeshController:
         """A fresh control plane for the plan."""
-        timers = [InstanceTimer(self.cluster, self.model, self.cost, instance)
-                  for instance in self.plan.instances]
-        return Controller(self.cluster, self.model, self.policy, self.plan, timers, self.settings)
+        return make_controller(self.cluster, self.model, self.cost, self.policy, self.plan, self.settings)
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,9 @@ def event_budget(prepared: Prepared) -> int:
     about = prepared.workload.describe()
     requests = about.get("n") or prepared.config.workload.requests or 1_000_000
     tokens = about["prompt_tokens"]["mean"] + about["output_tokens"]["mean"]
-    return int(EVENTS_FREE + EVENTS_PER_TOKEN * requests * tokens)
+    # In a mesh every node of a path has a step and messages of its own for a token.
+    hops = len(prepared.plan.mesh.nodes) if prepared.plan.mesh is not None else 1
+    return int(EVENTS_FREE + EVENTS_PER_TOKEN * requests * tokens * hops)
 
 
 def write_result(result: Result, path: str | Path) -> Path:
@@ -204,10 +205,11 @@ def manifest(result: Result) -> dict[str, Any]:
     """What is needed to make the run again, and where its durations come from."""
     prepared = result.prepared
     about: Mapping[str, Any] = prepared.workload.describe()
+    plan = prepared.plan.to_dict()
     return build_manifest(
         label="simulated", seeds={"workload": prepared.config.workload.seed},
         hashes={"workload": about["sha256"], "config": value_sha256(asdict(prepared.config)),
-                "plan": value_sha256(prepared.plan.to_dict()["instances"])},
+                "plan": value_sha256(plan.get("mesh") or plan["instances"])},
         provenance=prepared.provenance(),
         extra={"workload": dict(about), "cost_warnings": list(prepared.cost.warnings),
                "events": result.events})

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.handoff import Handoffs
+from hetis_sim.control.ledger import KvLedger
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.state import RequestState, Status
+from hetis_sim.control.state import RequestState, Status, rejected
 from hetis_sim.control.step import Outcome, Step, Transfer
 from hetis_sim.control.swap import HostMemory
 from hetis_sim.control.timing import InstanceTimer
@@ -66,10 +67,10 @@ class Controller:
         self.states[request.request_id] = state
         needed = request.prompt_tokens + request.output_tokens
         if needed > self.model.context_limit_tokens:
-            return _reject(state, "context_limit", now_s)
+            return rejected(state, "context_limit", now_s)
         able = self._able(needed)
         if not able:
-            return _reject(state, "cache_capacity", now_s)
+            return rejected(state, "cache_capacity", now_s)
         self._route(state, able).submit(state, now_s)
         return state
 
@@ -140,19 +141,29 @@ class Controller:
         more.transfers += self._handoffs.retry()
         return more
 
+    def ledgers(self) -> Sequence[tuple[tuple[int, ...], KvLedger]]:
+        """Devices of every instance and their cache, up to date."""
+        for engine in self.engines:
+            engine.sync()
+        return [(engine.plan.devices, engine.books.ledger) for engine in self.engines]
+
+    @property
+    def changes(self) -> int:
+        """Counts changes of membership."""
+        return sum(engine.changes for engine in self.engines)
+
+    def in_system(self) -> tuple[int, int]:
+        """Requests running and waiting."""
+        return (sum(len(engine.active) for engine in self.engines),
+                sum(len(engine.waiting) for engine in self.engines))
+
     def counts(self) -> dict[str, int]:
         """Requests by station: the terms of the conservation law (invariant 1)."""
-        running = sum(len(engine.active) for engine in self.engines)
-        waiting = sum(len(engine.waiting) for engine in self.engines)
+        running, waiting = self.in_system()
         ended = [state.status for state in self.states.values() if state.status >= Status.FINISHED]
         finished = sum(status == Status.FINISHED for status in ended)
         return {"submitted": len(self.states), "running": running, "waiting": waiting,
                 "finished": finished, "rejected": len(ended) - finished}
-
-
-def _reject(state: RequestState, reason: str, now_s: float) -> RequestState:
-    state.status, state.reason, state.finish_s = Status.REJECTED, reason, now_s
-    return state
 
 
 def _longest_context(engine: Engine) -> int:

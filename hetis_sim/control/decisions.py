@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
+from hetis_sim.policies.view import InstanceLoad, InstanceView, MeshView, RequestView
 
 
 class DecisionLog:
@@ -22,8 +22,8 @@ class DecisionLog:
         self.enabled = enabled
         self.lines: list[str] = []
 
-    def record(self, kind: str, view: InstanceView | InstanceLoad, requests: Sequence[RequestView],
-               decision: Any) -> None:
+    def record(self, kind: str, view: InstanceView | InstanceLoad | MeshView,
+               requests: Sequence[RequestView], decision: Any) -> None:
         """Append a decision about ``requests`` on the snapshot ``view``."""
         if not self.enabled:
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.engine import Engine
+from hetis_sim.control.mesh.check import mesh_violations
+from hetis_sim.control.mesh.controller import MeshController
 from hetis_sim.control.placement import PlacementShape
 from hetis_sim.control.state import RequestState, Status
 from hetis_sim.spec.errors import HetisError
@@ -13,7 +15,7 @@ class InvariantError(HetisError):
     """An invariant does not hold: a defect of the program."""
 
 
-def check_controller(controller: Controller) -> None:
+def check_controller(controller: Controller | MeshController) -> None:
     """Check invariants 1 to 4 at this instant.
 
     Raises:
@@ -28,6 +30,11 @@ def check_controller(controller: Controller) -> None:
         if state.status == Status.FINISHED and state.generated_base != state.request.output_tokens:
             raise InvariantError(f"invariant 2 (tokens): request {state.request_id} has ended with "
                                  f"{state.generated_base} of {state.request.output_tokens} tokens")
+    if isinstance(controller, MeshController):
+        found = mesh_violations(controller.engine)
+        if found:
+            raise InvariantError(found[0])
+        return
     for engine in controller.engines:
         engine.sync()
         check_engine(engine)

@@ -127,3 +127,9 @@ class RequestState:
         return RequestView(request.request_id, request.arrival_s, request.prompt_tokens, context, generated,
                            shape.placement if shape else None, self.preemptions, movable,
                            shape.ranges.blocks if shape and shape.ranges else ())
+
+
+def rejected(state: RequestState, reason: str, now_s: float) -> RequestState:
+    """Turn a request away that holds no cache."""
+    state.status, state.reason, state.finish_s = Status.REJECTED, reason, now_s
+    return state

@@ -7,6 +7,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
+    from hetis_sim.control.mesh.walk import Message
     from hetis_sim.control.state import RequestState
 
 
@@ -103,6 +104,7 @@ class Outcome:
     ``gaps_s`` are times between two tokens of requests that had lost their cache meanwhile.
     ``prefilled`` and ``evicted`` requests are to go on in another instance; the controller sees
     to it and names the instances it has ``touched``, for the driver to look at again.
+    ``messages`` are to be sent between the nodes of a mesh.
     """
 
     finished: list[RequestState] = field(default_factory=list)
@@ -113,12 +115,13 @@ class Outcome:
     prefilled: list[RequestState] = field(default_factory=list)
     evicted: list[RequestState] = field(default_factory=list)
     touched: list[int] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
         """Whether nothing has happened."""
         return not (self.finished or self.rejected or self.first_tokens or self.gaps_s or self.transfers
-                    or self.prefilled or self.evicted or self.touched)
+                    or self.prefilled or self.evicted or self.touched or self.messages)
 
 
 NOTHING = Outcome()

@@ -94,6 +94,12 @@ class _StageFacts(NamedTuple):
     ranks: tuple[tuple[GpuSpec, int], ...]
 
 
+def dense_share(model: ModelSpec, owned: int, tp: int) -> float:
+    """Dense work of a rank over that of an equal share: it projects for the heads that it owns."""
+    projections = model.projection_flops_per_token_per_layer / model.dense_flops_per_token_per_layer
+    return 1.0 + projections * (owned * tp / model.kv_heads - 1.0)
+
+
 class InstanceTimer:
     """Durations of the steps of one instance.
 
@@ -175,16 +181,10 @@ class InstanceTimer:
         heads = self._model.heads_per_group
         ranks = {(gpu.name, owned): (gpu, owned * heads)
                  for gpu, owned in zip(gpus, stage.owned_groups, strict=True)}
-        dense = {(gpu.name, owned): (gpu, self._dense_share(owned, stage.tp))
+        dense = {(gpu.name, owned): (gpu, dense_share(self._model, owned, stage.tp))
                  for gpu, owned in zip(gpus, stage.owned_groups, strict=True)}
         return _StageFacts(tuple(dense.values()), stage.tp, stage.layers,
                            cluster.slowest_link(stage.devices), hop, tuple(ranks.values()))
-
-    def _dense_share(self, owned: int, tp: int) -> float:
-        """Dense work of a rank over that of an equal share: it projects for the heads that it owns."""
-        model = self._model
-        projections = model.projection_flops_per_token_per_layer / model.dense_flops_per_token_per_layer
-        return 1.0 + projections * (owned * tp / model.kv_heads - 1.0)
 
     def prefill(self, step: Step, lane: Lane, loads: Loads) -> StepTiming:
         """A step that prefills, with or without the lane's decode batch."""

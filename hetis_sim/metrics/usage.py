@@ -173,7 +173,8 @@ def _iteration_use(sums: Mapping[str, float]) -> IterationUse:
 def roles_of_plan(plan: Mapping[str, Any], devices: int) -> tuple[str, ...]:
     """Role of every device in a plan as written to ``plan.json``.
 
-    A primary of an instance that serves one phase only is named after the phase.
+    A primary of an instance that serves one phase only is named after the phase. The GPUs of a mesh's
+    nodes are primaries.
     """
     roles = ["idle"] * devices
     for instance in plan.get("instances", ()):
@@ -183,4 +184,7 @@ def roles_of_plan(plan: Mapping[str, Any], devices: int) -> tuple[str, ...]:
                 roles[device] = "primary" if phase == "both" else phase
         for device in instance.get("attention_workers", ()):
             roles[device] = "attention"
+    for node in (plan.get("mesh") or {}).get("nodes", ()):
+        for device in node["devices"]:
+            roles[device] = "primary"
     return tuple(roles)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from hetis_sim.cost.model import CostModel
 from hetis_sim.policies.plan import Placement, Plan
 from hetis_sim.policies.ranges import AnyPlacement
-from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
+from hetis_sim.policies.view import InstanceLoad, InstanceView, MeshView, Move, RequestView
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.slo import Slo
@@ -113,6 +113,17 @@ class Policy(ABC):
                 free[device] -= units
             placed.append(placement)
         return placed
+
+    def open_nodes(self, request: RequestView, view: MeshView) -> Sequence[bool]:
+        """For each node of a mesh, whether the request may be sent there now; the default opens all."""
+        return [True] * len(view.plan.nodes)
+
+    def next_edge(self, request: RequestView, view: MeshView, edges: Sequence[int]) -> int:
+        """The edge that a request takes, of those that lead on from where it is to open nodes.
+
+        The default takes the one that has been sent the least for its weight.
+        """
+        return min(edges, key=lambda e: (view.sent_tokens[e] / view.plan.edges[e].tokens_per_s, e))
 
     def rebalance(self, view: InstanceView, running: Sequence[RequestView]) -> Move | None:
         """A move that shortens decode attention, or None. Asked at intervals."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hetis_sim.policies.base import EngineLimits
-from hetis_sim.policies.plan import InstancePlan, StagePlan
+from hetis_sim.policies.plan import InstancePlan, MeshPlan, StagePlan
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.model import ModelSpec
 
@@ -51,17 +51,32 @@ def attention_worker_reserve_bytes(model: ModelSpec, limits: EngineLimits) -> in
     return 2 * limits.max_batch_requests * model.remote_bytes_per_token(model.query_heads)
 
 
+def stage_cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits, stage: StagePlan,
+                      first: bool, last: bool) -> dict[int, int]:
+    """Bytes left for cache on each device of a stage; negative where weights do not fit."""
+    temporaries = RUNTIME_BYTES + activation_bytes(model, limits, stage.tp, last)
+    return {device: int(cluster.devices[device].gpu.memory_bytes * limits.memory_utilization)
+            - stage_weight_bytes(model, stage, rank, first, last) - temporaries
+            for rank, device in enumerate(stage.devices)}
+
+
+def mesh_cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
+                     mesh: MeshPlan) -> dict[int, int]:
+    """Bytes left for cache on each device of a mesh; negative where weights do not fit."""
+    left: dict[int, int] = {}
+    for node in mesh.nodes:
+        left |= stage_cache_bytes(cluster, model, limits, node, node.first_layer == 0,
+                                  node.end_layer == model.layers)
+    return left
+
+
 def cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
                 instance: InstancePlan) -> dict[int, int]:
     """Bytes left for cache on each device of an instance; negative where weights do not fit."""
     left: dict[int, int] = {}
     last_stage = len(instance.stages) - 1
     for s, stage in enumerate(instance.stages):
-        for rank, device in enumerate(stage.devices):
-            budget = cluster.devices[device].gpu.memory_bytes * limits.memory_utilization
-            weights = stage_weight_bytes(model, stage, rank, s == 0, s == last_stage)
-            left[device] = int(budget) - weights - RUNTIME_BYTES - activation_bytes(
-                model, limits, stage.tp, s == last_stage)
+        left |= stage_cache_bytes(cluster, model, limits, stage, s == 0, s == last_stage)
     for device in instance.attention_workers:
         budget = cluster.devices[device].gpu.memory_bytes * limits.memory_utilization
         left[device] = int(budget) - RUNTIME_BYTES - attention_worker_reserve_bytes(model, limits)
@@ -71,6 +86,15 @@ def cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
 def cache_units(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
                 instance: InstancePlan) -> dict[int, int]:
     """Ledger units on each device of an instance, 0 where nothing is left."""
+    return _units(model, limits, cache_bytes(cluster, model, limits, instance))
+
+
+def mesh_cache_units(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
+                     mesh: MeshPlan) -> dict[int, int]:
+    """Ledger units on each device of a mesh, 0 where nothing is left."""
+    return _units(model, limits, mesh_cache_bytes(cluster, model, limits, mesh))
+
+
+def _units(model: ModelSpec, limits: EngineLimits, left: dict[int, int]) -> dict[int, int]:
     size = unit_bytes(model, limits)
-    return {device: max(0, left) // size
-            for device, left in cache_bytes(cluster, model, limits, instance).items()}
+    return {device: max(0, amount) // size for device, amount in left.items()}

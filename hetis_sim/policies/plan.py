@@ -4,6 +4,9 @@ Heads are placed in KV groups (one KV head with its query heads). The cache of o
 instance lives at *positions*: a position is one device in its role for one pipeline
 stage. The tensor-parallel ranks of a stage are positions of that stage only; an
 attention worker is a position of every stage of its instance.
+
+Instead of instances a plan may have a *mesh*: nodes that hold ranges of layers, and edges along which
+each request takes a way of its own.
 """
 
 from __future__ import annotations
@@ -118,22 +121,125 @@ class InstancePlan:
         return tuple(position.owned_groups for position in self.positions)
 
 
+SOURCE, SINK = -1, -2
+"""Where edges of a mesh begin and end that lead from and to whoever hands requests out."""
+
+
 @dataclass(frozen=True)
-class Plan:
-    """The placement of a whole cluster.
+class MeshNode(StagePlan):
+    """A tensor-parallel group that holds ``layers`` layers from ``first_layer`` on.
+
+    ``tokens_per_s`` is the rate of tokens, prompts included, at which the policy rates it.
+    """
+
+    first_layer: int = 0
+    tokens_per_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.first_layer >= 0, "node.first_layer", self.first_layer, ">= 0")
+
+    @property
+    def end_layer(self) -> int:
+        """One past its last layer."""
+        return self.first_layer + self.layers
+
+
+@dataclass(frozen=True)
+class MeshEdge:
+    """A way from node ``source`` (or ``SOURCE``) to node ``target`` (or ``SINK``).
+
+    ``tokens_per_s`` is its flow in the plan: the weight by which it is chosen.
+    """
+
+    source: int
+    target: int
+    tokens_per_s: float
+
+
+@dataclass(frozen=True)
+class MeshPlan:
+    """Nodes and the ways between them. A request goes from ``SOURCE`` to ``SINK``.
+
+    At every node it passes the layers that it has not passed yet: those from the end of the node
+    before on. So an edge leads to a node that holds the layer after the last one of its source.
 
     Attributes:
-        instances: the replicas.
+        nodes, edges: numbered by their places here.
+        mean_output_tokens: what the operator expects a request to generate.
+    """
+
+    nodes: tuple[MeshNode, ...]
+    edges: tuple[MeshEdge, ...]
+    mean_output_tokens: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(len(self.nodes) >= 1, "mesh.nodes", self.nodes, "at least one node")
+        used = [d for node in self.nodes for d in node.devices]
+        require(len(used) == len(set(used)), "mesh.devices", used, "each device in one node only")
+        pairs = [(edge.source, edge.target) for edge in self.edges]
+        require(len(pairs) == len(set(pairs)), "mesh.edges", pairs, "each pair of ends once")
+        for edge in self.edges:
+            self._check(edge)
+
+    def _check(self, edge: MeshEdge) -> None:
+        known = range(len(self.nodes))
+        ends = (edge.source, edge.target)
+        require(edge.source in (SOURCE, *known) and edge.target in (SINK, *known) and ends != (SOURCE, SINK),
+                "mesh.edge", ends, f"from {SOURCE} or a node 0..{len(known) - 1}, to a node or {SINK}")
+        require(0.0 < edge.tokens_per_s < float("inf"), "mesh.edge.tokens_per_s", edge.tokens_per_s,
+                "positive and finite")
+        passed = self.nodes[edge.source].end_layer if edge.source >= 0 else 0
+        if edge.target == SINK:
+            require(passed == self.layers, "mesh.edge", ends, f"from a node that ends at {self.layers}")
+        else:
+            node = self.nodes[edge.target]
+            require(node.first_layer <= passed < node.end_layer, "mesh.edge", ends,
+                    f"to a node that holds layer {passed}, not {node.first_layer}..{node.end_layer - 1}")
+
+    @property
+    def layers(self) -> int:
+        """Layers of the whole model."""
+        return max(node.end_layer for node in self.nodes)
+
+    @cached_property
+    def devices(self) -> tuple[int, ...]:
+        """Every device, node by node."""
+        return tuple(d for node in self.nodes for d in node.devices)
+
+    @cached_property
+    def outgoing(self) -> dict[int, tuple[int, ...]]:
+        """Numbers of the edges that leave ``SOURCE`` and each node."""
+        found: dict[int, list[int]] = {at: [] for at in (SOURCE, *range(len(self.nodes)))}
+        for number, edge in enumerate(self.edges):
+            found[edge.source].append(number)
+        return {at: tuple(edges) for at, edges in found.items()}
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """The nodes from the front of the model to its end: edges only lead onwards in it."""
+        return tuple(sorted(range(len(self.nodes)), key=lambda n: (self.nodes[n].end_layer, n)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The placement of a whole cluster: instances, or a mesh.
+
+    Attributes:
+        instances: the replicas; none beside a mesh.
         reasons: for every device id, one sentence on its role.
         search: figures of the search that found the plan (seconds, candidates, costs).
+        mesh: nodes and edges, None beside instances.
     """
 
     instances: tuple[InstancePlan, ...]
     reasons: dict[int, str] = field(default_factory=dict)
     search: dict[str, Any] = field(default_factory=dict)
+    mesh: MeshPlan | None = None
 
     def __post_init__(self) -> None:
-        require(len(self.instances) >= 1, "plan.instances", self.instances, "at least one instance")
+        require((len(self.instances) >= 1) != (self.mesh is not None), "plan.instances", self.instances,
+                "at least one instance, or none beside a mesh")
         used = [d for instance in self.instances for d in instance.devices]
         require(len(used) == len(set(used)), "plan.devices", used, "each device in one instance only")
 
@@ -141,6 +247,8 @@ class Plan:
         """Plain types, for ``plan.json``; without the seconds of the search, which differ every time."""
         plain = asdict(self)
         plain["search"].pop("seconds", None)
+        if self.mesh is None:
+            del plain["mesh"]
         return plain
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hetis_sim.policies.plan import InstancePlan, Placement
+from hetis_sim.policies.plan import InstancePlan, MeshPlan, Placement
 from hetis_sim.policies.ranges import AnyPlacement, group_blocks, token_split
 
 
@@ -156,6 +156,45 @@ class InstanceView:
             "free_units": sorted(self.free_units.items()), "running": self.running,
             "waiting": self.waiting, "waiting_tokens": self.waiting_tokens,
         }
+
+
+@dataclass(frozen=True, slots=True)
+class MeshView:
+    """The state of a mesh at one moment. Sequences are read-only.
+
+    Cache of a node is counted in entries: one token in one layer, all KV groups. A request takes
+    entries for the layers that it passes at the node.
+
+    Attributes:
+        plan: nodes and edges.
+        capacity_entries, free_entries: per node.
+        requests: per node, requests that hold cache there.
+        request_layers: per node, the layers that they pass there, summed over them.
+        prompt_entries: per node, the same times the tokens that each began with.
+        queued_tokens: per node, tokens that wait there or are on their way to it.
+        sent_tokens: per edge, tokens that have been sent over it, and prompts that will be.
+        running, waiting: numbers of requests.
+        block_tokens: tokens of one block.
+    """
+
+    plan: MeshPlan
+    capacity_entries: Sequence[int]
+    free_entries: Sequence[int]
+    requests: Sequence[int]
+    request_layers: Sequence[int]
+    prompt_entries: Sequence[int]
+    queued_tokens: Sequence[int]
+    sent_tokens: Sequence[int]
+    running: int
+    waiting: int
+    block_tokens: int
+    index: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types in a fixed order, hashed into the decision log."""
+        return {"free_entries": list(self.free_entries), "requests": list(self.requests),
+                "prompt_entries": list(self.prompt_entries), "queued_tokens": list(self.queued_tokens),
+                "sent_tokens": list(self.sent_tokens), "running": self.running, "waiting": self.waiting}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from hetis_sim.control.controller import Controller
@@ -208,6 +208,14 @@ class Instance:
         waiting = max(0.0, run.ready_s - run.begun_s - sum(parts))
         self._recorder.step(self._engine.index, step.lane, int(step.kind), run.begun_s, run.ready_s, count,
                             step.decoding, step.prefill_tokens, step.decoding * count, *parts, waiting)
+
+    def busy(self, now_s: float) -> Iterator[tuple[int, float]]:
+        """Devices and the seconds that they have computed; a stage may know its work for some time ahead."""
+        plan, pipeline = self._timer.plan, self.pipeline
+        for stage, told_s, free_s in zip(plan.stages, pipeline.busy_s, pipeline.free_s, strict=True):
+            for device in stage.devices:
+                yield device, told_s - max(0.0, free_s - now_s)
+        yield from zip(plan.attention_workers, self.worker_busy_s, strict=True)
 
     def foreground(self) -> dict[Wire, float]:
         """Bytes per second that decode's head traffic puts on each wire.

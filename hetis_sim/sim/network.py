@@ -145,6 +145,10 @@ class Network:
 
     # -- wires -----------------------------------------------------------------------------
 
+    def bandwidth(self, wire: Wire) -> float:
+        """Bytes per second of a wire that some path crosses."""
+        return self._bandwidth[wire]
+
     def path(self, source: int, target: int) -> tuple[tuple[Wire, ...], float]:
         """Wires that a flow crosses, and the latency of its last byte."""
         key = (source, target)

@@ -9,6 +9,8 @@ from hetis_sim.control.controller import Controller
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.invariants import check_controller
+from hetis_sim.control.make import make_controller
+from hetis_sim.control.mesh.controller import MeshController
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.control.state import RequestState, Status
 from hetis_sim.control.step import Outcome, Transfer
@@ -21,6 +23,7 @@ from hetis_sim.policies.plan import Plan
 from hetis_sim.sim.arrivals import Arrivals, ClosedArrivals, OpenArrivals, UserLoop
 from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.instance import Instance, StuckError
+from hetis_sim.sim.mesh import Mesh
 from hetis_sim.sim.network import Network, Wire
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.model import ModelSpec
@@ -57,18 +60,25 @@ class Simulation:
         self._progress = progress
         self._ends = 0
         self.clock = Clock(given.event_budget)
-        timers = [InstanceTimer(given.cluster, given.model, given.cost, plan)
-                  for plan in given.plan.instances]
-        self.controller = Controller(given.cluster, given.model, given.policy, given.plan, timers,
-                                     given.settings, DecisionLog(given.log_decisions))
+        self.controller: Controller | MeshController = make_controller(
+            given.cluster, given.model, given.cost, given.policy, given.plan, given.settings,
+            DecisionLog(given.log_decisions))
         self._handoffs = any(instance.role != "both" for instance in given.plan.instances)
         self._unit_bytes = unit_bytes(given.model, given.settings.limits)
         self.recorder = self._make_recorder()
         self.network = self.make_network()
-        self.instances = [self.make_instance(engine, timer)
-                          for engine, timer in zip(self.controller.engines, timers, strict=True)]
+        self.instances = self._make_instances()
         self._changes = -1
         self.arrivals = self.make_arrivals()
+
+    def _make_instances(self) -> Sequence[Instance | Mesh]:
+        """The driver of every replica, or the one of the mesh."""
+        controller, given = self.controller, self.given
+        if isinstance(controller, MeshController):
+            return [Mesh(self.clock, controller, controller.timer, self.recorder, self._news, given.cluster,
+                         given.cost, self.network)]
+        self._lanes = controller
+        return [self.make_instance(engine, engine.timer) for engine in controller.engines]
 
     # Where durations come from; a replay overrides these with what was measured.
 
@@ -79,7 +89,7 @@ class Simulation:
 
     def make_instance(self, engine: Engine, timer: InstanceTimer) -> Instance:
         """The driver of one replica."""
-        return Instance(self.clock, self.controller, engine, timer, self.recorder, self._news, self._horizon,
+        return Instance(self.clock, self._lanes, engine, timer, self.recorder, self._news, self._horizon,
                         self.network)
 
     def make_arrivals(self) -> Arrivals:
@@ -92,8 +102,8 @@ class Simulation:
     def _make_recorder(self) -> Recorder:
         devices = self.given.cluster.devices
         capacity = dict.fromkeys(range(len(devices)), 0)
-        for engine in self.controller.engines:
-            capacity.update(engine.capacity_units)
+        for ids, ledger in self.controller.ledgers():
+            capacity.update(zip(ids, ledger.capacity, strict=True))
         return Recorder(devices=[device.label for device in devices],
                         capacity_bytes=[float(units * self._unit_bytes) for units in capacity.values()])
 
@@ -126,7 +136,7 @@ class Simulation:
         for flow in transfer.flows:
             self.recorder.transfer(transfer.request_id, transfer.kind, begun_s, self.clock.now,
                                    flow.size_bytes, flow.source, flow.target)
-        self._news(self.controller.arrived(transfer, self.clock.now))
+        self._news(self._lanes.arrived(transfer, self.clock.now))
         self.instances[transfer.instance].ring()
 
     def _news(self, outcome: Outcome) -> None:
@@ -160,7 +170,7 @@ class Simulation:
 
     def _after_event(self) -> None:
         if self.network.busy:
-            changes = sum(engine.changes for engine in self.controller.engines)
+            changes = self.controller.changes
             if changes != self._changes:
                 self._changes = changes
                 self.network.update_rates()
@@ -189,30 +199,22 @@ class Simulation:
 
     def _sample(self, now: float) -> None:
         used = [0.0] * len(self.given.cluster.devices)
-        for engine in self.controller.engines:
-            engine.sync()
-            for d, device in enumerate(engine.plan.devices):
-                used[device] = float(engine.books.ledger.used[d] * self._unit_bytes)
-        counts = [len(engine.active) for engine in self.controller.engines]
-        waiting = sum(len(engine.waiting) for engine in self.controller.engines)
+        for devices, ledger in self.controller.ledgers():
+            for device, units in zip(devices, ledger.used, strict=True):
+                used[device] = float(units * self._unit_bytes)
+        running, waiting = self.controller.in_system()
         self._record_busy()
-        self.recorder.sample(now, sum(counts), waiting, used)
+        self.recorder.sample(now, running, waiting, used)
 
     def _record_peaks(self) -> None:
         """The most cache that each device has held."""
-        for engine in self.controller.engines:
-            for device, units in zip(engine.plan.devices, engine.books.ledger.peak, strict=True):
+        for devices, ledger in self.controller.ledgers():
+            for device, units in zip(devices, ledger.peak, strict=True):
                 self.recorder.peak(device, float(units * self._unit_bytes))
 
     def _record_busy(self) -> None:
-        """Busy times up to now; a stage may have been told its work for some time ahead."""
-        now, busy_s = self.clock.now, self.recorder.busy_s
-        for instance, engine in zip(self.instances, self.controller.engines, strict=True):
-            pipeline = instance.pipeline
-            for stage, told_s, free_s in zip(engine.plan.stages, pipeline.busy_s, pipeline.free_s,
-                                             strict=True):
-                done_s = told_s - max(0.0, free_s - now)
-                for device in stage.devices:
-                    busy_s[device] = max(busy_s[device], done_s)
-            for device, seconds in zip(engine.plan.attention_workers, instance.worker_busy_s, strict=True):
-                busy_s[device] = seconds
+        """Busy times up to now."""
+        busy_s = self.recorder.busy_s
+        for instance in self.instances:
+            for device, seconds in instance.busy(self.clock.now):
+                busy_s[device] = max(busy_s[device], seconds)

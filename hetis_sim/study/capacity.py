@@ -176,8 +176,8 @@ class _Study:
         better one counts.
         """
         reached = fmean(found.rate_rps for found in searched)
-        plans = [planned(case.config, rate).plan.instances for rate in (plan_rate, reached or plan_rate)]
-        if plans[0] != plans[1]:
+        plans = [planned(case.config, rate).plan for rate in (plan_rate, reached or plan_rate)]
+        if (plans[0].instances, plans[0].mesh) != (plans[1].instances, plans[1].mesh):
             again = self._fan_out(search, [reached], [reached], requests, [case])[0]
             if fmean(found.rate_rps for found in again) > reached:
                 return again, reached

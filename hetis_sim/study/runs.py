@@ -9,7 +9,7 @@ from typing import Any
 
 from hetis_sim.config import RunConfig
 from hetis_sim.metrics.manifest import value_sha256
-from hetis_sim.policies.memory import cache_units
+from hetis_sim.policies.memory import cache_units, mesh_cache_units
 from hetis_sim.policies.registry import settings_class
 from hetis_sim.run import Prepared, Result, prepare, run_prepared, write_result
 from hetis_sim.spec.errors import SpecError, require
@@ -155,6 +155,10 @@ def in_flight(prepared: Prepared) -> int:
         units = sum(cache_units(prepared.cluster, model, limits, instance).values())
         tokens = units * limits.block_tokens / (model.layers * model.kv_heads)
         total += min(len(instance.stages) * limits.max_batch_requests, tokens / context)
+    mesh = prepared.plan.mesh
+    if mesh is not None:
+        units = sum(mesh_cache_units(prepared.cluster, model, limits, mesh).values())
+        total = units * limits.block_tokens / (model.layers * model.kv_heads) / context
     return max(1, int(total))
 
 
@@ -172,5 +176,9 @@ def instances_of(prepared: Prepared) -> tuple[str, ...]:
         stages = " -> ".join(f"{count(stage.devices)} ({stage.layers} layers)" for stage in instance.stages)
         workers = f"; attention {count(instance.attention_workers)}" if instance.attention_workers else ""
         words.append(f"{instance.role}: {stages}{workers}")
+    mesh = prepared.plan.mesh
+    if mesh is not None:
+        words += [f"node: {count(node.devices)} (layers {node.first_layer} to {node.end_layer - 1})"
+                  for node in mesh.nodes]
     return tuple(words)
 

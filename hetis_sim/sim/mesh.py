@@ -1,0 +1,145 @@
+"""A mesh in simulated time: nodes that compute, and messages between them."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from hetis_sim.control.mesh.controller import MeshController
+from hetis_sim.control.mesh.timing import MeshTimer, NodeParts
+from hetis_sim.control.mesh.walk import Message, NodeStep
+from hetis_sim.control.step import Outcome, StepKind
+from hetis_sim.cost.model import CostModel
+from hetis_sim.metrics.recorder import Recorder
+from hetis_sim.policies.plan import SINK, SOURCE
+from hetis_sim.sim.clock import Clock
+from hetis_sim.sim.messages import MessageLinks
+from hetis_sim.sim.network import Network, Wire
+from hetis_sim.spec.cluster import ClusterSpec
+
+
+@dataclass(slots=True, eq=False)
+class _NodeRun:
+    """A step from its begin until its last message has arrived.
+
+    ``track`` is the place of its row: rows of one track do not overlap, while a node computes the next
+    batch as its messages are still on their way.
+    """
+
+    step: NodeStep
+    parts: NodeParts
+    begun_s: float
+    ended_s: float
+    track: int
+    messages: int = 0
+    hop_s: float = 0.0
+
+
+class Mesh:
+    """Asks for the steps of all nodes, waits out their durations and delivers what they send.
+
+    Requests are handed out by a coordinator. Where the cluster has several hosts it is another host of
+    the same network: token ids to it and from it take the time of a message, but no wire of a
+    node (they are a few bytes). In a cluster of one host they take no time (ours).
+
+    Args:
+        news: called with what each verb of the controller has set off.
+    """
+
+    def __init__(self, clock: Clock, controller: MeshController, timer: MeshTimer, recorder: Recorder,
+                 news: Callable[[Outcome], None], cluster: ClusterSpec, cost: CostModel,
+                 network: Network) -> None:
+        self._clock = clock
+        self._controller = controller
+        self._timer = timer
+        self._recorder = recorder
+        self._news = news
+        self._links = MessageLinks(clock, network)
+        self._coordinator = cost.transfer(cluster.network) if len(cluster.hosts) > 1 else None
+        count = len(timer.plan.nodes)
+        self._last = {n for n, node in enumerate(timer.plan.nodes) if node.end_layer == timer.plan.layers}
+        self._free_s = [0.0] * count
+        self._told_s = [0.0] * count
+        self._tracks: list[list[int]] = [[] for _ in range(count)]
+        self._tracks_used = [0] * count
+        self._alarm_s = math.inf
+
+    def ring(self) -> None:
+        """Something has changed: look again, after everything else that happens now."""
+        now = self._clock.now
+        if now != self._alarm_s:
+            self._alarm_s = now
+            self._clock.call(now, self._work)
+
+    def _work(self) -> None:
+        self._alarm_s = math.inf
+        now = self._clock.now
+        while (step := self._controller.next_step(0, now)) is not None:
+            self._begin(step, now)
+        self._carry_out(self._controller.news(0), None)
+
+    def _begin(self, step: NodeStep, now: float) -> None:
+        n = step.node
+        parts = self._timer.nodes[n].parts(step)
+        end = now + sum(parts)
+        if self._tracks[n]:
+            track = heapq.heappop(self._tracks[n])
+        else:
+            track, self._tracks_used[n] = self._tracks_used[n], self._tracks_used[n] + 1
+        self._told_s[n] += end - now
+        self._free_s[n] = end
+        run = _NodeRun(step, parts, now, end, track)
+        self._clock.call(end, lambda: self._ended(run), priority=1)
+
+    def _ended(self, run: _NodeRun) -> None:
+        self._carry_out(self._controller.complete(run.step, self._clock.now), run)
+        self.ring()
+
+    def _carry_out(self, outcome: Outcome, run: _NodeRun | None) -> None:
+        if run is not None:
+            run.messages = len(outcome.messages)
+        for message in outcome.messages:
+            self._send(message, run)
+        self._news(outcome)
+
+    def _send(self, message: Message, run: _NodeRun | None) -> None:
+        if message.source == SOURCE or message.target == SINK:
+            hop_s = self._coordinator.seconds(message.size_bytes) if self._coordinator is not None else 0.0
+            self._clock.call(self._clock.now + hop_s, lambda: self._arrived(message, run, hop_s), priority=1)
+            return
+        nodes = self._timer.plan.nodes
+        self._links.send(nodes[message.source].devices[-1], nodes[message.target].devices[0],
+                         message.size_bytes, lambda hop_s: self._arrived(message, run, hop_s))
+
+    def _arrived(self, message: Message, run: _NodeRun | None, hop_s: float) -> None:
+        if run is not None:
+            run.messages -= 1
+            run.hop_s = hop_s
+            if not run.messages:
+                self._record(run)
+        self._carry_out(self._controller.arrived(message, self._clock.now), None)
+        self.ring()
+
+    def _record(self, run: _NodeRun) -> None:
+        """Keep the step; its tokens count where they are made, at the last node of a path."""
+        step, parts, now = run.step, run.parts, self._clock.now
+        heapq.heappush(self._tracks[step.node], run.track)
+        prefill = step.kind == StepKind.PREFILL
+        made = step.tokens if step.node in self._last else 0
+        # What is left is time spent waiting for a wire; rounding must not make it negative.
+        waiting = max(0.0, now - run.ended_s - run.hop_s)
+        self._recorder.step(step.node, run.track, int(step.kind), run.begun_s, now, 1,
+                            0 if prefill else len(step.walks), made if prefill else 0,
+                            0 if prefill else made, *parts, 0.0, now - run.ended_s - waiting, waiting)
+
+    def busy(self, now_s: float) -> Iterator[tuple[int, float]]:
+        """Devices and the seconds that they have computed up to now."""
+        for node, told_s, free_s in zip(self._timer.plan.nodes, self._told_s, self._free_s, strict=True):
+            for device in node.devices:
+                yield device, told_s - max(0.0, free_s - now_s)
+
+    def foreground(self) -> dict[Wire, float]:
+        """Decode puts no head traffic on wires here."""
+        return {}
