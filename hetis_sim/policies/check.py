@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from hetis_sim.policies.base import PlanningProblem, Policy
+from hetis_sim.policies.check_mesh import MeshBench, check_mesh_plan, mesh_signature
 from hetis_sim.policies.costs import position_costs
 from hetis_sim.policies.memory import cache_bytes, cache_units
 from hetis_sim.policies.plan import InstancePlan, Plan
@@ -38,7 +39,10 @@ class ConformanceError(HetisError, AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class CheckReport:
-    """What was checked: the plan, and how many decisions of each kind."""
+    """What was checked: the plan, and how many decisions of each kind.
+
+    For a mesh ``dispatched`` counts the requests that asked for a path and ``placed`` those that got one.
+    """
 
     plan: Plan
     dispatched: int
@@ -61,9 +65,17 @@ def check_policy(policy: Policy, problem: PlanningProblem, *, seed: int = 0, rou
     """
     plan = policy.plan(problem)
     check_plan(plan, problem)
-    _require(policy.plan(problem).instances == plan.instances, "plan is repeatable", "two calls differ")
+    again = policy.plan(problem)
+    _require((again.instances, again.mesh) == (plan.instances, plan.mesh), "plan is repeatable",
+             "two calls differ")
     _check_host_order(policy, problem, plan)
     dispatched = placed = moves = 0
+    if plan.mesh is not None:
+        mesh = MeshBench(policy, problem, plan.mesh, seed, _require)
+        mesh.check_empty()
+        for _ in range(rounds):
+            mesh.check_state()
+        return CheckReport(plan, mesh.asked, mesh.opened, 0)
     loads: list[InstanceLoad] = []
     for index, instance in enumerate(_distinct(plan)):
         bench = _Bench(policy, problem, instance, index, random.Random(f"{seed}/{index}"))
@@ -84,6 +96,8 @@ def check_plan(plan: Plan, problem: PlanningProblem) -> None:
     """
     cluster, model = problem.cluster, problem.model
     known = set(range(len(cluster.devices)))
+    if plan.mesh is not None:
+        check_mesh_plan(plan.mesh, problem, _require)
     for number, instance in enumerate(plan.instances):
         where = f"instance {number}"
         _require(set(instance.devices) <= known, "devices exist", f"{where}: {instance.devices}")
@@ -110,7 +124,7 @@ def _check_host_order(policy: Policy, problem: PlanningProblem, plan: Plan) -> N
 
 def _signature(plan: Plan, problem: PlanningProblem) -> list[tuple[object, ...]]:
     devices = problem.cluster.devices
-    found: list[tuple[object, ...]] = []
+    found: list[tuple[object, ...]] = mesh_signature(plan.mesh, problem) if plan.mesh is not None else []
     for instance in plan.instances:
         stages = tuple((devices[stage.devices[0]].gpu.name, stage.tp, stage.layers)
                        for stage in instance.stages)

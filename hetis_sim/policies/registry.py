@@ -22,6 +22,7 @@ ENTRY_POINT_GROUP = "hetis.policies"
 
 BUILTIN: Mapping[str, str] = {
     "distserve": "hetis_sim.policies.distserve:DistServePolicy",
+    "helix": "hetis_sim.policies.helix.policy:HelixPolicy",
     "hetis": "hetis_sim.policies.hetis.policy:HetisPolicy",
     "hexgen": "hetis_sim.policies.hexgen:HexGenPolicy",
     "infinite": "hetis_sim.policies.infinite:InfinitePolicy",
