@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from analysis.figures.charts import Arrow, Box, Diagram, Text
-from analysis.figures.runs import ReportRun, alike_instances, by_card
+from analysis.figures.runs import ReportRun, alike_instances, alike_nodes, by_card
 
 WIDTH = 28.0
 BOX_WIDTH = 8.7
@@ -39,9 +39,15 @@ def plan_chart(run: ReportRun) -> Diagram:
         if workers:
             page.connected(stages, workers)
         page.y += 0.6
+    nodes = alike_nodes(run)
+    if nodes:
+        used.update(device for _, alike in nodes for node in alike for device in node["devices"])
+        page.heading("a mesh: every request passes its layers on a way of its own")
+        page.row_of_boxes([_node_entry(run, label, alike) for label, alike in nodes])
+        page.y += 0.6
     idle = [device for device in range(len(run.devices)) if device not in used]
     if idle:
-        page.heading("beside the instances")
+        page.heading("beside the mesh" if nodes else "beside the instances")
         page.row_of_boxes([(["not used", f"{len(own)} x {card}", _hosts(run, own)], UNUSED, _note(run, own))
                            for card, own in by_card(run, idle).items()])
     kinds = sorted({box.kind for box in page.boxes})
@@ -129,6 +135,15 @@ def _stage_entry(run: ReportRun, instances: Sequence[Mapping[str, Any]], s: int)
     lines += [f"{len(own)} x {card}" for card, own in by_card(run, stage["devices"]).items()]
     lines += [_hosts(run, everywhere), _groups(stage["owned_groups"])]
     return [line for line in lines if line], PRIMARY, _note(run, everywhere)
+
+
+def _node_entry(run: ReportRun, label: str, nodes: Sequence[Mapping[str, Any]]) -> Entry:
+    devices = [device for node in nodes for device in node["devices"]]
+    lines = [label, *(f"{len(own)} x {card}" for card, own in by_card(run, devices).items())]
+    if len(nodes[0]["devices"]) > 1:
+        lines.append(f"{len(nodes)} nodes of {len(nodes[0]['devices'])}")
+    lines.append(f"{sum(node['tokens_per_s'] for node in nodes):,.0f} tokens/s")
+    return [*lines, _hosts(run, devices)], PRIMARY, _note(run, devices)
 
 
 def _groups(owned: Sequence[int]) -> str:

@@ -177,6 +177,15 @@ def alike_instances(run: ReportRun) -> list[tuple[list[int], Mapping[str, Any]]]
     return list(found.values())
 
 
+def alike_nodes(run: ReportRun) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Nodes of a mesh that hold the same layers, under a label, from the front of the model to its end."""
+    found: dict[tuple[int, int], list[Mapping[str, Any]]] = {}
+    for node in (run.run.plan.get("mesh") or {}).get("nodes", ()):
+        found.setdefault((node["first_layer"], node["layers"]), []).append(node)
+    return [(f"layers {first}-{first + layers - 1}", nodes)
+            for (first, layers), nodes in sorted(found.items())]
+
+
 def place_name(run: ReportRun, place: int) -> str:
     """Host of a device of a transfer record; ``-1 - h`` is the memory of host h."""
     if place < 0:
@@ -250,10 +259,16 @@ def _require_one_model(runs: Sequence[Run]) -> None:
     """Runs whose model is not known are compared by their number of layers."""
     models = {run.path: tuple(sorted(flat(run.config["model"]).items(), key=lambda item: item[0]))
               for run in runs if run.config and "model" in run.config}
-    layers = {run.path: sum(stage["layers"] for stage in run.plan["instances"][0]["stages"]) for run in runs}
+    layers = {run.path: _layers(run.plan) for run in runs}
     if len(set(models.values())) > 1 or len(set(layers.values())) > 1:
         shown = ", ".join(f"{run.path.name}: {_model_name(run)}" for run in runs)
         raise SpecError("run", shown, "runs of one model; make a report for each")
+
+
+def _layers(plan: Mapping[str, Any]) -> int:
+    if plan.get("mesh"):
+        return int(max(node["first_layer"] + node["layers"] for node in plan["mesh"]["nodes"]))
+    return sum(stage["layers"] for stage in plan["instances"][0]["stages"])
 
 
 def _model_name(run: Run) -> str:

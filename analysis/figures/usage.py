@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from analysis.figures.charts import Axis, BarChart, Bars, Chart, Floats, HeatMap, Line, Rule, XYChart
-from analysis.figures.runs import ReportRun, alike_instances, by_card
+from analysis.figures.runs import ReportRun, alike_instances, alike_nodes, by_card
 from analysis.figures.series import edges_of, growth_rate, held_average, held_line, paced
 
 STAGES_SHOWN = 12
@@ -135,7 +135,8 @@ def _row_groups(run: ReportRun) -> list[tuple[int, str]]:
 def busy_chart(run: ReportRun) -> BarChart | None:
     """Busy share of every pipeline stage and of the attention workers of every instance."""
     rows = _stage_rows(run, [[number] for number in range(len(run.run.plan["instances"]))])
-    if len(rows) > STAGES_SHOWN:
+    rows += _node_rows(run)
+    if len(rows) > STAGES_SHOWN and run.run.plan["instances"]:
         rows = _stage_rows(run, [numbers for numbers, _ in alike_instances(run)])
     share = np.array([row["busy_share"] for row in run.summary["devices"]], dtype=np.float64)
     rows = [(name, own) for name, own in rows if np.isfinite(share[own]).any()]
@@ -167,6 +168,15 @@ def _stage_rows(run: ReportRun, instances: Sequence[Sequence[int]]) -> list[tupl
                                                                                       ())])
         rows += [(f"{start}attention: {len(devices) // len(own)} x {card}", devices)
                  for card, devices in workers.items()]
+    return rows
+
+
+def _node_rows(run: ReportRun) -> list[tuple[str, list[int]]]:
+    """Label and devices of the nodes of a mesh that hold the same layers."""
+    rows = []
+    for label, nodes in alike_nodes(run):
+        devices = [device for node in nodes for device in node["devices"]]
+        rows.append((f"{label}: {_cards(run, devices)}", devices))
     return rows
 
 

@@ -77,7 +77,7 @@ def test_an_unknown_name_is_refused_with_the_near_ones() -> None:
     """As a user would mistype it."""
     with pytest.raises(SpecError, match=r"policy\.name='hettis' .*did you mean hetis"):
         make_policy({"name": "hettis"})
-    with pytest.raises(SpecError, match=r"policy\.name=None .*one of distserve, hetis"):
+    with pytest.raises(SpecError, match=r"policy\.name=None .*one of distserve, helix, hetis"):
         make_policy({"delta": 0.1})
 
 
