@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hetis_exec.models.architecture import ELEMENT_BYTES
-from hetis_sim.config import RunConfig, register
+from hetis_sim.config import RunConfig, compose, register
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
 from hetis_sim.spec.parse import ModelConfig
@@ -81,3 +81,15 @@ class ExecutionConfig(RunConfig):
 def register_execution() -> None:
     """Make the schema known to Hydra."""
     register(SCHEMA, ExecutionConfig)
+
+
+def compose_execution(*overrides: str) -> ExecutionConfig:
+    """The configuration that ``python -m hetis_exec replay`` would make of the same words.
+
+    Raises:
+        HetisError: an unknown key, group or value.
+    """
+    register_execution()
+    made = compose(*overrides, main=MAIN, schema=ExecutionConfig)
+    assert isinstance(made, ExecutionConfig)
+    return made

@@ -169,8 +169,12 @@ def _check_path(names: Sequence[str], value: str, kind: Any) -> None:
         kind = get_type_hints(kind)[name]
 
 
-def compose(*overrides: str) -> RunConfig:
+def compose(*overrides: str, main: str = "config", schema: type[RunConfig] = RunConfig) -> RunConfig:
     """The configuration that the command line would make of the same words.
+
+    Args:
+        main: the main configuration in ``conf/``.
+        schema: its type, registered by the caller if it is not the simulator's.
 
     Raises:
         HetisError: an unknown key, group or value.
@@ -181,11 +185,11 @@ def compose(*overrides: str) -> RunConfig:
     from hydra.errors import HydraException
 
     register()
-    check_keys(normalise(overrides))
+    check_keys(normalise(overrides), schema)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module(version_base="1.3", config_module="conf"):
-            return typed(hydra_compose("config", overrides=normalise(overrides)))
+            return typed(hydra_compose(main, overrides=normalise(overrides)))
     except HydraException as error:
         raise HetisError(_in_words(error)) from error
 

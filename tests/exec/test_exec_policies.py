@@ -1,0 +1,62 @@
+"""Policies run on real models unchanged, and decide what they decide in the simulator."""
+
+from __future__ import annotations
+
+import pytest
+from exec_models import folder, wrong
+
+from hetis_exec.config import compose_execution
+from hetis_exec.run import Measured, execute, prepare_execution
+from hetis_sim.spec.errors import SpecError
+
+WORDS = ("rate=200", "requests=8", "workload.prompt_scale=0.05", "workload.output_scale=0.03",
+         "executor.workers=threads", "scheduler.max_batch_tokens=64", "scheduler.max_batch_requests=16")
+POLICIES = ("hetis", "hexgen", "lamina", "vllm", "vllm_all")
+POOLS = ("splitwise", "distserve")
+"""They prefill and decode on different instances."""
+
+
+def measured(*words: str) -> Measured:
+    """A run of the tiny Llama on threads."""
+    return execute(prepare_execution(compose_execution(*WORDS, *words)))
+
+
+def llama() -> str:
+    """The word for its folder."""
+    return f"model.path={folder('llama')}"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_policies_run_unchanged(policy: str) -> None:
+    """Tokens are those of transformers, and the simulator repeats all decisions of the run."""
+    done = measured(llama(), f"policy={policy}", *(["policy.delta=0.9"] if policy == "hetis" else []))
+    assert done.error is None
+    assert done.checked is not None
+    assert done.checked > 8
+    assert wrong("llama", done.execution.given, done.result.tokens) == []
+    if policy == "hetis":
+        assert any(instance.attention_workers for instance in done.execution.given.plan.instances)
+
+
+@pytest.mark.parametrize("policy", POOLS)
+def test_pools_are_refused(policy: str) -> None:
+    """Cache does not travel between instances here."""
+    with pytest.raises(SpecError, match=r"plan\.roles"):
+        measured(llama(), f"policy={policy}")
+
+
+def test_sampling_is_repeatable() -> None:
+    """The same seed gives the same tokens, another one others."""
+    words = (llama(), "policy=vllm", "executor.temperature=0.7", "executor.top_p=0.95", "requests=4")
+    first, again, other = (measured(*words, f"executor.seed={seed}").result.tokens for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_any_architecture_runs_on_random_weights() -> None:
+    """Without a folder of weights they are drawn from the seed, for the sizes that are named."""
+    words = ("policy=vllm", f"model.config={folder('qwen3') / 'config.json'}", "requests=3")
+    first, again, other = (measured(*words, f"executor.seed={seed}") for seed in (1, 1, 2))
+    assert first.execution.given.model.qk_norm
+    assert len(first.result.tokens) == 3
+    assert first.result.tokens == again.result.tokens != other.result.tokens
