@@ -95,11 +95,13 @@ class WanderPolicy(LocalPolicy):
     name = "wander"
 
     def __init__(self, seed: int = 0, moving: float = 0.7, preemption: PreemptionMode = "recompute",
-                 streams_handoff: bool = False, kv_heads: int = 4, ranges: float = 0.0) -> None:
+                 streams_handoff: bool = False, mixes_pools: bool = False, kv_heads: int = 4,
+                 ranges: float = 0.0) -> None:
         super().__init__(preemption)
         self.ranges = ranges
         self.splits_tokens = ranges > 0
         self.streams_handoff = streams_handoff
+        self.mixes_pools = mixes_pools
         self.seed = seed
         self.moving = moving
         self.kv_heads = kv_heads
@@ -173,6 +175,7 @@ class SpyPolicy(Policy):
         self.saw = saw
         self.preemption = inner.preemption
         self.streams_handoff = inner.streams_handoff
+        self.mixes_pools = inner.mixes_pools
 
     def plan(self, problem: PlanningProblem) -> Plan:
         self.saw("plan", (problem,))

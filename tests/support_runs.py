@@ -43,6 +43,7 @@ class Scenario:
     roles: tuple[Role, ...] = ()
     streams_handoff: bool = False
     ranges: float = 0.0
+    mixes_pools: bool = False
     blocks: int = 40
     worker_blocks: int = 60
     block_tokens: int = 4
@@ -89,7 +90,8 @@ class Scenario:
     def decider(self) -> Policy:
         """The policy given, or one that decides at random."""
         return self.policy or WanderPolicy(self.seed, preemption=self.preemption,
-                                           streams_handoff=self.streams_handoff, ranges=self.ranges)
+                                           streams_handoff=self.streams_handoff, ranges=self.ranges,
+                                           mixes_pools=self.mixes_pools)
 
     def simulation(self, collapse: bool = True, debug: bool = False, log: bool = False) -> Simulation:
         """A simulation that has not begun."""
@@ -143,6 +145,7 @@ def scenarios(**fixed: object) -> st.SearchStrategy[Scenario]:
         "workers": st.integers(0, 2), "instances": st.sampled_from([1, 1, 2]), "blocks": st.integers(18, 60),
         "roles": st.sampled_from([(), (), (), ("prefill", "decode"), ("decode", "both", "prefill")]),
         "streams_handoff": st.booleans(), "ranges": st.sampled_from([0.0, 0.0, 0.7]),
+        "mixes_pools": st.booleans(),
         "worker_blocks": st.integers(10, 120), "block_tokens": st.sampled_from([1, 4, 16]),
         "chunked": st.booleans(), "chunk_tokens": st.integers(1, 48),
         "preemption": st.sampled_from(["recompute", "swap"]), "interval": st.integers(1, 12),

@@ -58,6 +58,10 @@ CASES = {
     "token ranges, tight, swap, chunked, two ranks": Scenario(
         **TIGHT, workers=2, ranges=0.8, interval=2, tp=2, preemption="swap", chunked=True),
     "token ranges, handoff": Scenario(**TIGHT, roles=("prefill", "decode"), workers=2, ranges=0.8),
+    "handoff, mixed": Scenario(roles=("prefill", "decode"), mixes_pools=True, rate=30.0, blocks=20),
+    "handoff, mixed, streamed, tight, swap": Scenario(
+        **TIGHT, roles=("prefill", "decode", "prefill"), layers=(2, 4), streams_handoff=True,
+        mixes_pools=True, preemption="swap"),
     "long outputs": Scenario(output_max=1500, prompt_max=200, blocks=900, requests=10, rate=2.0),
 }
 

@@ -61,7 +61,7 @@ class Admission:
                     if self._accept(state, placement, lane, now_s, budget)]
         if len(admitted) < len(batch):
             engine.blocked = True
-        if not admitted and not engine.active:
+        if not admitted and not engine.active and not engine.landings:
             raise PlacementError(f"policy {engine.policy.name!r} places request {batch[0].request_id} "
                                  f"({batch[0].context_tokens} tokens) nowhere on the empty instance "
                                  f"{engine.index}")
@@ -80,6 +80,8 @@ class Admission:
         engine.waiting.popleft()
         engine.waiting_tokens -= state.context_tokens
         engine.active[state.request_id] = state
+        if engine.plan.role == "decode":
+            engine.guests.add(state.request_id)
         state.status, state.lane, state.prefilled_tokens = Status.PREFILL, lane.index, 0
         if state.first_scheduled_s != state.first_scheduled_s:
             state.first_scheduled_s = now_s

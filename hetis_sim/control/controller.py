@@ -76,10 +76,10 @@ class Controller:
 
     def _able(self, tokens: int) -> list[Engine]:
         """Instances that can prefill a request which reaches so many tokens, and carry it to its end."""
-        elsewhere = self._handoffs.longest_context()
+        elsewhere, mixes = self._handoffs.longest_context(), self.policy.mixes_pools
         return [engine for engine, most in zip(self.engines, self.context_limits, strict=True)
-                if tokens <= most and engine.plan.role != "decode"
-                and (engine.plan.role == "both" or tokens <= elsewhere)]
+                if tokens <= most and (mixes or engine.plan.role == "both"
+                                       or (engine.plan.role == "prefill" and tokens <= elsewhere))]
 
     def _route(self, state: RequestState, able: list[Engine]) -> Engine:
         if len(able) == 1:
@@ -138,7 +138,7 @@ class Controller:
             engine = self._route(state, self._able(state.request.total_tokens))
             engine.take_back(state)
             more.touched.append(engine.index)
-        more.transfers += self._handoffs.retry()
+        more.transfers += self._handoffs.retry(more.touched)
         return more
 
     def ledgers(self) -> Sequence[tuple[tuple[int, ...], KvLedger]]:

@@ -42,6 +42,7 @@ class Engine:
         blocked: the head of the queue found no room; until cache is given back nobody asks again.
         cycle_units: units per local device that all decoding requests open in block_tokens iterations.
         landings: cache held for requests that are still prefilled elsewhere, by id.
+        guests: ids of requests for which the instance does what its role does not say.
         changes: counts changes of membership.
     """
 
@@ -68,6 +69,7 @@ class Engine:
         self.blocked = False
         self.news = Outcome()
         self.landings: dict[int, HeldCache] = {}
+        self.guests: set[int] = set()
         self.changes = 0
         self.admission = Admission(self)
         self.pressure = Pressure(self, host_memory)
@@ -191,8 +193,9 @@ class Engine:
 
     def load(self) -> InstanceLoad:
         """How much the instance has to do."""
+        self.guests.intersection_update(self.active)
         return InstanceLoad(self.index, self.plan, self.capacity_units, len(self.active), len(self.waiting),
-                            self.waiting_tokens, self.context_tokens())
+                            self.waiting_tokens, self.context_tokens(), len(self.guests))
 
     def context_tokens(self) -> int:
         """Tokens in cache, summed over the requests that hold any."""
@@ -267,6 +270,12 @@ class Engine:
         state.instance, state.lane = self.index, lane.index
         self.active[state.request_id] = state
         lane.prefilling += 1
+        self._join_when_ready(state)
+
+    def keep(self, state: RequestState) -> None:
+        """Have a prefilled request decode here, though the instance otherwise only prefills."""
+        self.guests.add(state.request_id)
+        self.lanes[state.lane].prefilling += 1
         self._join_when_ready(state)
 
     def take_back(self, state: RequestState) -> None:

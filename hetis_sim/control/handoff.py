@@ -3,13 +3,15 @@
 A policy whose plan has such instances chooses the decoding one (``Policy.handoff``); its cache
 is reserved there before a byte is sent. Policies that stream send the cache layer by layer
 while the prompt is still being computed, where there is room at that time; otherwise the cache
-stays where it was computed until it finds room, and is sent then.
+stays where it was computed until it finds room, and is sent then. Where pools mix, a request that
+finds none decodes where its cache is.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hetis_sim.control.placement import match
@@ -17,6 +19,7 @@ from hetis_sim.control.state import Landing, RequestState
 from hetis_sim.control.step import Flow, Transfer
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.policies.ranges import AnyPlacement
 
 if TYPE_CHECKING:
     from hetis_sim.control.engine import Engine
@@ -29,6 +32,9 @@ class Handoffs:
         self._engines = engines
         self._policy = policy
         self._targets = [engine for engine in engines if engine.plan.role == "decode"]
+        # Whose changes may make room for somebody who has been refused.
+        self._watched = [engine for engine in engines
+                         if engine.plan.role == "decode" or policy.mixes_pools]
         self._waiting: deque[RequestState] = deque()
         self._refused_at = -1
         self._limits: tuple[int, ...] = ()
@@ -60,41 +66,81 @@ class Handoffs:
             return [state]
         return []
 
-    def retry(self) -> list[Transfer]:
-        """Send whatever finds room by now, first come first served."""
+    def retry(self, touched: list[int]) -> list[Transfer]:
+        """Send whatever finds room by now, first come first served.
+
+        Instances where a request goes on without a transfer are added to ``touched``.
+        """
         begun: list[Transfer] = []
-        changes = sum(engine.changes for engine in self._targets)
+        changes = self._changes()
         while self._waiting and changes != self._refused_at:
-            transfer = self._begin(self._waiting[0], self._waiting[0].cached_tokens)
-            if transfer is None:
+            state = self._waiting[0]
+            transfer = self._begin(state, state.cached_tokens)
+            if transfer is not None:
+                begun.append(transfer)
+            elif self._policy.mixes_pools and self._may_stay(state):
+                self._engines[state.instance].keep(state)
+                touched.append(state.instance)
+            else:
                 self._refused_at = changes
                 break
             self._waiting.popleft()
-            begun.append(transfer)
         return begun
+
+    def _changes(self) -> int:
+        return sum(engine.changes for engine in self._watched)
+
+    def _able(self, state: RequestState) -> list[Engine]:
+        """Decoding instances that can carry a request to its end."""
+        needed = state.request.total_tokens
+        return [engine for engine in self._targets if self._limits[engine.index] >= needed]
 
     def _begin(self, state: RequestState, tokens: int) -> Transfer | None:
         """Reserve cache at the instance that the policy chooses, and describe the transfer."""
-        assert state.shape is not None
-        needed = state.request.total_tokens
-        able = [engine for engine in self._targets if self._limits[engine.index] >= needed]
+        able = self._able(state)
         for engine in able:
             engine.sync()
+        request = self._engines[state.instance].request_view(state)
+        while able:
+            index = self._policy.handoff(request, [engine.load() for engine in able])
+            chosen = able.pop(index)
+            view = chosen.view()
+            placements = self._policy.dispatch([request], view)
+            chosen.log.record("handoff", view, [request], placements)
+            if placements:
+                return self._reserve(state, chosen, placements[0], tokens)
+        return None
+
+    def _reserve(self, state: RequestState, chosen: Engine, placement: AnyPlacement,
+                 tokens: int) -> Transfer:
+        assert state.shape is not None
         source = self._engines[state.instance]
-        request = source.request_view(state)
-        chosen = able[self._policy.handoff(request, [engine.load() for engine in able])]
-        view = chosen.view()
-        placements = self._policy.dispatch([request], view)
-        chosen.log.record("handoff", view, [request], placements)
-        if not placements:
-            return None
-        held = chosen.books.hold(placements[0], tokens)
+        held = chosen.books.hold(placement, tokens)
         chosen.landings[state.request_id] = held
         chosen.cap_open_steps()
         state.landing = Landing(chosen.index, held)
         flows = handoff_flows(source.plan, state.shape.group_tokens(tokens), chosen.plan,
                               held.shape.group_tokens(tokens), source.bytes_per_group_token)
         return Transfer(state.request_id, source.index, "handoff", flows, chosen.index)
+
+    def _may_stay(self, state: RequestState) -> bool:
+        """Whether a prefilled request decodes where it is: its policy would place it there anew.
+
+        One that no decoding instance could ever hold stays in any case.
+        """
+        if not self._able(state):
+            return True
+        engine = self._engines[state.instance]
+        engine.sync()
+        view, request = engine.view(), engine.request_view(state)
+        assert state.shape is not None
+        free = dict(view.free_units)
+        for d, units in state.shape.units(state.held_blocks):
+            free[engine.plan.devices[d]] += units
+        view = replace(view, free_units=free)
+        placements = self._policy.dispatch([request], view)
+        engine.log.record("stay", view, [request], placements)
+        return bool(placements)
 
     def arrived(self, state: RequestState) -> bool:
         """The cache is there; True when the request can join its lane now."""

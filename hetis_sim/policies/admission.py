@@ -9,11 +9,8 @@ from hetis_sim.policies.view import InstanceView, RequestView
 
 
 def usable_units(view: InstanceView, reserve_fraction: float) -> dict[int, int]:
-    """Free units per device, less a share of each device's cache that running requests may grow into.
-
-    Where requests only prefill nothing grows, so nothing is kept free there.
-    """
-    if not reserve_fraction or view.plan.role == "prefill":
+    """Free units per device, less a share of each device's cache that running requests may grow into."""
+    if not reserve_fraction:
         return dict(view.free_units)
     capacity = view.capacity_units
     return {d: units - int(reserve_fraction * capacity[d]) for d, units in view.free_units.items()}

@@ -64,14 +64,22 @@ class Policy(ABC):
     """A serving system's decisions.
 
     Implementations keep no state between calls that would make a decision depend on
-    anything but its arguments; they read no clock and draw no random numbers. One that gives out
-    placements with token ranges says so (``splits_tokens``).
+    anything but its arguments; they read no clock and draw no random numbers.
+
+    Attributes:
+        preemption: what becomes of the cache of a preempted request.
+        streams_handoff: the cache is sent to the decoding instance while the prompt is computed.
+        splits_tokens: it gives out placements with token ranges.
+        mixes_pools: instances do the other pool's work when it has too much: :meth:`route` may
+            choose one that otherwise only decodes, and a request for which no decoding instance has
+            room decodes where its prompt was computed, if :meth:`dispatch` would place it there.
     """
 
     name: ClassVar[str]
     preemption: PreemptionMode = "recompute"
     streams_handoff: bool = False
     splits_tokens: bool = False
+    mixes_pools: bool = False
 
     @abstractmethod
     def plan(self, problem: PlanningProblem) -> Plan:
@@ -92,6 +100,7 @@ class Policy(ABC):
         """Index (into ``instances``) of the decoding replica for a prefilled request.
 
         With ``streams_handoff`` it is asked, and the cache sent, while the prompt is computed.
+        Where :meth:`dispatch` finds no room in the chosen one, it is asked again without it.
         The default joins the replica with the least outstanding tokens per unit of cache.
         """
         return min(range(len(instances)), key=lambda i: (_pressure(instances[i]), i))

@@ -70,7 +70,7 @@ class Pipeline:
         role: what it serves.
         split: its groups.
         estimate: its figures.
-        strength: see :class:`RatedInstance`.
+        strength, prompt_rate: see :class:`RatedInstance`.
         lone_ttft_s, lone_tpot_s: latencies of a request that is alone; 0 for a phase not served.
     """
 
@@ -78,6 +78,7 @@ class Pipeline:
     split: Split
     estimate: Estimate
     strength: float
+    prompt_rate: float
     lone_ttft_s: float
     lone_tpot_s: float
 
@@ -187,7 +188,8 @@ class PipelineTable:
             tpot_s = alone.tpot_s if alone is not None else estimate.tpot_s
         if role != "decode":
             ttft_s = self._prefill.path_s(shape, estimate.layers)
-        return Pipeline(role, split, estimate, tokens, ttft_s, tpot_s)
+        rate = self._prefill.tokens_per_s(shape, estimate.layers)
+        return Pipeline(role, split, estimate, tokens, rate, ttft_s, tpot_s)
 
     def _first_devices(self, split: Split) -> Groups:
         taken = [0] * len(self.parts)
@@ -207,7 +209,8 @@ class PipelineTable:
         for pipeline in pipelines:
             groups = list(_take(self.parts, taken, pipeline.split))
             plan: InstancePlan = instance_shape(self.problem, groups).with_layers(pipeline.estimate.layers)
-            made.append(RatedInstance(plan.stages, (), pipeline.role, pipeline.strength))
+            made.append(RatedInstance(plan.stages, (), pipeline.role, pipeline.strength,
+                                      pipeline.prompt_rate))
         return made
 
     def describe(self, pipeline: Pipeline) -> str:

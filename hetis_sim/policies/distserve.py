@@ -83,5 +83,6 @@ class DistServePolicy(Policy):
         return shortest_queue(instances, request.context_tokens)
 
     def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
-        """All heads at home, as long as the reserve stays free."""
-        return dispatch_at_home(requests, view, self.settings.reserve_fraction)
+        """All heads at home, as long as the reserve stays free; where requests only prefill, it is 0."""
+        reserve = 0.0 if view.plan.role == "prefill" else self.settings.reserve_fraction
+        return dispatch_at_home(requests, view, reserve)

@@ -81,6 +81,10 @@ class PrefillEstimator(Estimator):
         hops = sum(self._hop_s(stage, batch * self.prompt) for stage in shape.stages)
         return hops + sum(self._stage_times(shape, batch, layers))
 
+    def tokens_per_s(self, shape: InstanceShape, layers: Sequence[int]) -> float:
+        """Prompt tokens that pass through the slowest stage, one mean prompt after the other."""
+        return self.prompt / max(self._stage_times(shape, 1, layers))
+
     def _stage_times(self, shape: InstanceShape, batch: int, layers: Sequence[int]) -> list[float]:
         return [n * self._batch_layer_s(stage, batch) + self._stage_fixed_s(shape, s, batch)
                 for s, (stage, n) in enumerate(zip(shape.stages, layers, strict=True))]

@@ -1,10 +1,9 @@
-"""Divides a cluster into pools of instances that prefill, decode, or do both.
+"""Divides a cluster into instances that prefill and such that decode, or into such that do both.
 
 Requests pass through a prefill and a decode instance, so the two pools together serve the smaller of
-their rates; the caches that travel between them must fit through the hosts' network interfaces. The mixed
-pool steps in where prompts queue up, so it adds to the rate where prefill is the narrowest place:
+their rates; the caches that travel between them must fit through the hosts' network interfaces:
 
-    rate = min(prefill pool, decode pool, network)  [+ mixed pool, where prefill is the smallest]
+    rate = min(prefill pool, decode pool, network)
 
 The rates are those of :mod:`hetis_sim.policies.phases` and :mod:`hetis_sim.policies.estimate`, and the
 division is searched by :mod:`hetis_sim.policies.evolve`.
@@ -36,7 +35,7 @@ LATENCY = 0.05
 SPARE = 1e-3
 MOST_BUSY = 0.95
 CUTS_MOST = 16
-NAMES: dict[Role, str] = {"prefill": "prefill pool", "decode": "decode pool", "both": "mixed pool"}
+NAMES: dict[Role, str] = {"prefill": "prefill pool", "decode": "decode pool", "both": "primary"}
 
 
 @dataclass(frozen=True)
@@ -45,30 +44,26 @@ class PoolRules:
 
     Attributes:
         phases: whether there are prefill and decode pools; without them all instances do both.
-        mixed_most: instances that do both, at most, beside prefill and decode pools.
         high_end_bias: what a division must serve more, as a share, to be taken although a decode instance
             has a card of a higher-end kind than some prefill instance.
     """
 
     phases: bool
-    mixed_most: int = 0
     high_end_bias: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Requests per second of the pools and of the network between them."""
+    """Requests per second of the pools and of the network between them; without pools, twice the whole."""
 
     prefill: float
     decode: float
     network: float
-    mixed: float
 
     @property
     def served(self) -> float:
         """Of the whole cluster."""
-        rest = min(self.decode, self.network)
-        return self.prefill + self.mixed if self.prefill <= rest else rest
+        return min(self.prefill, self.decode, self.network)
 
 
 class PoolSearch:
@@ -83,9 +78,7 @@ class PoolSearch:
 
     def run(self) -> Found:
         """The best division; its score is not positive where nothing fits."""
-        roles: tuple[Role, ...] = ("both",)
-        if self.rules.phases:
-            roles = ("prefill", "decode", "both") if self.rules.mixed_most else ("prefill", "decode")
+        roles: tuple[Role, ...] = ("prefill", "decode") if self.rules.phases else ("both",)
         seeds = starting_divisions(self.table.parts)
         if self.rules.phases:
             seeds = list(_cuts(self.table.parts, seeds))
@@ -107,15 +100,15 @@ class PoolSearch:
         of: dict[Role, float] = {"prefill": 0.0, "decode": 0.0, "both": 0.0}
         for pipeline in pipelines:
             of[pipeline.role] += pipeline.value
+        if not self.rules.phases:
+            return Rates(of["both"], of["both"], math.inf)
         network = self._network_rate(pipelines) if of["prefill"] and of["decode"] else math.inf
-        return Rates(of["prefill"], of["decode"], network, of["both"])
+        return Rates(of["prefill"], of["decode"], network)
 
     def _score(self, division: Division) -> float:
         pipelines = self.pipelines(division)
-        if self.rules.phases and sum(p.role == "both" for p in pipelines) > self.rules.mixed_most:
-            return -1.0
         rates = self.rates(pipelines)
-        if self.rules.phases and not (rates.prefill and rates.decode):
+        if not rates.served:
             return 0.0
         wanted = HEADROOM * self.problem.rate_per_s if self.problem.rate_per_s else math.inf
         counted = min(rates.served, wanted)
@@ -130,7 +123,7 @@ class PoolSearch:
         Time to first token with the wait of an M/D/1 queue, time per output token between that of a lone
         request and that of a full batch.
         """
-        slo, limits = self.problem.slo, (rates.prefill + rates.mixed, rates.decode + rates.mixed)
+        slo, limits = self.problem.slo, (rates.prefill, rates.decode)
         load = self.problem.rate_per_s or rates.served / 2
         first, second = (min(load / limit, MOST_BUSY) if limit else 0.0 for limit in limits)
         ttft = _mean([(p.value, p.lone_ttft_s) for p in pipelines if p.role != "decode"])
@@ -177,7 +170,7 @@ def _mean(weighted: Sequence[tuple[float, float]]) -> float:
 def plan_pools(problem: PlanningProblem, rules: PoolRules, effort: Effort, system: str) -> Plan:
     """The best division under the rules, as a plan.
 
-    Where no division has two pools, because the model does not fit twice, one mixed pool serves all (ours).
+    Where no division has two pools, because the model does not fit twice, instances do both (ours).
 
     Raises:
         InfeasibleError: the model fits nowhere.
@@ -199,19 +192,20 @@ def plan_pools(problem: PlanningProblem, rules: PoolRules, effort: Effort, syste
 def _plan(search: PoolSearch, found: Found, figures: dict[str, Any], system: str, *, alone: bool) -> Plan:
     pipelines = search.pipelines(found.division)
     rates = search.rates(pipelines)
-    figures |= {"requests_per_s": rates.served, "prefill_per_s": rates.prefill, "decode_per_s": rates.decode,
-                "mixed_per_s": rates.mixed, "best": [
-                    f"{NAMES[p.role] if rates.prefill else 'pipeline'}: {search.table.describe(p)}: "
-                    f"{p.value:.4g} requests/s" for p in pipelines]}
+    figures["requests_per_s"] = rates.served
+    if search.rules.phases:
+        figures |= {"prefill_per_s": rates.prefill, "decode_per_s": rates.decode}
     if math.isfinite(rates.network):
         figures["network_per_s"] = rates.network
+    figures["best"] = [f"{NAMES[p.role]}: {search.table.describe(p)}: {p.value:.4g} requests/s"
+                       for p in pipelines]
     if alone:
         figures["note"] = f"no two pools can be made that hold {search.problem.model.name} each"
     instances = tuple(search.table.instances(pipelines))
     reasons = {card.device_id: f"not used: no division of the cluster that {system} can make gains by it"
                for card in search.problem.cluster.devices}
     for i, (instance, pipeline) in enumerate(zip(instances, pipelines, strict=True)):
-        name = NAMES[pipeline.role] if rates.prefill else "primary"
+        name = NAMES[pipeline.role]
         for s, stage in enumerate(instance.stages):
             text = (f"{name} (instance {i}, stage {s}, {stage.layers} of {instance.layers} layers): "
                     f"{search.table.describe(pipeline)} serve {pipeline.value:.4g} of "

@@ -22,18 +22,26 @@ class RatedInstance(InstancePlan):
     Attributes:
         strength: prompt tokens a second where the instance only prefills, otherwise the tokens
             that it holds in cache when it is as full as the plan means it to be.
+        prompt_rate: prompt tokens a second if it only prefilled.
     """
 
     strength: float = 1.0
+    prompt_rate: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_finite("instance.strength", self.strength, 0.0, open_low=True)
+        require_finite("instance.prompt_rate", self.prompt_rate, 0.0, open_low=True)
 
 
 def strength(load: InstanceLoad) -> float:
     """Planned strength of an instance, 1 where its plan does not say."""
     return load.plan.strength if isinstance(load.plan, RatedInstance) else 1.0
+
+
+def prompt_rate(load: InstanceLoad) -> float:
+    """Prompt tokens a second of an instance that only prefills, 1 where its plan does not say."""
+    return load.plan.prompt_rate if isinstance(load.plan, RatedInstance) else 1.0
 
 
 def outstanding_tokens(load: InstanceLoad) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +12,7 @@ from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
 from hetis_sim.policies.evolve import Effort
 from hetis_sim.policies.plan import Placement, Plan
 from hetis_sim.policies.pools import PoolRules, plan_pools
-from hetis_sim.policies.rated import shortest_queue
+from hetis_sim.policies.rated import prompt_rate, shortest_queue
 from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
@@ -24,10 +25,8 @@ class SplitwiseSettings:
     Attributes:
         high_end_bias: what a division of the cluster must serve more, as a share, to be taken although
             a decode instance has a card of a higher-end kind than some prefill instance (ours).
-        mixed_instances: instances in the mixed pool, at most; 0 for none. The search makes one only
-            where it serves more than it would in the other pools (ours).
-        queue_tokens: prompt tokens waiting at the best prefill instance from which the mixed pool
-            is used too; a batch of prompts gains little beyond 2048 tokens (section III of the paper).
+        queue_tokens: prompt tokens at an instance from which its queue counts as long (the value of
+            the source's simulator).
         reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
             for Hetis; vLLM leaves 0.01).
         preemption: ``recompute`` or ``swap``.
@@ -36,8 +35,7 @@ class SplitwiseSettings:
     """
 
     high_end_bias: float = 0.25
-    mixed_instances: int = 1
-    queue_tokens: int = 2048
+    queue_tokens: int = 8192
     reserve_fraction: float = 0.05
     preemption: str = "recompute"
     evaluations: int = 2000
@@ -46,7 +44,6 @@ class SplitwiseSettings:
     def __post_init__(self) -> None:
         require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
         require_finite("policy.high_end_bias", self.high_end_bias, 0.0)
-        require_int("policy.mixed_instances", self.mixed_instances, 0, 1 << 20)
         require_int("policy.queue_tokens", self.queue_tokens, 0, 1 << 30)
         require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
                 "one of recompute, swap")
@@ -55,23 +52,28 @@ class SplitwiseSettings:
 
 
 class SplitwisePolicy(Policy):
-    """Splitwise (Patel et al., ISCA '24).
+    """Splitwise (Patel et al., ISCA '24), by its section on the cluster-level scheduler and its simulator.
 
-    From the source: pools of machines for the prompt and for the decode phase, and a mixed one;
-    requests join the shortest queue, by tokens, in the prompt and in the decode pool; where the
-    prompt queues are long, the mixed pool is used; the cache is sent layer by layer while the prompt is
-    computed; prompts go to high-end GPUs, decoding to low-end ones (its heterogeneous designs, and
+    From the source: pools of machines for the prompt and for the decode phase; requests join the
+    shortest queue, by tokens, in both. Machines mix phases while they must: where the best queue of
+    prompts is long, a machine of the decode pool takes the prompt in, one that mixes already before others;
+    where no machine of the decode pool has memory, one of the prompt pool decodes; each is back in its
+    pool when it has done with that. The cache is sent layer by layer while the prompt is
+    computed. Prompts go to high-end GPUs, decoding to low-end ones (its heterogeneous designs, and
     Hetis' evaluation).
 
     Ours: machines are pipelines of tensor-parallel groups, which the source does not need, having
     equal machines that each hold the model; who is in which pool is searched for the rate of the whole
-    (:mod:`.pools`); queues are divided by the strength of the instance; the mixed pool is fixed by
-    the plan and keeps the requests that it takes in (there, machines change pools while they serve).
+    (:mod:`.pools`), phases apart. Queues are divided by the strength of the instance, and a decode
+    instance takes in a prompt only where it comes sooner to it. Where a request decodes is settled when its
+    cache can be sent (there on arrival, by its output tokens, which nobody knows); one that stays
+    out of the decode pool decodes where its prompt was computed; a prompt taken in decodes where it is.
     """
 
     name: ClassVar[str] = "splitwise"
     settings_type: ClassVar[type] = SplitwiseSettings
     streams_handoff = True
+    mixes_pools = True
 
     def __init__(self, settings: SplitwiseSettings | None = None) -> None:
         self.settings = settings or SplitwiseSettings()
@@ -84,22 +86,30 @@ class SplitwisePolicy(Policy):
             InfeasibleError: the model fits nowhere.
         """
         given = self.settings
-        rules = PoolRules(phases=True, mixed_most=given.mixed_instances, high_end_bias=given.high_end_bias)
+        rules = PoolRules(phases=True, high_end_bias=given.high_end_bias)
         effort = Effort(evaluations=given.evaluations, seed=given.seed)
         return plan_pools(problem, rules, effort, self.name)
 
     def route(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
-        """The shortest queue of prompts; the mixed pool's where the prefill pool's are long."""
-        best: list[int] = []
-        for role, queue in (("prefill", prompt_tokens), ("both", mixed_tokens)):
-            pool = [i for i, load in enumerate(instances) if load.plan.role == role]
-            if pool:
-                best.append(shortest_queue(instances, request.context_tokens, pool, queue))
-        for i in best:
-            waiting = instances[i].waiting_tokens
-            if not waiting or waiting + request.context_tokens <= self.settings.queue_tokens:
+        """The shortest queue of prompts; where it is long, that of an instance that mixes phases or may."""
+        def seconds(i: int) -> float:
+            return (prompt_tokens(instances[i]) + request.context_tokens) / prompt_rate(instances[i])
+
+        def shortest(chosen: Iterable[int]) -> int | None:
+            return min(chosen, key=lambda i: (seconds(i), i), default=None)
+
+        everywhere = range(len(instances))
+        own = shortest(i for i in everywhere if instances[i].plan.role != "decode")
+        mixed = shortest(i for i in everywhere if instances[i].guests)
+        limit = math.inf if own is None else seconds(own)
+        for i in (own, mixed, shortest(everywhere)):
+            if i is not None and seconds(i) <= limit and not self._is_long(instances[i], request):
                 return i
-        return min(best or range(len(instances)), key=lambda i: (instances[i].waiting_tokens, i))
+        return min(everywhere, key=lambda i: (seconds(i), i))
+
+    def _is_long(self, load: InstanceLoad, request: RequestView) -> bool:
+        waiting = load.waiting_tokens
+        return waiting > 0 and waiting + request.context_tokens > self.settings.queue_tokens
 
     def handoff(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
         """The decode instance with the fewest tokens for its strength."""
@@ -111,10 +121,5 @@ class SplitwisePolicy(Policy):
 
 
 def prompt_tokens(load: InstanceLoad) -> int:
-    """Tokens of prompts that wait, are computed, or wait for their caches to be sent."""
-    return load.waiting_tokens + load.context_tokens
-
-
-def mixed_tokens(load: InstanceLoad) -> int:
-    """Tokens that the next iterations must compute: waiting prompts, and one for every running request."""
-    return load.waiting_tokens + load.running
+    """Tokens of prompts ahead: those that wait; in the prompt pool also those computed or to be sent."""
+    return load.waiting_tokens + (0 if load.plan.role == "decode" else load.context_tokens)

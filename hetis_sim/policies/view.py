@@ -80,7 +80,11 @@ class PositionCost:
 
 @dataclass(frozen=True, slots=True)
 class InstanceLoad:
-    """How much an instance has to do: what routing goes by. Fields as in :class:`InstanceView`."""
+    """How much an instance has to do: what routing goes by. Fields as in :class:`InstanceView`.
+
+    ``guests`` counts the running requests for which the instance does the other pool's work:
+    prefilled where requests otherwise only decode, or the other way round.
+    """
 
     index: int
     plan: InstancePlan
@@ -89,11 +93,13 @@ class InstanceLoad:
     waiting: int
     waiting_tokens: int
     context_tokens: int
+    guests: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types in a fixed order, hashed into the decision log."""
         return {"index": self.index, "running": self.running, "waiting": self.waiting,
-                "waiting_tokens": self.waiting_tokens, "context_tokens": self.context_tokens}
+                "waiting_tokens": self.waiting_tokens, "context_tokens": self.context_tokens,
+                "guests": self.guests}
 
 
 @dataclass(frozen=True, slots=True)

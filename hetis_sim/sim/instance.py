@@ -125,10 +125,10 @@ class Instance:
                 run.step.limit = run.step.issued
             else:
                 step = self._controller.next_step(self._engine.index, now)
+                # What the engine has set off may bring the instance new work at once.
+                self._declined = step is None
                 self._news(self._controller.news(self._engine.index))
-                if step is None:
-                    self._declined = True
-                else:
+                if step is not None:
                     self._enter(step, now)
             # A decision for one lane may have cut short the step of another.
             self.finish_steps(now)
