@@ -5,17 +5,23 @@ Both estimates are made of the same parts as :mod:`hetis_sim.policies.estimate`.
 Decoding: no prefill holds anybody up, so a turn of the pipeline takes
 ``max(S * max_s D_s, sum_s (D_s + hop_s))``.
 
-Prefill: batches of k prompts follow one another through the stages, a new one every
-``max_s P_s(k)`` seconds. Arrivals queue up as at an M/D/1 server, so at utilisation u a prompt has its
-first token after ``sum_s (P_s + hop_s) + max_s P_s * u / (2 * (1 - u))`` on average. That is the
-queueing model of DistServe (Zhong et al., OSDI '24, section 3.1) with batches for jobs (ours). The rate
-is the largest at which this keeps the SLO; k is the batch with the highest rate.
+Prefill: batches of k prompts follow one another through the S stages, each stage with one batch at a time
+and no more than S under way. As prompts differ in length, so do batches, and a new one enters when the
+largest of S is done with its stage. That takes ``f * max_s P_s(k)`` seconds on average, with
+``f = 1 + v / sqrt(k) * (1/2 + ... + 1/S)`` where v is the standard deviation of the prompts' lengths over
+their mean (exact for equal and for exponential lengths), so at most ``mu = max_k k / (f * max_s P_s(k))``
+are served. Arrivals queue up as at an M/G/1 server that serves single prompts at up to this rate: at
+utilisation u, one in ten waits longer than ``max_s P_s(1) * (1 + v**2) / 2 * ln(10) / (1 - u)``. The rate is
+``u * mu`` with the largest u at which nine in ten keep the SLO. All of this is ours; DistServe (Zhong et al.,
+OSDI '24, section 3.1) has an M/D/1 server for equal prompts, and simulates the others.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean, pstdev
 
 from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.estimate import Estimate, Estimator
@@ -23,8 +29,8 @@ from hetis_sim.policies.layers import StageLoad, split_layers
 from hetis_sim.policies.memory import unit_bytes
 from hetis_sim.policies.shape import InstanceShape, StageShape
 
-LEAST_WAITS = 1.0
-"""Where the way through the pipeline alone breaks the SLO, the wait is taken to be one batch."""
+LEAST_BUSY = 0.5
+"""Utilisation of an instance that cannot keep the SLO; its rate is marked down for that."""
 
 
 class DecodeEstimator(Estimator):
@@ -53,6 +59,7 @@ class PrefillEstimator(Estimator):
         self._step_tokens = problem.chunk_tokens or problem.limits.max_batch_tokens
         blocks = self.prompt / problem.limits.block_tokens + 0.5
         self.group_bytes = blocks * unit_bytes(problem.model, problem.limits)
+        self.variation = pstdev(self.parts) / fmean(self.parts)
         self._prompts: dict[tuple[str, int, str, int], float] = {}
 
     def best(self, shape: InstanceShape, layers: Sequence[int] | None = None) -> Estimate | None:
@@ -69,12 +76,13 @@ class PrefillEstimator(Estimator):
             layers = split_layers(loads, self.problem.model.layers, 0.0)
         if layers is None or not self._fits(shape, layers, held):
             return None
-        slowest, path = max(self._stage_times(shape, batch, layers)), self.path_s(shape, layers, batch)
-        limit = self.problem.slo.ttft_s
-        waits = max((limit - path) / slowest, LEAST_WAITS)
-        utilisation = 2.0 * waits / (1.0 + 2.0 * waits)
-        penalty = max(1.0, (path + LEAST_WAITS * slowest) / limit)
-        return Estimate(tuple(layers), utilisation * batch / slowest, batch, 0.0, path, penalty)
+        late = 1.0 + self.variation / math.sqrt(batch) * sum(1.0 / s for s in range(2, len(layers) + 1))
+        most = batch / (late * max(self._stage_times(shape, batch, layers)))
+        path, limit = self.path_s(shape, layers), self.problem.slo.ttft_s
+        wait = max(self._stage_times(shape, 1, layers)) * (1.0 + self.variation**2) / 2.0 * math.log(10.0)
+        busy = max(LEAST_BUSY, 1.0 - wait / (limit - path)) if path < limit else LEAST_BUSY
+        penalty = max(1.0, (path + wait / (1.0 - busy)) / limit - 1e-9)
+        return Estimate(tuple(layers), busy * most, batch, 0.0, path, penalty)
 
     def path_s(self, shape: InstanceShape, layers: Sequence[int], batch: int = 1) -> float:
         """Way of a batch of mean prompts through the idle pipeline."""

@@ -10,8 +10,8 @@ division is searched by :mod:`hetis_sim.policies.evolve`.
 
 A rate counts up to :data:`HEADROOM` times the load at hand, if that is known: a division that serves
 more is no better, one with shorter latencies is. So latencies, as shares of their limits, are taken off the
-score with the small weight :data:`LATENCY`, and what the larger pool has to
-spare is added with the weight :data:`SPARE`. All of this is ours.
+score with the small weight :data:`LATENCY`, and what the pools have to spare, as a share of theirs, is
+added with the weight :data:`SPARE`. All of this is ours.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class PoolSearch:
         counted = min(rates.served, wanted)
         if self._upside_down(pipelines):
             counted /= 1.0 + self.rules.high_end_bias
-        counted *= 1.0 - LATENCY * self._latency(pipelines, rates)
-        return counted + SPARE * (rates.prefill + rates.decode)
+        spare = 1.0 - 2.0 * counted / (rates.prefill + rates.decode)
+        return counted * (1.0 - LATENCY * self._latency(pipelines, rates) + SPARE * spare)
 
     def _latency(self, pipelines: Sequence[Pipeline], rates: Rates) -> float:
         """Mean latencies at the load at hand as shares of their limits, at most 1.

@@ -22,7 +22,8 @@ from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
 from hetis_sim.policies.vllm import even_layers
 from hetis_sim.spec.errors import InfeasibleError, require, require_finite
 
-BATCH_SHRINK = 0.85
+BATCH_SHRINK = 0.9
+SHRINK_MOST = 0.3
 
 
 @dataclass(frozen=True)
@@ -164,29 +165,37 @@ def _form(problem: PlanningProblem, draft: Draft) -> tuple[object, ...]:
 def even_estimate(estimator: Estimator, shape: InstanceShape, longest_tokens: int) -> Estimate | None:
     """The best estimate with layers as even as the memory for some batch allows; None if nothing fits.
 
-    The larger the batch, the more its cache pushes layers out of small cards; all batches are tried.
+    The larger the batch, the more its cache pushes layers out of small cards. For every split that comes of
+    it, the largest batch is tried, and smaller ones until the SLO is held and the estimate gets no better.
     """
-    best: Estimate | None = None
-    batch, stages = estimator.largest_batch(shape), len(shape.stages)
-    problem = estimator.problem
+    problem, stages = estimator.problem, len(shape.stages)
     longest_bytes = longest_tokens * problem.model.kv_bytes_per_token_per_layer_per_group
-    while True:
-        held = max(batch * estimator.group_bytes, longest_bytes)
-        layers = even_within(_layers_that_fit(shape, held), problem.model.layers)
-        if layers is not None:
+    largest: dict[tuple[int, ...], int] = {}
+    for batch in range(1, estimator.largest_batch(shape) + 1):
+        largest[_layers_that_fit(shape, max(batch * estimator.group_bytes, longest_bytes))] = batch
+    splits = {even_within(most, problem.model.layers): batch for most, batch in largest.items()}
+    best: Estimate | None = None
+    for layers, batch in splits.items():
+        if layers is None:
+            continue
+        last, shrink = -1.0, BATCH_SHRINK
+        while batch:
             lane = max(1, batch // stages)
             found = estimator.at(shape, lane, min(batch, lane * stages), layers)
-            if found is not None and (best is None or found.value > best.value):
-                best = found
-        if batch == 1:
-            return best
-        batch = max(1, int(batch * BATCH_SHRINK))
+            if found is not None:
+                if best is None or found.value > best.value:
+                    best = found
+                if found.penalty <= 1.0 and found.value <= last:
+                    break
+                last, shrink = found.value, max(SHRINK_MOST, min(BATCH_SHRINK, 1.0 / found.penalty))
+            batch = int(batch * shrink)
+    return best
 
 
-def _layers_that_fit(shape: InstanceShape, group_bytes: float) -> list[int]:
+def _layers_that_fit(shape: InstanceShape, group_bytes: float) -> tuple[int, ...]:
     """Layers that each stage holds with so much cache for each of their KV groups."""
-    return [int(min(room / (weights + group_bytes * owned) for room, weights, owned in ranks(stage)))
-            for stage in shape.stages]
+    return tuple(int(min(room / (weights + group_bytes * owned) for room, weights, owned in ranks(stage)))
+                 for stage in shape.stages)
 
 
 def even_within(most: Sequence[int], layers: int) -> tuple[int, ...] | None:

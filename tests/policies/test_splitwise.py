@@ -143,13 +143,13 @@ def test_the_prompt_pool_decodes_where_the_decode_pool_is_full(chunked: bool, pr
 
 def test_two_instances_serve_more_than_their_phases_apart() -> None:
     """Where decoding is the narrow place, the prompt pool's help shortens the run."""
-    workload = [Request(n, 0.01 * n, 100, 400) for n in range(60)]
+    workload = [Request(n, 0.01 * n, 100, 300) for n in range(40)]
     ends = {}
     for mixes in (True, False):
         policy = SplitwisePolicy()
         policy.mixes_pools = mixes
-        simulation = serve(policy, small(0.4), workload, plan=two_pools())
-        assert_all_finished(simulation, 60)
+        simulation = serve(policy, small(0.385), workload, plan=two_pools())
+        assert_all_finished(simulation, 40)
         ends[mixes] = simulation.clock.now
     assert ends[True] < 0.8 * ends[False]
 
