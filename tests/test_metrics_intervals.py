@@ -116,6 +116,13 @@ def test_shares_stay_between_zero_and_one() -> None:
     assert 0.0 < high < 0.1
 
 
+@pytest.mark.parametrize("n", [26, 77, 1834])
+def test_the_share_of_all_has_an_interval_for_any_number_of_them(n: int) -> None:
+    """The mean of so many ones, taken in batches, comes out above one by a rounding."""
+    low, high = share_interval(np.ones(n, dtype=bool))
+    assert 0.8 < low < high == 1.0
+
+
 def test_shares_are_covered() -> None:
     """The share of sojourns within 3 s is held by its interval in at least 91 % of runs."""
     truth = 1 - math.exp(-3 / 2)

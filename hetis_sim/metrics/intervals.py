@@ -131,6 +131,7 @@ def share_limits(share: float, n: int, batches: Batches) -> Interval:
     """
     from scipy.special import betaincinv
 
+    share = min(max(share, 0.0), 1.0)  # a mean of ones may come out one rounding above
     size = effective_number(share, n, batches)
     below, tail = share * size, (1 - CONFIDENCE) / 2
     low = float(betaincinv(below, size - below + 1, tail)) if below > 0 else math.nan
@@ -146,6 +147,7 @@ def effective_number(share: float, n: int, batches: Batches) -> float:
     from scipy.special import ndtri, stdtrit
 
     variance = batches.variance()
-    size = n if variance == 0 else min(float(n), share * (1 - share) / variance)
+    alike = variance == 0 or not 0 < share < 1
+    size = n if alike else min(float(n), share * (1 - share) / variance)
     level = (1 + CONFIDENCE) / 2
     return float(size * (ndtri(level) / stdtrit(batches.degrees, level)) ** 2)
