@@ -50,10 +50,11 @@ class DistServePolicy(Policy):
     go to the prefill instance with the shortest queue, then to the least loaded decode instance, which
     pulls the cache when it has room; until then it stays where it was computed.
 
-    Ours: goodput comes from the estimates of :mod:`.phases` (there from a simulation; its model of
-    the prefill queue is used); as cards are unequal, the whole division of the cluster is searched
-    (:mod:`.pools`) where the source repeats the best instance of each phase; queues are divided by
-    the strength of the instance.
+    Ours: goodput comes from the estimates of :mod:`.phases` (there from a simulation). The source repeats
+    the instance of highest goodput per GPU for each phase, and on narrow networks keeps stages with the same
+    layers in one node; as cards are unequal, here the whole division of the cluster is searched
+    (:mod:`.pools`), with what the network carries between the pools. Queues are divided by the strength
+    of the instance; a cache that finds no room in the least loaded decode instance may go to another.
     """
 
     name: ClassVar[str] = "distserve"

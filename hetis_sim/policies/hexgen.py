@@ -56,8 +56,8 @@ class HexGenPolicy(Policy):
     heads stay at the rank that holds their weights.
 
     Ours: the value of a division is the rate at which it holds the SLO by the estimates that Hetis is
-    planned with (there, attainment of the SLO in a simulation); degrees are enumerated (there, found by
-    dynamic programming); layers are split by the time that stages take for them, under memory;
+    planned with (there, attainment of the SLO in a simulation); degrees are enumerated (in the paper, found
+    by dynamic programming); layers are split by the time that stages take for them, under memory;
     tensor-parallel groups stay within one kind of GPU in one host; cards that bring nothing may stand
     idle; requests go to the pipeline with the fewest outstanding tokens for its strength.
     """

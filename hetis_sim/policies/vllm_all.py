@@ -72,9 +72,9 @@ class VllmAllPolicy(Policy):
     the rank that holds their weights; the latest request is preempted.
 
     Ours: every pipeline goes through all kinds of card; a stage whose cards cannot hold its even
-    share gets fewer layers, which a user of vLLM would set by hand; degrees, number of pipelines and
-    memory for cache are searched for the highest capacity; requests go where fewest tokens are
-    outstanding.
+    share and its cache gets fewer layers, which a user of vLLM sets by hand; degrees, number of pipelines,
+    how much cache that is, and the batch are searched for the highest capacity; requests go where fewest
+    tokens are outstanding.
     """
 
     name: ClassVar[str] = "vllm_all"
