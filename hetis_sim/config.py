@@ -56,12 +56,17 @@ class CostConfig:
         kind: ``profile`` (measured where there are measurements) or ``roofline`` (datasheets).
         profiles: further profile files, which go before the shipped ones.
         host_base_s, host_per_sequence_s: host time of one iteration; an assumption of ours.
+        policy_error: every coefficient that policies plan and dispatch by is wrong by this share, up or
+            down at random, while durations stay what they are; see :class:`MisjudgedCost`.
+        policy_error_seed: of the directions.
     """
 
     kind: str = "profile"
     profiles: list[str] = field(default_factory=list)
     host_base_s: float = 2e-3
     host_per_sequence_s: float = 2e-5
+    policy_error: float = 0.0
+    policy_error_seed: int = 0
 
 
 @dataclass

@@ -14,6 +14,7 @@ from hetis_sim.control.make import make_controller
 from hetis_sim.control.mesh.controller import MeshController
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.cost.load import load_cost_model
+from hetis_sim.cost.misjudged import MisjudgedCost
 from hetis_sim.cost.model import CostModel, ProvenanceRow
 from hetis_sim.cost.roofline import HostOverhead
 from hetis_sim.metrics import Recorder, Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
@@ -27,7 +28,7 @@ from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.parse import cluster_from_mapping, model_from_mapping
 from hetis_sim.spec.request import Request
-from traces import ClosedLoopWorkload, OpenWorkload, build_workload, length_facts
+from traces import ClosedLoopWorkload, OpenWorkload, RngStreams, build_workload, length_facts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,10 @@ EVENTS_FREE = 100_000
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checked combination, ready to run: nothing that could be refused is left for later."""
+    """A checked combination, ready to run: nothing that could be refused is left for later.
+
+    ``believed`` is what the policy takes durations to be where it is made to err, else None.
+    """
 
     config: RunConfig
     cluster: ClusterSpec
@@ -49,6 +53,7 @@ class Prepared:
     workload: OpenWorkload | ClosedLoopWorkload
     settings: SchedulerSettings
     plan: Plan
+    believed: CostModel | None = None
 
     @cached_property
     def gpus(self) -> tuple[GpuSpec, ...]:
@@ -63,7 +68,8 @@ class Prepared:
 
     def controller(self) -> Controller | MeshController:
         """A fresh control plane for the plan."""
-        return make_controller(self.cluster, self.model, self.cost, self.policy, self.plan, self.settings)
+        return make_controller(self.cluster, self.model, self.cost, self.policy, self.plan, self.settings,
+                               believed=self.believed)
 
 
 @dataclass(frozen=True)
@@ -113,11 +119,17 @@ def prepare(config: RunConfig) -> Prepared:
     workload = build_workload(config.workload, model.context_limit_tokens)
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
     facts = length_facts(workload.known_lengths(), model.context_limit_tokens)
-    problem = PlanningProblem(cluster, model, cost, settings.limits, facts.prompt_tokens, facts.output_tokens,
+    believed = None
+    if config.cost.policy_error:
+        streams = RngStreams(config.cost.policy_error_seed)
+        believed = MisjudgedCost(cost, config.cost.policy_error, streams.stream)
+    problem = PlanningProblem(cluster, model, believed or cost, settings.limits,
+                              facts.prompt_tokens, facts.output_tokens,
                               workload.describe().get("rate_rps"), config.slo.slo(),
                               settings.chunk_tokens if settings.chunked_prefill else 0,
                               facts.prompt_parts, facts.context_tokens)
-    prepared = Prepared(config, cluster, model, cost, policy, workload, settings, policy.plan(problem))
+    prepared = Prepared(config, cluster, model, cost, policy, workload, settings, policy.plan(problem),
+                        believed)
     prepared.controller()
     return prepared
 
@@ -162,7 +174,8 @@ def make_simulation(prepared: Prepared, progress: Callable[[int], None] | None =
         workload = prepared.workload.begin()
     return Simulation(SimulationInput(
         prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan, workload,
-        prepared.settings, event_budget(prepared), config.sim.log_decisions, config.sim.debug), progress)
+        prepared.settings, event_budget(prepared), config.sim.log_decisions, config.sim.debug,
+        prepared.believed), progress)
 
 
 def make_result(prepared: Prepared, simulation: Simulation, recorder: Recorder) -> Result:

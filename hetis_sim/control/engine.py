@@ -187,7 +187,7 @@ class Engine:
         groups, tokens = self.loads.total()
         ledger = self.books.ledger
         free = dict(zip(self.plan.devices, map(sub, ledger.capacity, ledger.used), strict=True))
-        return InstanceView(self.index, self.plan, self.timer.costs, groups, tokens,
+        return InstanceView(self.index, self.plan, self.timer.believed_costs, groups, tokens,
                             len(self.lanes), free, self.capacity_units, self.settings.limits.block_tokens,
                             len(self.active), len(self.waiting), self.waiting_tokens, self.context_tokens())
 

@@ -17,8 +17,12 @@ from hetis_sim.spec.model import ModelSpec
 
 def make_controller(cluster: ClusterSpec, model: ModelSpec, cost: CostModel, policy: Policy, plan: Plan,
                     settings: SchedulerSettings,
-                    log: DecisionLog | None = None) -> Controller | MeshController:
+                    log: DecisionLog | None = None,
+                    believed: CostModel | None = None) -> Controller | MeshController:
     """A fresh control plane, with the timers that it needs: of instances with lanes, or of a mesh.
+
+    ``believed`` are the durations of decode attention that the policy goes by while it dispatches, where
+    they are not those of ``cost``. Routes through a mesh go by none.
 
     Raises:
         SpecError, InfeasibleError: as the two classes do.
@@ -26,5 +30,5 @@ def make_controller(cluster: ClusterSpec, model: ModelSpec, cost: CostModel, pol
     if plan.mesh is not None:
         timer = MeshTimer(cluster, model, cost, plan.mesh)
         return MeshController(cluster, model, policy, plan, timer, settings, log)
-    timers = [InstanceTimer(cluster, model, cost, instance) for instance in plan.instances]
+    timers = [InstanceTimer(cluster, model, cost, instance, believed) for instance in plan.instances]
     return Controller(cluster, model, policy, plan, timers, settings, log)

@@ -111,15 +111,20 @@ class InstanceTimer:
     Attributes:
         plan: the instance.
         costs: decode-attention costs of its positions.
+        believed_costs: those that its policy goes by.
         wire_bytes_per_group: bytes per token, layer and remote KV group: query, key and value
             on the way out, the output on the way back.
         still_bytes_per_group: the same of a group in a token range: the query, and a partial output.
         merged_bytes_per_group: what a group of a remote tail sends back more beside ranges.
     """
 
-    def __init__(self, cluster: ClusterSpec, model: ModelSpec, cost: CostModel, plan: InstancePlan) -> None:
+    def __init__(self, cluster: ClusterSpec, model: ModelSpec, cost: CostModel, plan: InstancePlan,
+                 believed: CostModel | None = None) -> None:
         self.plan = plan
         self.costs = position_costs(cluster, model, cost, plan)
+        self.believed_costs = self.costs
+        if believed is not None:
+            self.believed_costs = position_costs(cluster, model, believed, plan)
         self._cluster = cluster
         self._model = model
         self._cost = cost

@@ -34,7 +34,10 @@ PROGRESS_EVERY = 50
 
 @dataclass(frozen=True, slots=True)
 class SimulationInput:
-    """All that determines a run: same input, same output."""
+    """All that determines a run: same input, same output.
+
+    ``believed`` are the durations that the policy goes by where they are not the true ones of ``cost``.
+    """
 
     cluster: ClusterSpec
     model: ModelSpec
@@ -46,6 +49,7 @@ class SimulationInput:
     event_budget: int
     log_decisions: bool = False
     debug: bool = False
+    believed: CostModel | None = None
 
 
 class Simulation:
@@ -62,7 +66,7 @@ class Simulation:
         self.clock = Clock(given.event_budget)
         self.controller: Controller | MeshController = make_controller(
             given.cluster, given.model, given.cost, given.policy, given.plan, given.settings,
-            DecisionLog(given.log_decisions))
+            DecisionLog(given.log_decisions), given.believed)
         self._handoffs = any(instance.role != "both" for instance in given.plan.instances)
         self._unit_bytes = unit_bytes(given.model, given.settings.limits)
         self.recorder = self._make_recorder()

@@ -1,0 +1,94 @@
+"""What a policy believes of durations when its profile is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hetis_sim.cost.memo import MemoisedCost
+from hetis_sim.cost.model import AttentionCost, CostModel, ProvenanceRow, TransferCost
+from hetis_sim.spec.cluster import LinkSpec
+from hetis_sim.spec.errors import require_finite
+from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.model import ModelSpec
+
+Streams = Callable[[str], np.random.Generator]
+"""A generator at the start of the stream of a name, the same whenever it is asked for."""
+
+ERROR_MAX = 0.9
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """Factors on coefficients: ``1 + error`` or ``1 - error``, a coin of its own for every name."""
+
+    error: float
+    streams: Streams
+
+    def factor(self, *names: str) -> float:
+        coin = self.streams(f"policy-cost-error/{'/'.join(names)}").random()
+        return 1.0 + self.error if coin < 0.5 else 1.0 - self.error
+
+
+class MisjudgedCost(MemoisedCost):
+    """A cost model each of whose coefficients is wrong by the same share, up or down at random.
+
+    Policies plan and dispatch by it while durations are charged by the true one (Hetis, SC '25,
+    perturbs the coefficients of its profiler by up to 20 %). Which coefficients there are is ours: a, b
+    and c of decode attention by card, gamma and beta by link, and one factor on each of the dense layer,
+    the LM head, prefill attention and all-reduces by card. Host time is known. These are beliefs, so
+    they may undercut what a device can do.
+
+    Args:
+        truth: the right durations.
+        error: share, 0 to 0.9.
+        streams: where the coins come from.
+
+    Raises:
+        SpecError: an error outside that range.
+    """
+
+    def __init__(self, truth: CostModel, error: float, streams: Streams) -> None:
+        super().__init__()
+        require_finite("cost.policy_error", error, 0.0, ERROR_MAX)
+        self.truth = truth
+        self._judged = _Judgement(error, streams)
+
+    def _dense_layer_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        return self._judged.factor("dense_layer", gpu.name) * self.truth.dense_layer_s(gpu, model, tokens, tp)
+
+    def _head_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        return self._judged.factor("head", gpu.name) * self.truth.head_s(gpu, model, tokens, tp)
+
+    def _prefill_attention_layer_s(self, gpu: GpuSpec, model: ModelSpec, query_heads: int,
+                                   new_tokens: int, context_tokens: int) -> float:
+        seconds = self.truth.prefill_attention_layer_s(gpu, model, query_heads, new_tokens, context_tokens)
+        return self._judged.factor("prefill_attention", gpu.name) * seconds
+
+    def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        true, factor = self.truth.decode_attention(gpu, model), self._judged.factor
+        return replace(true, a_s_per_head=factor("a", gpu.name) * true.a_s_per_head,
+                       b_s_per_byte=factor("b", gpu.name) * true.b_s_per_byte,
+                       c_s=factor("c", gpu.name) * true.c_s)
+
+    def _transfer_cost(self, link: LinkSpec) -> TransferCost:
+        true, factor = self.truth.transfer(link), self._judged.factor
+        return replace(true, gamma_s_per_byte=factor("gamma", link.name) * true.gamma_s_per_byte,
+                       beta_s=factor("beta", link.name) * true.beta_s)
+
+    def _all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
+        seconds = self.truth.all_reduce_s(gpu, link, size_bytes, ranks)
+        return self._judged.factor("all_reduce", gpu.name, link.name) * seconds
+
+    def host_overhead_s(self, sequences: int) -> float:
+        return self.truth.host_overhead_s(sequences)
+
+    def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
+                   links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
+        return self.truth.provenance(gpus, model, links)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self.truth.warnings
