@@ -35,6 +35,7 @@ LATENCY = 0.05
 SPARE = 1e-3
 MOST_BUSY = 0.95
 CUTS_MOST = 16
+LAST_RESORT = 1e-3
 NAMES: dict[Role, str] = {"prefill": "prefill pool", "decode": "decode pool", "both": "primary"}
 
 
@@ -46,10 +47,13 @@ class PoolRules:
         phases: whether there are prefill and decode pools; without them all instances do both.
         high_end_bias: what a division must serve more, as a share, to be taken although a decode instance
             has a card of a higher-end kind than some prefill instance.
+        share_kinds: whether prefill and decode instances may have cards of one kind; if not, they do
+            where nothing else serves the model.
     """
 
     phases: bool
     high_end_bias: float = 0.0
+    share_kinds: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,8 @@ class PoolSearch:
         counted = min(rates.served, wanted)
         if self._upside_down(pipelines):
             counted /= 1.0 + self.rules.high_end_bias
+        if not self.rules.share_kinds and self._kinds_meet(pipelines):
+            counted *= LAST_RESORT
         spare = 1.0 - 2.0 * counted / (rates.prefill + rates.decode)
         return counted * (1.0 - LATENCY * self._latency(pipelines, rates) + SPARE * spare)
 
@@ -131,11 +137,21 @@ class PoolSearch:
                       for p in pipelines if p.role != "prefill"])
         return min(1.0, ttft * (1.0 + first / (2.0 * (1.0 - first))) / slo.ttft_s + tpot / slo.tpot_s)
 
-    def _upside_down(self, pipelines: Sequence[Pipeline]) -> bool:
-        """Whether decoding has a higher-end card than prefill."""
+    def _ranks(self, pipelines: Sequence[Pipeline]) -> dict[Role, list[int]]:
+        """Ranks of the kinds of card in each pool."""
         ranks: dict[Role, list[int]] = {"prefill": [], "decode": [], "both": []}
         for pipeline in pipelines:
             ranks[pipeline.role] += [self.table.parts[p].rank for p, _ in pipeline.split]
+        return ranks
+
+    def _kinds_meet(self, pipelines: Sequence[Pipeline]) -> bool:
+        """Whether a kind of card both prefills and decodes."""
+        ranks = self._ranks(pipelines)
+        return bool(ranks["both"] or set(ranks["prefill"]) & set(ranks["decode"]))
+
+    def _upside_down(self, pipelines: Sequence[Pipeline]) -> bool:
+        """Whether decoding has a higher-end card than prefill."""
+        ranks = self._ranks(pipelines)
         return max(ranks["prefill"], default=0) > min(ranks["decode"], default=len(self.table.parts))
 
     def _network_rate(self, pipelines: Sequence[Pipeline]) -> float:

@@ -25,6 +25,8 @@ class SplitwiseSettings:
     Attributes:
         high_end_bias: what a division of the cluster must serve more, as a share, to be taken although
             a decode instance has a card of a higher-end kind than some prefill instance (ours).
+        share_kinds: whether prefill and decode pool may have cards of one kind. Without, they do where
+            nothing else serves the model, which is how Hetis' evaluation describes its Splitwise (ours).
         queue_tokens: prompt tokens at an instance from which its queue counts as long (the value of
             the source's simulator).
         reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
@@ -35,6 +37,7 @@ class SplitwiseSettings:
     """
 
     high_end_bias: float = 0.25
+    share_kinds: bool = True
     queue_tokens: int = 8192
     reserve_fraction: float = 0.05
     preemption: str = "recompute"
@@ -44,6 +47,7 @@ class SplitwiseSettings:
     def __post_init__(self) -> None:
         require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
         require_finite("policy.high_end_bias", self.high_end_bias, 0.0)
+        require(isinstance(self.share_kinds, bool), "policy.share_kinds", self.share_kinds, "true or false")
         require_int("policy.queue_tokens", self.queue_tokens, 0, 1 << 30)
         require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
                 "one of recompute, swap")
@@ -86,7 +90,7 @@ class SplitwisePolicy(Policy):
             InfeasibleError: the model fits nowhere.
         """
         given = self.settings
-        rules = PoolRules(phases=True, high_end_bias=given.high_end_bias)
+        rules = PoolRules(True, given.high_end_bias, given.share_kinds)
         effort = Effort(evaluations=given.evaluations, seed=given.seed)
         return plan_pools(problem, rules, effort, self.name)
 

@@ -101,19 +101,20 @@ def capacity(config: RunConfig, done: Callable[[], None] | None = None) -> Capac
 
 
 def capacities(config: RunConfig, cases: Sequence[Case],
-               done: Callable[[], None] | None = None) -> list[Capacity]:
+               done: Callable[[], None] | None = None, bound: Bound | None = None) -> list[Capacity]:
     """The capacity of each case, on the same requests and the same patterns of arrivals.
 
     Args:
         config: what is studied.
         cases: the policies.
         done: called whenever a task of a process has ended.
+        bound: of the throughput of any policy, where it is known already.
 
     Raises:
         HetisError: a combination cannot run.
     """
     require_open(config)
-    return _Study(config, cases, done).capacities()
+    return _Study(config, cases, done, bound).capacities()
 
 
 def bound_for(case: Case, loads: Sequence[Load]) -> Bound:
@@ -123,17 +124,23 @@ def bound_for(case: Case, loads: Sequence[Load]) -> Bound:
     return upper_bound(prepared.cluster, prepared.model, prepared.cost, prepared.settings, lengths)
 
 
+def study_bound(config: RunConfig, case: Case) -> Bound:
+    """The bound for the requests of all seeds of a study of capacity."""
+    # The rate does not matter here: the bound goes by the lengths.
+    rate, requests = config.workload.rate or 1.0, config.study.requests or BOUND_REQUESTS
+    return bound_for(case, [Load(rate, requests, seed) for seed in seeds_of(config)])
+
+
 class _Study:
     """The phases of a study of capacity, each fanned out over policies and seeds."""
 
-    def __init__(self, config: RunConfig, cases: Sequence[Case], done: Callable[[], None] | None) -> None:
+    def __init__(self, config: RunConfig, cases: Sequence[Case], done: Callable[[], None] | None,
+                 bound: Bound | None = None) -> None:
         self.config, self.study = config, config.study
         self.cases = list(cases)
         self.seeds = seeds_of(config)
         self.done = done
-        # The rate does not matter here: the bound goes by the lengths.
-        rate, requests = config.workload.rate or 1.0, config.study.requests or BOUND_REQUESTS
-        self.bound = bound_for(self.cases[0], [Load(rate, requests, seed) for seed in self.seeds])
+        self.bound = bound or study_bound(config, self.cases[0])
 
     def capacities(self) -> list[Capacity]:
         """All phases: overload, search, and the search once more where a policy plans for the rate."""

@@ -1,0 +1,1 @@
+"""The evaluation of the Hetis paper (SC '25), run anew in the simulator."""
