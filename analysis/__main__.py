@@ -11,6 +11,7 @@ from hetis_sim.spec.errors import HetisError
 Command = Callable[[Sequence[str]], None]
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "paper": ("analysis.paper.command", "the evaluation of the Hetis paper, run in the simulator"),
     "report": ("analysis.report.command", "a page and figures of run folders"),
 }
 """Where each command's ``main`` is, and what it makes. Modules are imported when they are asked for."""

@@ -125,6 +125,30 @@ class BarChart(Chart):
     rules: Sequence[Rule] = ()
 
 
+@dataclass(frozen=True)
+class Dots:
+    """One series of points, a value for each row; nan where there is none.
+
+    ``low`` and ``high`` are limits of each value.
+    """
+
+    name: str
+    values: Floats
+    style: int = 0
+    low: Floats | None = None
+    high: Floats | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DotChart(Chart):
+    """Points in rows with names, several series beside each other in a row (Cleveland's dot plot)."""
+
+    axis: Axis
+    rows: Sequence[str]
+    series: Sequence[Dots]
+    rules: Sequence[Rule] = ()
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeatMap(Chart):
     """A value for each row and each stretch of the x axis.

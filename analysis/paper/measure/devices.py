@@ -16,6 +16,7 @@ from hetis_sim.policies.plan import InstancePlan, StagePlan
 from hetis_sim.policies.view import PositionCost
 from hetis_sim.run import Prepared, prepare
 from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.errors import require
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
@@ -59,8 +60,9 @@ def _mlp_s(gpu: GpuSpec, model: ModelSpec) -> float:
     assert profile.gemm is not None
     products = [gemm for gemm in work.layer_gemms(model, PREFILL_TOKENS, 1)
                 if model.ffn_hidden in (gemm.k, gemm.n, gemm.n / 2)]
-    arrays = [np.array([float(getattr(gemm, name)) for gemm in products]) for name in ("m", "n", "k", "count")]
-    return float(profile.gemm.seconds(*arrays, model.weight_bytes, model.activation_bytes).sum())
+    m, n, k, count = (np.array([float(getattr(gemm, name)) for gemm in products])
+                      for name in ("m", "n", "k", "count"))
+    return float(profile.gemm.seconds(m, n, k, count, model.weight_bytes, model.activation_bytes).sum())
 
 
 def attention_workers(words: Sequence[str], most: int = 4) -> list[dict[str, float]]:
@@ -76,7 +78,7 @@ def attention_workers(words: Sequence[str], most: int = 4) -> list[dict[str, flo
     context = about["prompt_tokens"]["mean"] + about["output_tokens"]["mean"] / 2
     primary, workers = _devices(cluster, STRONG)[0], _devices(cluster, WEAK)
     found = []
-    for count in range(1, most + 1):
+    for count in range(1, min(most, len(workers)) + 1):
         instance = InstancePlan((StagePlan((primary,), model.layers, (model.kv_heads,)),),
                                 tuple(workers[:count]))
         own, *others = position_costs(cluster, model, prepared.cost, instance)
@@ -152,7 +154,16 @@ def accuracy(words: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _prepared(words: Sequence[str]) -> Prepared:
-    return prepare(replace(compose(*words), policy={"name": "vllm"}))
+    """A combination whose cluster has both cards.
+
+    Raises:
+        SpecError: it has not.
+    """
+    prepared = prepare(replace(compose(*words), policy={"name": "vllm"}))
+    for name in (STRONG, WEAK):
+        require(any(gpu.name == name for gpu in prepared.gpus), "cluster", prepared.cluster.name,
+                f"one with {STRONG} and {WEAK}")
+    return prepared
 
 
 def _devices(cluster: ClusterSpec, name: str) -> list[int]:

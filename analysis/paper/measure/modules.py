@@ -9,7 +9,9 @@ from hetis_sim.run import Result
 
 
 def module_times(result: Result) -> dict[str, float]:
-    """Seconds of an iteration by part, averaged over decoded tokens; steps that only decode.
+    """Seconds of an iteration by part, in steps of one kind alone.
+
+    ``decode_X_s`` are averages over decoded tokens, ``prefill_X_s`` over prompt tokens.
 
     A token goes through all stages of its instance, and every part is summed over them. So
     ``decode_dense_s`` is the latency of the dense modules of a whole model, ``decode_attention_s`` that of
@@ -17,8 +19,11 @@ def module_times(result: Result) -> dict[str, float]:
     attention workers add to it.
     """
     steps = result.recorder.records().steps
-    decode = steps.rows((steps["kind"] == STEP_KINDS.index("decode")) & (steps["decode_tokens"] > 0))
-    weight = decode["decode_tokens"] / np.maximum(decode["iterations"], 1)
-    total = float(decode["decode_tokens"].sum())
-    return {f"decode_{part}_s": float((weight * decode[f"{part}_s"]).sum()) / total if total else float("nan")
-            for part in PARTS}
+    found: dict[str, float] = {}
+    for kind in ("prefill", "decode"):
+        rows = steps.rows((steps["kind"] == STEP_KINDS.index(kind)) & (steps[f"{kind}_tokens"] > 0))
+        tokens = rows[f"{kind}_tokens"]
+        weight, total = tokens / np.maximum(rows["iterations"], 1), float(tokens.sum())
+        found |= {f"{kind}_{part}_s": float((weight * rows[f"{part}_s"]).sum()) / total if total
+                  else float("nan") for part in PARTS}
+    return found

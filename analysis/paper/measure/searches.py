@@ -9,7 +9,7 @@ from typing import Any
 
 from hetis_sim.config import compose
 from hetis_sim.run import prepare
-from hetis_sim.spec.parse import ClusterConfig
+from hetis_sim.spec.parse import ClusterConfig, HostConfig
 
 FIVE_TYPES = ("a100-80gb", "l40s", "rtx3090", "t4", "p100-12gb")
 """Kinds of GPU of the large clusters (ours; the paper says five kinds of 32)."""
@@ -27,8 +27,7 @@ def search(words: Sequence[str], policy: Mapping[str, Any], hosts: int | None = 
     if hosts is not None:
         config = replace(config, cluster=ClusterConfig(
             name=f"five kinds of {GPUS_PER_HOST * hosts}", network="ethernet-100g", hosts=[
-                {"gpus": {name: GPUS_PER_HOST}, "count": hosts, "memory_gib": 256}
-                for name in FIVE_TYPES]))
+                HostConfig({name: GPUS_PER_HOST}, count=hosts) for name in FIVE_TYPES]))
     # Imports are not part of the search; the curves of the cost model are.
     prepare(replace(config, policy={"name": "vllm"}))
     started = time.process_time()

@@ -13,6 +13,7 @@ from hetis_sim.run import Prepared, Result
 from hetis_sim.study.bound.result import Bound
 from hetis_sim.study.capacity import capacities, study_bound
 from hetis_sim.study.runs import Case, Load, cases_of, instances_of, planned, run_under
+from hetis_sim.study.search import Found
 
 Policy = Mapping[str, Any]
 
@@ -31,10 +32,25 @@ def capacity(words: Sequence[str], policy: Policy, bound: Mapping[str, Any]) -> 
     # Runs of the search may serve more than a flood does, which makes some systems thrash.
     stable = [max([flood, *(probe.rate_rps for probe in search.probes if probe.verdict == "stable")])
               for flood, search in zip(found.throughputs_rps, found.searches, strict=True)]
-    return {"slo": [search.rate_rps for search in found.searches], "overload": list(found.throughputs_rps),
-            "sustained": stable, "instances": list(found.instances), "notes": list(found.notes),
+    return {"slo": [crossing(search, found.attainment) for search in found.searches],
+            "overload": list(found.throughputs_rps), "sustained": stable, "instances": list(found.instances), "notes": list(found.notes),
             "requests": found.requests, "runs": found.runs, "usable_tokens": usable_tokens(prepared),
             "remote_cards": sum(len(i.attention_workers) for i in prepared.plan.instances)}
+
+
+def crossing(search: Found, attainment: float) -> float:
+    """The rate at which the SLO ceases to hold, between the last that held and the first that failed.
+
+    Interpolated in the attainment over the logarithm of the rate; the last that held where the next failed
+    for another reason (a growing queue), or none did.
+    """
+    held = [probe for probe in search.probes if probe.rate_rps == search.rate_rps]
+    failed = min((probe for probe in search.probes if probe.rate_rps > search.rate_rps),
+                 key=lambda probe: probe.rate_rps, default=None)
+    if not held or failed is None or failed.attainment >= attainment:
+        return search.rate_rps
+    way = (held[0].attainment - attainment) / (held[0].attainment - failed.attainment)
+    return float(search.rate_rps * (failed.rate_rps / search.rate_rps) ** way)
 
 
 def latency(words: Sequence[str], policy: Policy, plan_rate: float, rates: Sequence[float],

@@ -1,0 +1,105 @@
+"""``python -m analysis paper``: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from analysis.paper.evaluation import Evaluation
+from analysis.paper.page import write_page
+from analysis.paper.scale import BASELINES, FULL, HETIS, NEIGHBOURS, QUICK, Scale
+from analysis.paper.section import Section
+from analysis.paper.sections import assumptions, curves, devices, latency, search, serving, sweeps
+from analysis.paper.store import Store
+from hetis_sim.spec.errors import HetisError, require
+
+SECTIONS: dict[str, Callable[[Evaluation], Section]] = {
+    "serving": serving.build, "latency": latency.build, "curves": curves.build,
+    "assumptions": assumptions.build, "devices": devices.build, "theta": sweeps.theta,
+    "delta": sweeps.delta, "errors": sweeps.errors, "eviction": sweeps.eviction, "search": search.build}
+"""In the order of the page."""
+
+PAGE, PICTURES, ANSWERS = "paper.md", "figures", "answers"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+EPILOG = """examples:
+  python -m analysis paper --quick --out /tmp/look      everything in small, in under two minutes
+  python -m analysis paper --only devices --only search
+  python -m analysis paper --docs                       also writes docs/paper.md and its pictures
+
+Answers are kept in FOLDER/answers; a run that was cut off goes on where it was, and answers of other code or
+settings are never used.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The words it knows."""
+    made = argparse.ArgumentParser(
+        prog="python -m analysis paper", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
+        description="Run the evaluation of the Hetis paper in the simulator and write a page with figures.")
+    made.add_argument("--out", metavar="FOLDER", default="runs/paper", help="where to write (default: "
+                                                                            "runs/paper)")
+    made.add_argument("--quick", action="store_true", help="fewer cells, seeds and requests")
+    made.add_argument("--only", action="append", metavar="SECTION", help=f"one of {', '.join(SECTIONS)}; may "
+                                                                         "be repeated")
+    made.add_argument("--policies", metavar="NAMES", help="policies beside Hetis and the paper's baselines, "
+                                                          "separated by commas (default: all that there are)")
+    made.add_argument("--docs", action="store_true", help="also write docs/paper.md and docs/paper/*.svg")
+    made.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    return made
+
+
+def main(words: Sequence[str]) -> None:
+    """Run and print where the page is.
+
+    Raises:
+        SpecError: bad input; the text says what is allowed.
+        HetisError: a fault in the code came up; the page is written all the same.
+    """
+    given = parser().parse_args(words)
+    for name in given.only or ():
+        require(name in SECTIONS, "only", name, f"one of {', '.join(SECTIONS)}")
+    require(given.workers is None or given.workers >= 1, "workers", given.workers, ">= 1")
+    require(not (given.docs and (given.quick or given.only)), "docs", given.docs,
+            "given without --quick and --only: the documentation holds full runs")
+    out = Path(given.out)
+    store = Store(out / ANSWERS, given.workers, _tell)
+    scale = with_policies(QUICK if given.quick else FULL, given.policies)
+    sections = run(scale, store, given.only)
+    write_page(out / PAGE, out / PICTURES, scale, sections, ("svg", "pdf"))
+    print(out / PAGE)
+    if given.docs:
+        write_page(DOCS / PAGE, DOCS / "paper", scale, sections)
+        print(DOCS / PAGE)
+    print(f"processor time of all answers: {store.cpu_s:,.0f} s", file=sys.stderr)
+    if store.defects:
+        raise HetisError("\n".join(["faults came up; their cells say so:", *store.defects]))
+
+
+def with_policies(scale: Scale, names: str | None) -> Scale:
+    """A scale that runs the named policies beside Hetis and the paper's baselines.
+
+    Raises:
+        SpecError: no such policy.
+    """
+    if names is None:
+        return scale
+    chosen = [name for name in names.split(",") if name]
+    for name in chosen:
+        require(name in NEIGHBOURS, "policies", name, f"one of {', '.join(NEIGHBOURS)}")
+    return replace(scale, policies=(HETIS, *BASELINES, *(name for name in NEIGHBOURS if name in chosen)))
+
+
+def run(scale: Scale, store: Store, only: Sequence[str] | None = None) -> list[Section]:
+    """The sections asked for, in the order of the page."""
+    evaluation = Evaluation(scale, store)
+    return [build(evaluation) for name, build in SECTIONS.items() if not only or name in only]
+
+
+def _tell(what: str, done: int, total: int) -> None:
+    """Progress on standard error: one line that is written over where that is a terminal."""
+    end = "\r" if sys.stderr.isatty() and done < total else "\n"
+    print(f"{what}: {done} of {total}    ", end=end, file=sys.stderr, flush=True)

@@ -1,0 +1,104 @@
+"""What the ratios to the paper's baselines hang on: one assumption switched at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.figures.charts import Axis, DotChart, Dots, Rule
+from analysis.paper.evaluation import STRICT, Cell, Evaluation, Variant
+from analysis.paper.scale import BASELINES, HETIS, TPOT_S, TTFT_OTHER_S, TTFT_S, cell_name
+from analysis.paper.section import Section, table
+from analysis.paper.sections.serving import label
+from analysis.paper.store import Answer
+from hetis_sim.study.estimate import Estimate, estimate, ratio
+
+HOSTS = ("{gpus:{a100-80gb:4},link:nvlink3,memory_gib:512}",
+         "{gpus:{rtx3090:2},link:pcie4x16,count:2,memory_gib:128}",
+         "{gpus:{p100-12gb:4},link:pcie3x16,memory_gib:128}")
+NVLINK = f"cluster.hosts=[{','.join(HOSTS)}]"
+"""The testbed with NVLink between its A100s."""
+
+SWITCHES: dict[str, tuple[str, ...]] = {
+    "as it is": (),
+    "NVLink between A100s": (NVLINK,),
+    "chunked prefill": ("scheduler.chunked_prefill=true",),
+    "host 50 ms": ("cost.host_base_s=0.05",),
+    "network x 4": ("cluster.network=infiniband-ndr",),
+    "SLO x 5": (),
+    "SLO / 2": (),
+    "lanes of 1024": ("scheduler.max_batch_requests=1024",),
+}
+"""Assumptions that hold for all policies: engine, links, SLO."""
+SLO_FACTORS = {"SLO x 5": 5.0, "SLO / 2": 0.5}
+TESTBED = "paper"
+
+
+def build(evaluation: Evaluation) -> Section:
+    """The section."""
+    cells = [evaluation.scale.focus]
+    names = [name for name in (HETIS, BASELINES[0], STRICT, *BASELINES[1:]) if name in evaluation.variants]
+    switches = list(SWITCHES)[:evaluation.scale.switches]
+    if evaluation.scale.cluster != TESTBED:
+        switches = [name for name in switches if not any("cluster." in word for word in SWITCHES[name])]
+    asked = [(cell, switch, name) for cell in cells for switch in switches for name in names]
+    answers = evaluation.capacities("assumptions", [
+        (cell, Variant(name, evaluation.variants[name].policy, _words(cell, switch)))
+        for cell, switch, name in asked])
+    found = dict(zip(asked, answers, strict=True))
+    blocks: list[Any] = [
+        "Each line switches one assumption for all policies and searches plans and capacities anew. "
+        "Capacity at the SLO and, in brackets, throughput without, requests/s; then Hetis over the "
+        "baselines, paired by seed."]
+    for cell in cells:
+        rows, series = [], []
+        ratios = {name: [_ratio(found, cell, switch, name, "slo") for switch in switches]
+                  for name in names[1:]}
+        free = {name: [_ratio(found, cell, switch, name, "sustained") for switch in switches]
+                for name in names[1:]}
+        for number, switch in enumerate(switches):
+            rows.append([switch, *(_text(found[cell, switch, name]) for name in names),
+                         *(f"{ratios[name][number].text()} ({free[name][number].text()})"
+                           for name in names[1:])])
+        blocks += [f"### {cell_name(*cell)}",
+                   table(["", *map(label, names), *(f"over {label(name)}" for name in names[1:])], rows)]
+        for number, name in enumerate(names[1:]):
+            for key, values in (("at the SLO", ratios[name]), ("without", free[name])):
+                series.append(Dots(f"{label(name)}, {key}", np.array([e.mean for e in values]),
+                                   2 * number + (key == "without"), np.array([e.low for e in values]),
+                                   np.array([e.high for e in values])))
+        blocks.append(DotChart(
+            key=f"assumptions-{cell[0]}-{cell[1]}", title=f"One assumption switched, {cell_name(*cell)}",
+            caption="Hetis over the paper's baselines with one assumption switched at a time, "
+                    f"{cell_name(*cell)}.",
+            origin="simulated", note=cell_name(*cell), axis=Axis("throughput, Hetis / other", log=True),
+            rows=switches, series=series, rules=[Rule("equal", 1.0)]))
+    return Section("assumptions", "What the ratios hang on", blocks)
+
+
+def _words(cell: Cell, switch: str) -> tuple[str, ...]:
+    factor = SLO_FACTORS.get(switch)
+    if factor is None:
+        return SWITCHES[switch]
+    ttft = factor * TTFT_S.get(cell[1], TTFT_OTHER_S)
+    return (f"slo.ttft_s={ttft:g}", f"slo.tpot_s={factor * TPOT_S:g}")
+
+
+def _ratio(found: dict[tuple[Cell, str, str], Answer], cell: Cell, switch: str, name: str,
+           key: str) -> Estimate:
+    mine, its = found[cell, switch, HETIS], found[cell, switch, name]
+    if mine.error or its.error:
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    return ratio(mine.value[key], its.value[key])
+
+
+def _text(answer: Answer) -> str:
+    if answer.error:
+        return answer.error
+    return f"{_mean(answer.value['slo'])} ({_mean(answer.value['sustained'])})"
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{estimate(values).mean:.3g}"

@@ -1,0 +1,174 @@
+"""Throughput at an SLO and without, and usable cache, of every policy in every cell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.figures.charts import Axis, DotChart, Dots, Rule
+from analysis.paper.evaluation import STRICT, Cell, Evaluation
+from analysis.paper.ratios import CellRatio, cell_ratio, missing, spread, times, up_to
+from analysis.paper.scale import BASELINES, HETIS, TPOT_S, TTFT_S, cell_name, policy_name
+from analysis.paper.section import Finding, Section, by_rows
+from analysis.paper.store import Answer
+from hetis_sim.study.estimate import estimate
+
+Found = dict[tuple[Cell, str], Answer]
+Value = Callable[[Any], Sequence[float]]
+
+
+def build(evaluation: Evaluation) -> Section:
+    """The section."""
+    found = evaluation.serving()
+    names = list(evaluation.variants)
+    others = [name for name in names if name != HETIS]
+    ratios = {key: {name: of_hetis(evaluation, found, name, value) for name in others}
+              for key, value in MEASURES.items()}
+    blocks: list[Any] = [_definitions(evaluation), "### Capacity at the SLO, requests/s",
+                         by_rows({label(name): _column(evaluation, found, name, "slo") for name in names},
+                                 "model, workload")]
+    blocks += ["### Throughput without an SLO, requests/s", _sustained_text(),
+               by_rows({label(name): _column(evaluation, found, name, "sustained") for name in names},
+                       "model, workload")]
+    main = [name for name in others if name in (*BASELINES, STRICT)]
+    beside = [name for name in others if name not in main]
+    for key, words in (("slo", "capacity at the SLO"), ("sustained", "throughput without an SLO")):
+        blocks.append(ratio_chart(f"throughput-{key}", f"Hetis over the paper's baselines: {words}", words,
+                                  {name: ratios[key][name] for name in main},
+                                  [Rule("paper: HexGen", 1.33), Rule("paper: Splitwise", 2.25)]))
+        if beside:
+            blocks.append(ratio_chart(f"neighbours-{key}", f"Hetis over other systems: {words}", words,
+                                      {name: ratios[key][name] for name in beside}))
+    blocks += ["### Usable KV cache, thousands of tokens",
+               "Tokens of context that the decoding instances of a plan can hold: heads stay with their "
+               "weights, so that the fullest card is the limit, except where attention workers take any "
+               "head. Cards that only prefill hold nothing for decoding.",
+               by_rows({label(name): _column(evaluation, found, name, "cache") for name in names},
+                       "model, workload"),
+               ratio_chart("cache", "Usable KV cache, Hetis over the paper's baselines", "usable KV cache",
+                           {name: ratios["cache"][name] for name in main}, [Rule("paper", 1.87)])]
+    blocks += ["### Plans", _plans(evaluation, found, names)]
+    return Section("serving", "Throughput and usable cache", blocks, _findings(ratios, others))
+
+
+MEASURES: dict[str, Value] = {
+    "slo": lambda value: value["slo"], "sustained": lambda value: value["sustained"],
+    "cache": lambda value: [float(value["usable_tokens"])]}
+
+
+def label(name: str) -> str:
+    """A policy for people."""
+    return "Splitwise, kinds apart" if name == STRICT else policy_name(name)
+
+
+def of_hetis(evaluation: Evaluation, found: Found, other: str, value: Value) -> list[CellRatio]:
+    """Hetis over another policy, cell by cell."""
+    ratios = []
+    for cell in evaluation.scale.cells:
+        mine, its = found[cell, HETIS], found[cell, other]
+        why = mine.error or its.error
+        if why:
+            ratios.append(missing(cell, why))
+            continue
+        ratios.append(cell_ratio(cell, value(mine.value), value(its.value),
+                                 "a seed holds the SLO at no load"))
+    return ratios
+
+
+def ratio_chart(key: str, title: str, words: str, ratios: dict[str, list[CellRatio]],
+                rules: Sequence[Rule] = (), over: str = "Hetis / other") -> DotChart:
+    """Ratios by cell, one series a policy."""
+    series = []
+    for number, (name, cells) in enumerate(ratios.items()):
+        low, mean, high = (np.array([getattr(r.estimate, part) for r in cells])
+                           for part in ("low", "mean", "high"))
+        series.append(Dots(label(name), mean, number, low, high))
+    rows = [cell_name(*r.cell) for r in next(iter(ratios.values()))]
+    return DotChart(key=key, title=title, origin="simulated", rows=rows, series=series,
+                    axis=Axis(f"{words}, {over}", log=True), rules=[Rule("equal", 1.0), *rules],
+                    caption=f"{title}, paired by seed, with 95 % intervals.")
+
+
+def _definitions(evaluation: Evaluation) -> str:
+    limits = ", ".join(f"{TTFT_S[workload]:g} s for {cell_name('', workload).removeprefix(', ')}"
+                       for workload in evaluation.scale.workloads if workload in TTFT_S)
+    return ("The paper states no SLO and no definition of throughput, so there are two here. **Capacity at "
+            f"the SLO**: the highest rate at which 90 % of the requests hold the limits on TTFT ({limits}) "
+            f"and TPOT ({TPOT_S:g} s) and the queue does not grow ([definition](capacity.md)); limits are "
+            "ours, about ten times what a mean prompt takes with Llama-70B on two A100s. **Throughput "
+            f"without an SLO** is below. Seeds: {evaluation.scale.seeds}. Every policy's plan is searched "
+            "for the load at hand.")
+
+
+def _sustained_text() -> str:
+    return ("What is served with everything arriving at once, or the highest rate of a search at which the "
+            "queue did not grow, whichever is more: some systems thrash when they are flooded.")
+
+
+def _column(evaluation: Evaluation, found: Found, name: str, key: str) -> dict[str, str]:
+    column: dict[str, str] = {}
+    for cell in evaluation.scale.cells:
+        answer = found[cell, name]
+        column[cell_name(*cell)] = _failed(answer) if answer.error else _text(answer.value, key)
+    bound = {cell: evaluation.bound(cell) for cell in evaluation.scale.cells} if key == "slo" else {}
+    for cell, answer in bound.items():
+        value = found[cell, name]
+        if not answer.error and not value.error:
+            share = estimate(value.value["slo"]).mean / answer.value["requests_per_s"]
+            column[cell_name(*cell)] += f" ({100 * share:.0f} %)"
+    return column
+
+
+def _text(value: Any, key: str) -> str:
+    if key == "cache":
+        return f"{value['usable_tokens'] / 1e3:,.0f}"
+    return estimate(value[key], 0.0).text()
+
+
+def _failed(answer: Answer) -> str:
+    return "failed (defect)" if answer.defect else f"no plan: {answer.error}"
+
+
+def _plans(evaluation: Evaluation, found: Found, names: Sequence[str]) -> str:
+    lines = []
+    for cell in evaluation.scale.cells:
+        for name in names:
+            answer = found[cell, name]
+            if not answer.error:
+                lines.append(f"- {cell_name(*cell)}, {label(name)}: {_counted(answer.value['instances'])}")
+    return "<details><summary>What each policy made of the cluster</summary>\n\n" + "\n".join(
+        lines) + "\n\n</details>"
+
+
+def _counted(instances: Sequence[str]) -> str:
+    counts = {text: list(instances).count(text) for text in dict.fromkeys(instances)}
+    return "; ".join(f"{number} of [{text}]" if number > 1 else f"[{text}]"
+                     for text, number in counts.items())
+
+
+def _findings(ratios: dict[str, dict[str, list[CellRatio]]], others: Sequence[str]) -> list[Finding]:
+    findings = []
+    for name in BASELINES:
+        if name not in others:
+            continue
+        slo, free = ratios["slo"][name], ratios["sustained"][name]
+        ours = f"at the SLO {up_to(slo)}; without {up_to(free)}"
+        note = f"At the SLO {spread(slo)}, without {spread(free)}."
+        if name == "splitwise" and STRICT in others:
+            strict = ratios["slo"][STRICT], ratios["sustained"][STRICT]
+            ours += (". With prompts on the high end and decoding on the low end only: at the SLO "
+                     f"{up_to(strict[0])}; without {up_to(strict[1])}")
+        findings.append(Finding(f"throughput-{name}", ours, note))
+    caches = [(r, name) for name in others if name in (*BASELINES, STRICT)
+              for r in ratios["cache"][name] if r.known]
+    if caches:
+        best, name = max(caches, key=lambda pair: pair[0].estimate.mean)
+        findings.append(Finding("cache", f"up to {times(best.estimate)} over {label(name)} "
+                                         f"({cell_name(*best.cell)})", "; ".join(
+            f"over {label(name)} {spread(ratios['cache'][name])}" for name in others
+            if name in (*BASELINES, STRICT)) + "."))
+    return findings
+
+

@@ -1,0 +1,240 @@
+"""The paper's evaluation on small inputs: jobs and their cache, ratios, sections, and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from analysis.__main__ import main
+from analysis.figures.charts import Axis, DotChart, Dots, Rule
+from analysis.figures.draw import save_chart
+from analysis.paper import store as store_module
+from analysis.paper.claims import CLAIMS
+from analysis.paper.command import SECTIONS, run
+from analysis.paper.evaluation import Evaluation
+from analysis.paper.measure import devices
+from analysis.paper.measure.usable import usable_tokens
+from analysis.paper.page import page_text, statement_table, write_page
+from analysis.paper.ratios import cell_ratio, largest, missing, up_to
+from analysis.paper.scale import QUICK, Scale
+from analysis.paper.section import Finding, Section, table
+from analysis.paper.store import Job, Store
+from hetis_sim import compose
+from hetis_sim.run import prepare
+
+TINY = replace(QUICK, cluster="a100-t4", models=("llama3-8b",), workloads=("humaneval",),
+               policies=("hetis", "splitwise", "vllm"), requests=60, requests_max=60, tolerance=0.4,
+               focus=("llama3-8b", "humaneval"), curve=(0.5, 1.0), thetas=(0.5,), deltas=(0.05,),
+               error_draws=1, hosts=(1,))
+CELL = ("llama3-8b", "humaneval")
+PAPER = ("cluster=paper", "model=llama-13b", "workload=sharegpt")
+
+
+def in_one_process(folder: Path) -> Store:
+    """A store that starts no processes."""
+    return Store(folder, workers=1)
+
+
+# -- jobs --------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_kept_and_not_worked_out_again(tmp_path: Path) -> None:
+    """The second store reads what the first has written, to the last digit."""
+    job = Job("devices.gaps", {"words": list(PAPER)})
+    told: list[tuple[str, int, int]] = []
+    first = Store(tmp_path, 1, lambda *words: told.append(words)).answers("gaps", [job, job])
+    assert told == [("gaps", 0, 1), ("gaps", 1, 1)]
+    path = next(tmp_path.iterdir())
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cpu_s": 77.0}))
+    again = Store(tmp_path, 1, lambda *words: told.append(words))
+    assert again.answers("gaps", [job])[0].value == first[0].value == first[1].value
+    assert again.cpu_s == 77.0
+    assert len(told) == 2
+
+
+def test_other_code_or_arguments_are_another_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key goes by function, arguments and the hash of the code."""
+    job = Job("devices.gaps", {"words": list(PAPER)})
+    keys = {job.key, Job("devices.gaps", {"words": [*PAPER, "seed=1"]}).key,
+            Job("devices.accuracy", {"words": list(PAPER)}).key}
+    monkeypatch.setattr(store_module, "code_hash", lambda: "of other code")
+    assert len(keys | {job.key}) == 4
+
+
+def test_what_cannot_run_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """An impossible combination is an answer that stays; a defect is one that is tried again."""
+    jobs = [Job("devices.gaps", {"words": ["model=nobody"]}), Job("devices.gaps", {"no": "such argument"}),
+            Job("devices.gaps", {"words": list(PAPER)})]
+    store = in_one_process(tmp_path)
+    impossible, defect, good = store.answers("gaps", jobs)
+    assert "nobody" in impossible.error
+    assert not impossible.defect
+    assert defect.defect
+    assert store.defects == [defect.error]
+    assert good.value["memory"] > 6
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+# -- figures of single parts ---------------------------------------------------------------------
+
+
+def test_up_to_is_the_largest_known_cell() -> None:
+    """Paired by seed; cells without a figure are left out, with their reason when all are."""
+    small, large = cell_ratio(CELL, [1.0, 2.0], [1.0, 2.0]), cell_ratio(("a", "b"), [4.0, 9.0], [2.0, 3.0])
+    none = missing(CELL, "the model does not fit")
+    best = largest([small, none, large])
+    assert best is large
+    assert large.estimate.mean == pytest.approx(math.sqrt(6.0))
+    assert up_to([small, none, large]).startswith("up to 2.45x [")
+    assert up_to([none]) == "none: the model does not fit"
+
+
+def test_usable_cache_is_what_the_fullest_card_allows() -> None:
+    """All of it with attention workers, which take any heads; less where stages are unequal."""
+    found: dict[str, tuple[int, float]] = {}
+    for policy in ("hetis", "vllm_all"):
+        prepared = prepare(compose("cluster=a100-t4", "model=llama3-8b", f"policy={policy}"))
+        engines = prepared.controller().engines
+        units = sum(sum(engine.capacity_units.values()) for engine in engines)
+        per_block = prepared.model.layers * prepared.model.kv_heads
+        found[policy] = usable_tokens(prepared), units * prepared.settings.limits.block_tokens / per_block
+    assert any(instance.attention_workers for instance in prepare(
+        compose("cluster=a100-t4", "model=llama3-8b")).plan.instances)
+    usable, whole = found["hetis"]
+    assert 0.999 * whole < usable <= whole
+    usable, whole = found["vllm_all"]
+    assert 0 < usable < 0.98 * whole
+
+
+def test_offloading_by_head_sends_what_belongs_to_the_heads() -> None:
+    """By sequence costs the same at every share; by head in proportion, and less at small shares."""
+    found = devices.offload(PAPER, [0.1, 0.2])
+    fixed = 2 * found["beta_s"]
+    low, high = found["by_head_s"]
+    assert (high - fixed) / (low - fixed) == pytest.approx(2.0)
+    assert low < found["by_sequence_s"]
+    # Without grouped heads four tensors go by head and two by sequence.
+    assert found["bytes_ratio"] == pytest.approx(0.5 / found["balanced"], rel=0.05)
+
+
+def test_more_attention_workers_are_never_slower_and_at_most_ideal() -> None:
+    """With and without the share of the card that computes the dense modules."""
+    rows = devices.attention_workers(PAPER)
+    alone, shared = ([row[key] for row in rows] for key in ("alone_s", "shared_s"))
+    assert alone == sorted(alone, reverse=True)
+    assert shared == sorted(shared, reverse=True)
+    assert 1 < alone[0] / alone[3] <= 4
+    assert all(row["shared_s"] <= row["home_s"] for row in rows)
+
+
+def test_the_gaps_are_those_of_the_documentation(project_root: Path) -> None:
+    """docs/cost.md states them; memory is a matter of the data sheets."""
+    found = devices.gaps(PAPER)
+    assert found["memory"] == pytest.approx(6.7, abs=0.05)
+    line = next(line for line in (project_root / "docs/cost.md").read_text().splitlines()
+                if line.startswith("| prefill MLP"))
+    assert round(found["prefill_mlp"]) == int(line.split("|")[2])
+
+
+# -- the page ----------------------------------------------------------------------------------------
+
+
+def test_every_statement_of_the_paper_has_a_row() -> None:
+    """Also where nothing was run; what no section measures says so."""
+    text = statement_table([])
+    for claim in CLAIMS:
+        assert claim.quantity in text
+        assert claim.section in {"", *SECTIONS}
+    answered = statement_table([Section("x", "X", [], [Finding("theta", "17", "so")])])
+    assert "| 17 | so |" in answered
+    assert answered.count("not run") == sum(bool(claim.section) for claim in CLAIMS) - 1
+
+
+def test_tables_stay_tables_whatever_is_in_them() -> None:
+    """Errors may hold bars and lines."""
+    assert table(["a", "b"], [["x|y\nz", "1"]]).splitlines()[2] == "| x/y z | 1 |"
+
+
+def test_dots_are_drawn_with_gaps_and_limits(tmp_path: Path) -> None:
+    """A nan leaves its place empty; equal charts give equal bytes."""
+    values = np.array([1.0, np.nan, 3.0])
+    chart = DotChart(key="dots", title="Dots", caption="Dots.", origin="simulated", axis=Axis("x", log=True),
+                     rows=["one", "two", "three"], rules=[Rule("equal", 1.0)],
+                     series=[Dots("a", values, 0, values / 1.1, values * 1.1), Dots("b", values[::-1], 1)])
+    first = save_chart(chart, tmp_path / "1", ("svg",))[0].read_bytes()
+    assert first == save_chart(chart, tmp_path / "2", ("svg",))[0].read_bytes()
+
+
+@pytest.mark.slow
+def test_sections_of_the_cost_model_answer_their_statements(tmp_path: Path) -> None:
+    """On the paper's testbed, with every statement that the section is for."""
+    scale = replace(TINY, cluster="paper", models=("llama2-70b",), workloads=("sharegpt",),
+                    focus=("llama2-70b", "sharegpt"))
+    (section,) = run(scale, in_one_process(tmp_path), ["devices"])
+    answered = {finding.claim for finding in section.findings}
+    assert answered == {claim.key for claim in CLAIMS if claim.section == "devices"}
+    assert {chart.key for chart in section.charts} == {"attention-workers", "offload"}
+
+
+@pytest.mark.slow
+def test_all_sections_on_a_small_system(tmp_path: Path) -> None:
+    """Everything of a small cluster, twice; a policy that does not fit is reported in its place."""
+    store = in_one_process(tmp_path / "answers")
+    sections = run(TINY, store)
+    assert store.defects == []
+    assert [section.key for section in sections] == list(SECTIONS)
+    text = page_text(TINY, sections, "figures")
+    keys = [chart.key for section in sections for chart in section.charts]
+    assert len(keys) == len(set(keys))
+    assert all(f"figures/{key}.svg" in text for key in keys)
+    assert "quick run" in text
+    write_page(tmp_path / "page.md", tmp_path / "figures", TINY, sections)
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == set(keys)
+    again = Store(tmp_path / "answers", 1, lambda *words: pytest.fail(f"worked out again: {words}"))
+    assert page_text(TINY, run(TINY, again), "figures") == text
+
+
+@pytest.mark.slow
+def test_a_policy_without_a_plan_is_reported_in_its_place(tmp_path: Path) -> None:
+    """The others of the cell are run."""
+    scale = replace(TINY, cluster="single-a100", policies=("hetis", "splitwise"))
+    section = run(scale, in_one_process(tmp_path), ["serving"])[0]
+    text = "\n".join(block for block in section.blocks if isinstance(block, str))
+    assert "no plan: " in text
+    found = Evaluation(scale, in_one_process(tmp_path)).serving()
+    assert not found[CELL, "hetis"].error
+    assert found[CELL, "splitwise"].error
+
+
+@pytest.mark.slow
+def test_quick_runs_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page says that it was a quick run, and has all its pictures."""
+    assert main(["paper", "--quick", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "paper.md")
+    text = (tmp_path / "paper.md").read_text()
+    assert "A quick run" in text
+    assert "not run" not in text
+    assert "failed (defect)" not in text
+    for line in text.splitlines():
+        if line.startswith("!["):
+            assert (tmp_path / line.partition("](")[2].partition(")")[0]).is_file()
+
+
+@pytest.mark.parametrize("words", [["--only", "nothing"], ["--workers", "0"], ["--docs", "--quick"]])
+def test_bad_words_are_refused(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With what is allowed, before anything is run."""
+    assert main(["paper", "--out", str(tmp_path / "out"), *words]) == 2
+    assert "is not allowed" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_scales_are_what_they_say() -> None:
+    """Registered policies only, in the order of the list."""
+    scale = Scale(policies=("hetis", "nobody", "hexgen"))
+    assert scale.run_policies == ["hetis", "hexgen"]
+    assert len(Scale().cells) == 9
