@@ -33,9 +33,9 @@ def capacity(words: Sequence[str], policy: Policy, bound: Mapping[str, Any]) -> 
     stable = [max([flood, *(probe.rate_rps for probe in search.probes if probe.verdict == "stable")])
               for flood, search in zip(found.throughputs_rps, found.searches, strict=True)]
     return {"slo": [crossing(search, found.attainment) for search in found.searches],
-            "overload": list(found.throughputs_rps), "sustained": stable, "instances": list(found.instances), "notes": list(found.notes),
-            "requests": found.requests, "runs": found.runs, "usable_tokens": usable_tokens(prepared),
-            "remote_cards": sum(len(i.attention_workers) for i in prepared.plan.instances)}
+            "overload": list(found.throughputs_rps), "sustained": stable,
+            "instances": list(found.instances), "notes": list(found.notes),
+            "requests": found.requests, "runs": found.runs, "usable_tokens": usable_tokens(prepared)}
 
 
 def crossing(search: Found, attainment: float) -> float:
