@@ -156,7 +156,7 @@ def _draw_rule(axes: Axes, rule: Rule) -> None:
     if rule.vertical:
         axes.axvline(rule.value, **look)
         # On the side that has room.
-        right = _place_on(axes.get_xscale(), rule.value, low, high) < 0.5
+        right = place_on(axes.get_xscale(), rule.value, low, high) < 0.5
         axes.annotate(rule.label, (rule.value, 0.02), xycoords=("data", "axes fraction"),
                       textcoords="offset points",
                       xytext=(2.5 if right else -2.5, 2), rotation=90, ha="left" if right else "right",
@@ -164,13 +164,14 @@ def _draw_rule(axes: Axes, rule: Rule) -> None:
                       **text)
     else:
         axes.axhline(rule.value, **look)
-        upper = _place_on(axes.get_yscale(), rule.value, low, high) > 0.85
+        upper = place_on(axes.get_yscale(), rule.value, low, high) > 0.85
         axes.annotate(rule.label, (0.01, rule.value), xycoords=("axes fraction", "data"),
                       textcoords="offset points",
                       xytext=(1, -2.5 if upper else 2.5), va="top" if upper else "bottom", ha="left", **text)
 
 
-def _place_on(scale: str, value: float, low: float, high: float) -> float:
+def place_on(scale: str, value: float, low: float, high: float) -> float:
+    """Where a value is on an axis, as a share of its length."""
     if scale == "log":
         value, low, high = np.log(value), np.log(low), np.log(high)
     return (value - low) / (high - low)
@@ -217,7 +218,7 @@ def _draw_bar_rule(axes: Axes, rule: Rule) -> None:
     """A limit, named above the first bar: bars have labels of their own."""
     axes.axvline(rule.value, color=RULE_COLOR, linewidth=0.8, linestyle=(0, (2.0, 1.0)), zorder=2.7)
     low, high = axes.get_xlim()
-    left = _place_on("linear", rule.value, low, high) > 0.5
+    left = place_on("linear", rule.value, low, high) > 0.5
     axes.annotate(rule.label, (rule.value, 1.0), xycoords=("data", "axes fraction"),
                   xytext=(-2 if left else 2, -1),
                   textcoords="offset points", ha="right" if left else "left", va="top", color=RULE_COLOR,

@@ -87,7 +87,8 @@ def ratio_chart(key: str, title: str, words: str, ratios: dict[str, list[CellRat
         series.append(Dots(label(name), mean, number, low, high))
     rows = [cell_name(*r.cell) for r in next(iter(ratios.values()))]
     return DotChart(key=key, title=title, origin="simulated", rows=rows, series=series,
-                    axis=Axis(f"{words}, {over}", log=True), rules=[Rule("equal", 1.0), *rules],
+                    note=words,
+                    axis=Axis(over, log=True), rules=[Rule("equal", 1.0), *rules],
                     caption=f"{title}, paired by seed, with 95 % intervals.")
 
 
