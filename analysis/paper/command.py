@@ -65,6 +65,7 @@ def main(words: Sequence[str]) -> None:
     require(given.workers is None or given.workers >= 1, "workers", given.workers, ">= 1")
     require(not (given.docs and (given.quick or given.only)), "docs", given.docs,
             "given without --quick and --only: the documentation holds full runs")
+    require(not given.docs or DOCS.is_dir(), "docs", given.docs, "given in a checkout of the project")
     out = Path(given.out)
     store = Store(out / ANSWERS, given.workers, _tell)
     scale = with_policies(QUICK if given.quick else FULL, given.policies)
@@ -72,7 +73,7 @@ def main(words: Sequence[str]) -> None:
     write_page(out / PAGE, out / PICTURES, scale, sections, ("svg", "pdf"))
     print(out / PAGE)
     if given.docs:
-        write_page(DOCS / PAGE, DOCS / "paper", scale, sections)
+        write_page(DOCS / PAGE, DOCS / "paper", scale, sections, in_docs=True)
         print(DOCS / PAGE)
     print(f"processor time of all answers: {store.cpu_s:,.0f} s", file=sys.stderr)
     if store.defects:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from analysis.paper.scale import COMMON_SHARE, HETIS, TPOT_S, TTFT_OTHER_S, TTFT_S, Scale
+from analysis.paper.scale import (
+    COMMON_SHARE,
+    HETIS,
+    REQUESTS_MAX,
+    TPOT_S,
+    TTFT_OTHER_S,
+    TTFT_S,
+    Scale,
+)
 from analysis.paper.store import Answer, Job, Store
 
 Cell = tuple[str, str]
@@ -46,10 +54,11 @@ class Evaluation:
     def words(self, cell: Cell, *more: str) -> list[str]:
         """The configuration of a cell, before the policy."""
         scale, (model, workload) = self.scale, cell
+        most = min(scale.requests_max, REQUESTS_MAX.get(model, scale.requests_max))
         return [f"cluster={scale.cluster}", f"model={model}", f"workload={workload}",
                 f"slo.ttft_s={TTFT_S.get(workload, TTFT_OTHER_S)}", f"slo.tpot_s={TPOT_S}",
                 f"study.seeds={scale.seeds}", f"study.tolerance={scale.tolerance}",
-                f"study.requests_max={scale.requests_max}", "study.workers=1", *more]
+                f"study.requests_max={most}", "study.workers=1", *more]
 
     def capacities(self, what: str, asked: Sequence[tuple[Cell, Variant]]) -> list[Answer]:
         """Capacity of each variant in its cell; where there is no bound, why there is none."""

@@ -25,6 +25,9 @@ with Llama-70B on two A100s."""
 TTFT_OTHER_S = 5.0
 TPOT_S = 0.2
 
+REQUESTS_MAX = {"llama2-70b": 1200}
+"""Most requests of a run of a search for models that serve few a second; they stay no longer than others."""
+
 COMMON_SHARE = 0.6
 """Rate at which latencies are compared, as a share of the least capacity among Hetis and the baselines."""
 
@@ -55,8 +58,8 @@ class Scale:
     workloads: tuple[str, ...] = ("sharegpt", "humaneval", "longbench")
     policies: tuple[str, ...] = (HETIS, *BASELINES, *NEIGHBOURS)
     seeds: int = 3
-    requests_max: int = 3000
-    requests: int = 800
+    requests_max: int = 2000
+    requests: int = 600
     tolerance: float = 0.1
     curve: tuple[float, ...] = (0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
     focus: tuple[str, str] = ("llama2-70b", "sharegpt")

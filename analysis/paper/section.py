@@ -14,7 +14,7 @@ class Finding:
 
     Attributes:
         claim: key of the statement.
-        ours: our figures.
+        ours: our figures; empty where another section has them, and this one adds a remark.
         note: where and why they differ, or how they were worked out.
     """
 
@@ -44,9 +44,9 @@ class Section:
         return [block for block in self.blocks if isinstance(block, Chart)]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """A Markdown table; the first ``texts`` columns are text, the others are figures."""
+    lines = [header, [*["---"] * texts, *["---:"] * (len(header) - texts)], *rows]
     return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
 
 

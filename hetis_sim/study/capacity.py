@@ -13,6 +13,7 @@ from typing import Any
 
 from hetis_sim.config import RunConfig
 from hetis_sim.study.bound.result import Bound, upper_bound, workload_lengths
+from hetis_sim.study.config import StudyConfig
 from hetis_sim.study.estimate import Estimate, estimate
 from hetis_sim.study.parallel import fan_out
 from hetis_sim.study.runs import (
@@ -131,6 +132,25 @@ def study_bound(config: RunConfig, case: Case) -> Bound:
     return bound_for(case, [Load(rate, requests, seed) for seed in seeds_of(config)])
 
 
+def clamped(study: StudyConfig, requests: float) -> int:
+    """Requests of a run: as many as are needed, within the limits of the study."""
+    return study.requests or min(study.requests_max, max(REQUESTS_MIN, math.ceil(requests)))
+
+
+def search_requests(config: RunConfig, bound: Bound, runs: Sequence[Overload]) -> float:
+    """Requests for arrivals that last long enough for an overload by the tolerance to show.
+
+    Args:
+        config: with the SLO and the tolerance.
+        bound: for the mean output.
+        runs: under overload, of one policy.
+    """
+    mean_output = bound.output_tokens_per_s / bound.requests_per_s
+    stay_s = min(fmean(run.service_s for run in runs), mean_output * config.slo.tpot_s) + config.slo.ttft_s
+    lasts_s = max(config.slo.ttft_s / config.study.tolerance, SOJOURNS * stay_s)
+    return fmean(run.throughput_rps for run in runs) * lasts_s
+
+
 class _Study:
     """The phases of a study of capacity, each fanned out over policies and seeds."""
 
@@ -149,7 +169,7 @@ class _Study:
         floods = [flood] * len(self.cases)
         overloads = self._fan_out(overload, floods, floods, self._clamped(FLIGHTS * flying))
         means = [fmean(run.throughput_rps for run in runs) for runs in overloads]
-        requests = self._clamped(max(map(self._search_requests, overloads)))
+        requests = self._clamped(max(search_requests(self.config, self.bound, runs) for runs in overloads))
         searches = self._fan_out(search, means, [START * mean for mean in means], requests)
         return [self._capacity(case, runs, *self._replanned(case, mean, found, requests))
                 for case, mean, runs, found in zip(self.cases, means, overloads, searches, strict=True)]
@@ -165,15 +185,7 @@ class _Study:
         return [flat[first:first + width] for first in range(0, len(flat), width)]
 
     def _clamped(self, requests: float) -> int:
-        return self.study.requests or min(self.study.requests_max, max(REQUESTS_MIN, math.ceil(requests)))
-
-    def _search_requests(self, runs: Sequence[Overload]) -> float:
-        """Requests for arrivals that last long enough for an overload by the tolerance to show."""
-        slo = self.config.slo
-        mean_output = self.bound.output_tokens_per_s / self.bound.requests_per_s
-        stay_s = min(fmean(run.service_s for run in runs), mean_output * slo.tpot_s) + slo.ttft_s
-        lasts_s = max(slo.ttft_s / self.study.tolerance, SOJOURNS * stay_s)
-        return fmean(run.throughput_rps for run in runs) * lasts_s
+        return clamped(self.study, requests)
 
     def _replanned(self, case: Case, plan_rate: float, searched: list[Found],
                    requests: int) -> tuple[list[Found], float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +10,9 @@ import numpy as np
 
 from analysis.figures.charts import Axis, DotChart, Dots, Rule
 from analysis.paper.evaluation import STRICT, Cell, Evaluation, Variant
+from analysis.paper.ratios import times
 from analysis.paper.scale import BASELINES, HETIS, TPOT_S, TTFT_OTHER_S, TTFT_S, cell_name
-from analysis.paper.section import Section, table
+from analysis.paper.section import Finding, Section, table
 from analysis.paper.sections.serving import label
 from analysis.paper.store import Answer
 from hetis_sim.study.estimate import Estimate, estimate, ratio
@@ -75,7 +77,23 @@ def build(evaluation: Evaluation) -> Section:
                     f"{cell_name(*cell)}.",
             origin="simulated", note=cell_name(*cell), axis=Axis("throughput, Hetis / other", log=True),
             rows=switches, series=series, rules=[Rule("equal", 1.0)]))
-    return Section("assumptions", "What the ratios hang on", blocks)
+    return Section("assumptions", "What the ratios hang on", blocks,
+                   [_finding(found, cells[0], switches, name) for name in names[1:] if name in BASELINES])
+
+
+def _finding(found: dict[tuple[Cell, str, str], Answer], cell: Cell, switches: Sequence[str],
+             name: str) -> Finding:
+    """Which switch moves the ratio most, up and down."""
+    base = _ratio(found, cell, switches[0], name, "slo")
+    known = {switch: ratio for switch in switches[1:]
+             if not math.isnan((ratio := _ratio(found, cell, switch, name, "slo")).mean)}
+    if math.isnan(base.mean) or not known:
+        return Finding(f"throughput-{name}", "")
+    high, low = (pick(known, key=lambda switch: known[switch].mean) for pick in (max, min))
+    words = (f"{cell_name(*cell)}: {times(base)} at the SLO; of {len(known)} assumptions switched one at a "
+             f"time, \"{high}\" gives the most, {times(known[high])}, and \"{low}\" the least, "
+             f"{times(known[low])}.")
+    return Finding(f"throughput-{name}", "", words)
 
 
 def _words(cell: Cell, switch: str) -> tuple[str, ...]:

@@ -53,7 +53,8 @@ def build(evaluation: Evaluation) -> Section:
     for phase in ("decode", "prefill"):
         chart = _parts_chart(evaluation, found, phase)
         blocks += [chart] if chart is not None else []
-    return Section("latency", "Latencies and modules at an unsaturated rate", blocks, _findings(ratios, main))
+    return Section("latency", "Latencies and modules at an unsaturated rate", blocks,
+                   _findings(evaluation, found, ratios, main))
 
 
 def _values(answer: Answer, key: str) -> list[float]:
@@ -108,12 +109,29 @@ def _parts_chart(evaluation: Evaluation, found: Found, phase: str) -> BarChart |
                     series=series)
 
 
-def _findings(ratios: Mapping[str, Mapping[str, list[CellRatio]]], main: Sequence[str]) -> list[Finding]:
+def _share_note(evaluation: Evaluation, found: Found, name: str) -> str:
+    """What of a step of prompts goes into collectives, with Hetis and with another policy."""
+    cell = evaluation.scale.focus
+    shares = []
+    for who in (HETIS, name):
+        answer = found.get((cell, who))
+        if answer is None or answer.error:
+            return ""
+        runs = answer.value[0]
+        whole = sum(fmean(seed_values(runs, f"prefill_{part}_s")) for part in PARTS)
+        shares.append(100 * fmean(seed_values(runs, "prefill_collective_s")) / whole)
+    return (f" {cell_name(*cell)}: collectives over PCIe take {shares[0]:.0f} % of the time of a step of "
+            f"prompts with Hetis, {shares[1]:.0f} % with {label(name)}.")
+
+
+def _findings(evaluation: Evaluation, found: Found, ratios: Mapping[str, Mapping[str, list[CellRatio]]],
+              main: Sequence[str]) -> list[Finding]:
     findings = []
     for name in BASELINES:
         if name in main:
             ttft = ratios["ttft_p95_s"][name]
-            findings.append(Finding(f"ttft-{name}", up_to(ttft), f"{spread(ttft)}."))
+            findings.append(Finding(f"ttft-{name}", up_to(ttft),
+                                    f"{spread(ttft)}." + _share_note(evaluation, found, name)))
     for claim, key in (("tpot", "tpot_p95_s"), ("dense", "decode_dense_s"), ("attention", "attention")):
         texts = [f"over {label(name)} {up_to(ratios[key][name])}" for name in main]
         findings.append(Finding(claim, "; ".join(texts), "; ".join(

@@ -1,0 +1,128 @@
+"""Capacity of one policy, with fewer runs than a search for every seed takes.
+
+The definitions are those of ``docs/capacity.md``. What differs: the first seed is searched from the start,
+the others begin around its answer; and the capacity is interpolated between the last rate that held and the
+first that failed, so that the bracket may be wider.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from analysis.paper.measure.usable import usable_tokens
+from hetis_sim.run import Prepared
+from hetis_sim.study.bound.result import Bound
+from hetis_sim.study.capacity import FLIGHTS, OVERLOAD, START, clamped, search_requests
+from hetis_sim.study.runs import Case, Load, in_flight, instances_of, planned, run_under, seeds_of
+from hetis_sim.study.search import Found, Probe, highest
+from hetis_sim.study.tasks import Task, overload
+
+NEAR = 1.05
+"""Half the width of the first bracket of a further seed, as a factor."""
+BEYOND = 1.12
+"""Steps of a further seed whose answer lies outside it."""
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Runs of one plan at rates that a search asks for."""
+
+    case: Case
+    prepared: Prepared
+    requests: int
+    ceiling_rps: float
+
+    def probe(self, rate_rps: float, seed: int) -> Probe:
+        """One run."""
+        study = self.case.config.study
+        summary = run_under(self.prepared, Load(rate_rps, self.requests, seed)).summary
+        verdict, share = summary.saturation.verdict, summary.slo.attainment
+        return Probe(rate_rps, share >= study.attainment and verdict != "saturated", share, verdict,
+                     summary.requests.submitted, summary.requests.measured)
+
+    def from_start(self, start_rps: float, seed: int) -> Found:
+        """A search that knows no answer."""
+        study = self.case.config.study
+        return highest(lambda rate: self.probe(rate, seed), start_rps, self.ceiling_rps, study.tolerance,
+                       study.runs_max)
+
+    def around(self, guess_rps: float, seed: int) -> Found:
+        """A search that begins on both sides of a guess."""
+        if not guess_rps:
+            return Found(0.0, ())
+        probes = [self.probe(min(guess_rps / NEAR, self.ceiling_rps), seed)]
+        up = probes[0].holds
+        rate = guess_rps * NEAR if up else guess_rps / NEAR / BEYOND
+        while len(probes) < self.case.config.study.runs_max and rate <= self.ceiling_rps:
+            probes.append(self.probe(rate, seed))
+            if probes[-1].holds != up:
+                break
+            rate *= BEYOND if up else 1.0 / BEYOND
+        return Found(max((p.rate_rps for p in probes if p.holds), default=0.0), tuple(probes))
+
+
+def measure(case: Case, bound: Bound) -> dict[str, Any]:
+    """Capacity at the SLO and throughputs without, by seed, and what the plan is.
+
+    Raises:
+        HetisError: the combination cannot run.
+    """
+    config, ceiling = case.config, bound.requests_per_s
+    seeds, flood = seeds_of(config), OVERLOAD * bound.requests_per_s
+    flooded = clamped(config.study, FLIGHTS * in_flight(planned(config, flood)))
+    floods = [overload(Task(case, seed, flood, flooded, flood, ceiling)) for seed in seeds]
+    mean = fmean(run.throughput_rps for run in floods)
+    requests = clamped(config.study, search_requests(config, bound, floods))
+    search = _Search(case, planned(config, mean), requests, ceiling)
+    first = search.from_start(START * mean, seeds[0])
+    search, first = _replanned(search, first, seeds[0], config.study.attainment)
+    guess = crossing(first, config.study.attainment)
+    searches = [first, *(search.around(guess, seed) for seed in seeds[1:])]
+    return {"slo": [crossing(found, config.study.attainment) for found in searches],
+            "overload": [run.throughput_rps for run in floods],
+            "sustained": [max([run.throughput_rps, *_open(found.probes)])
+                          for run, found in zip(floods, searches, strict=True)],
+            "instances": list(instances_of(search.prepared)), "requests": requests,
+            "runs": len(floods) + sum(len(found.probes) for found in searches), "note": first.note,
+            "usable_tokens": usable_tokens(search.prepared)}
+
+
+def _open(probes: Sequence[Probe]) -> list[float]:
+    """Rates at which the queue did not grow."""
+    return [probe.rate_rps for probe in probes if probe.verdict != "saturated"]
+
+
+def _replanned(search: _Search, found: Found, seed: int, attainment: float) -> tuple[_Search, Found]:
+    """The search, or one with the plan that the policy makes for the rate found, where that serves more."""
+    rate = crossing(found, attainment)
+    other = planned(search.case.config, rate) if rate else search.prepared
+    if other.plan.instances == search.prepared.plan.instances:
+        return search, found
+    again = _Search(search.case, other, search.requests, search.ceiling_rps)
+    if not again.probe(min(rate * NEAR, search.ceiling_rps), seed).holds:
+        return search, found
+    return again, again.from_start(rate * NEAR, seed)
+
+
+def crossing(found: Found, attainment: float) -> float:
+    """The rate at which the SLO ceases to hold, between the last that held and the first that failed.
+
+    Interpolated in the attainment over the logarithm of the rate; the last that held where the next failed
+    for another reason (a growing queue), or none did.
+    """
+    held = [probe for probe in found.probes if probe.rate_rps == found.rate_rps and probe.holds]
+    failed = min((probe for probe in found.probes if probe.rate_rps > found.rate_rps),
+                 key=lambda probe: probe.rate_rps, default=None)
+    if not held or failed is None or failed.attainment >= attainment:
+        return found.rate_rps
+    way = (held[0].attainment - attainment) / (held[0].attainment - failed.attainment)
+    return found.rate_rps * math.exp(way * math.log(failed.rate_rps / found.rate_rps))
+
+
+def bound_from(plain: Mapping[str, Any]) -> Bound:
+    """A bound from plain types, without the use of the devices."""
+    return Bound(**{**plain, "kinds": ()})
