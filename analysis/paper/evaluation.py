@@ -78,7 +78,8 @@ class Evaluation:
 
     def serving(self) -> dict[tuple[Cell, str], Answer]:
         """Capacity of every policy in every cell."""
-        asked = [(cell, name) for cell in self.scale.cells for name in self.variants]
+        # Large models first: a run that is cut off has the cells of the sweeps then.
+        asked = [(cell, name) for cell in reversed(self.scale.cells) for name in self.variants]
         answers = self.capacities("capacity", [(cell, self.variants[name]) for cell, name in asked])
         return dict(zip(asked, answers, strict=True))
 
