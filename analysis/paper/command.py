@@ -10,16 +10,26 @@ from pathlib import Path
 
 from analysis.paper.evaluation import Evaluation
 from analysis.paper.page import write_page
-from analysis.paper.scale import BASELINES, FULL, HETIS, NEIGHBOURS, QUICK, Scale
+from analysis.paper.scale import BASELINES, FULL, HETIS, QUICK, Scale
 from analysis.paper.section import Section
-from analysis.paper.sections import assumptions, curves, devices, latency, search, serving, sweeps
+from analysis.paper.sections import (
+    assumptions,
+    curves,
+    devices,
+    granularity,
+    latency,
+    search,
+    serving,
+    sweeps,
+)
 from analysis.paper.store import Store
 from hetis_sim.spec.errors import HetisError, require
 
 SECTIONS: dict[str, Callable[[Evaluation], Section]] = {
     "serving": serving.build, "latency": latency.build, "curves": curves.build,
-    "assumptions": assumptions.build, "devices": devices.build, "theta": sweeps.theta,
-    "delta": sweeps.delta, "errors": sweeps.errors, "eviction": sweeps.eviction, "search": search.build}
+    "assumptions": assumptions.build, "devices": devices.build, "granularity": granularity.build,
+    "theta": sweeps.theta, "delta": sweeps.delta, "errors": sweeps.errors, "eviction": sweeps.eviction,
+    "search": search.build}
 """In the order of the page."""
 
 PAGE, PICTURES, ANSWERS = "paper.md", "figures", "answers"
@@ -45,8 +55,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--quick", action="store_true", help="fewer cells, seeds and requests")
     made.add_argument("--only", action="append", metavar="SECTION", help=f"one of {', '.join(SECTIONS)}; may "
                                                                          "be repeated")
-    made.add_argument("--policies", metavar="NAMES", help="policies beside Hetis and the paper's baselines, "
-                                                          "separated by commas (default: all that there are)")
+    for name, kind in (("models", "models"), ("workloads", "workloads"),
+                       ("policies", "policies beside Hetis and the paper's baselines")):
+        made.add_argument(f"--{name}", metavar="NAMES",
+                          help=f"some of the {kind}, separated by commas (default: all)")
     made.add_argument("--docs", action="store_true", help="also write docs/paper.md and docs/paper/*.svg")
     made.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     return made
@@ -68,7 +80,7 @@ def main(words: Sequence[str]) -> None:
     require(not given.docs or DOCS.is_dir(), "docs", given.docs, "given in a checkout of the project")
     out = Path(given.out)
     store = Store(out / ANSWERS, given.workers, _tell)
-    scale = with_policies(QUICK if given.quick else FULL, given.policies)
+    scale = narrowed(QUICK if given.quick else FULL, given.models, given.workloads, given.policies)
     sections = run(scale, store, given.only)
     write_page(out / PAGE, out / PICTURES, scale, sections, ("svg", "pdf"))
     print(out / PAGE)
@@ -80,18 +92,31 @@ def main(words: Sequence[str]) -> None:
         raise HetisError("\n".join(["faults came up; their cells say so:", *store.defects]))
 
 
-def with_policies(scale: Scale, names: str | None) -> Scale:
-    """A scale that runs the named policies beside Hetis and the paper's baselines.
+def narrowed(scale: Scale, models: str | None, workloads: str | None, policies: str | None) -> Scale:
+    """A scale with some of its models and workloads, and of the policies beside the paper's.
 
     Raises:
-        SpecError: no such policy.
+        SpecError: a name that the scale does not have.
     """
+    some_models = _some("models", models, scale.models)
+    some_workloads = _some("workloads", workloads, scale.workloads)
+    beside = _some("policies", policies, [name for name in scale.policies if name not in (HETIS, *BASELINES)])
+    model, workload = scale.focus
+    focus = (model if model in some_models else some_models[-1],
+             workload if workload in some_workloads else some_workloads[0])
+    return replace(scale, models=some_models, workloads=some_workloads, focus=focus,
+                   policies=(HETIS, *BASELINES, *beside))
+
+
+def _some(key: str, names: str | None, known: Sequence[str]) -> tuple[str, ...]:
+    """Those that are named, separated by commas, in the order of the scale."""
     if names is None:
-        return scale
+        return tuple(known)
     chosen = [name for name in names.split(",") if name]
     for name in chosen:
-        require(name in NEIGHBOURS, "policies", name, f"one of {', '.join(NEIGHBOURS)}")
-    return replace(scale, policies=(HETIS, *BASELINES, *(name for name in NEIGHBOURS if name in chosen)))
+        require(name in known, key, name, f"one of {', '.join(known) or 'none here'}")
+    require(bool(chosen) or key == "policies", key, names, f"at least one of {', '.join(known)}")
+    return tuple(name for name in known if name in chosen)
 
 
 def run(scale: Scale, store: Store, only: Sequence[str] | None = None) -> list[Section]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from analysis.figures.charts import Chart
 from analysis.figures.draw import save_chart
 from analysis.paper.claims import CLAIMS, PAPER, Claim
-from analysis.paper.scale import Scale, policy_name
+from analysis.paper.scale import MODEL_NAMES, WORKLOAD_NAMES, Scale, policy_name
 from analysis.paper.section import Finding, Section, table
 from analysis.paper.store import code_hash
 from hetis_sim.policies.registry import policy_names
@@ -60,8 +60,10 @@ def page_text(scale: Scale, sections: Sequence[Section], pictures: str) -> str:
 def _introduction(scale: Scale) -> str:
     hurry = "" if scale.name == "full" else (
         f"\n\n**A {scale.name} run: too few seeds and requests for these figures to be cited.**")
-    left_out = [policy_name(name) for name in policy_names() if name not in scale.policies]
-    without = f" Left out: {', '.join(left_out)}." if left_out else ""
+    named = [*(MODEL_NAMES[name] for name in MODEL_NAMES if name not in scale.models),
+             *(WORKLOAD_NAMES[name] for name in WORKLOAD_NAMES if name not in scale.workloads),
+             *(policy_name(name) for name in policy_names() if name not in scale.policies)]
+    without = f" Left out here: {', '.join(named)}." if named else ""
     return (f"What {PAPER} states, beside what comes out here. Everything is simulated with "
             "[durations](cost.md) from kernel timings and datasheets; nothing is tuned to a figure of the "
             "paper. The paper's values are \"up to\" over its models and traces; ours are worked out the "

@@ -15,9 +15,10 @@ from analysis.figures.charts import Axis, DotChart, Dots, Rule
 from analysis.figures.draw import save_chart
 from analysis.paper import store as store_module
 from analysis.paper.claims import CLAIMS
-from analysis.paper.command import SECTIONS, run
+from analysis.paper.command import SECTIONS, narrowed, run
 from analysis.paper.evaluation import Evaluation
 from analysis.paper.measure import devices
+from analysis.paper.measure.capacity import _Search, crossing, measure
 from analysis.paper.measure.usable import usable_tokens
 from analysis.paper.page import page_text, statement_table, write_page
 from analysis.paper.ratios import cell_ratio, largest, missing, up_to
@@ -25,7 +26,12 @@ from analysis.paper.scale import QUICK, Scale
 from analysis.paper.section import Finding, Section, table
 from analysis.paper.store import Job, Store
 from hetis_sim import compose
+from hetis_sim.policies.splitwise import SplitwisePolicy
 from hetis_sim.run import prepare
+from hetis_sim.spec.errors import InfeasibleError, SpecError
+from hetis_sim.study.capacity import capacity
+from hetis_sim.study.runs import cases_of
+from hetis_sim.study.search import Found, Probe
 
 TINY = replace(QUICK, cluster="a100-t4", models=("llama3-8b",), workloads=("humaneval",),
                policies=("hetis", "splitwise", "vllm"), requests=60, requests_max=60, tolerance=0.4,
@@ -78,6 +84,53 @@ def test_what_cannot_run_is_told_and_the_rest_goes_on(tmp_path: Path) -> None:
     assert store.defects == [defect.error]
     assert good.value["memory"] > 6
     assert len(list(tmp_path.iterdir())) == 2
+
+
+# -- capacities ----------------------------------------------------------------------------------
+
+
+def probes(*pairs: tuple[float, float], verdict: str = "stable") -> tuple[Probe, ...]:
+    """Runs by rate and attainment, with 90 % to be held."""
+    return tuple(Probe(rate, share >= 0.9, share, verdict, 100, 75) for rate, share in pairs)
+
+
+def test_a_capacity_lies_between_what_held_and_what_failed() -> None:
+    """On the logarithm of the rate, where the attainment passes the limit."""
+    found = Found(4.0, probes((4.0, 1.0), (8.0, 0.6), (16.0, 0.1)))
+    assert crossing(found, 0.9) == pytest.approx(4.0 * 2**0.25)
+    assert crossing(Found(4.0, probes((4.0, 1.0))), 0.9) == 4.0
+    assert crossing(Found(0.0, probes((4.0, 0.1))), 0.9) == 0.0
+    grown = Probe(8.0, False, 0.95, "saturated", 100, 75)
+    assert crossing(Found(4.0, (*probes((4.0, 1.0)), grown)), 0.9) == 4.0
+
+
+@pytest.mark.parametrize(("guess", "runs"), [(10.0, 2), (7.0, 5), (16.0, 5)])
+def test_a_search_around_a_guess_brackets_the_answer(guess: float, runs: int,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs where the guess is right, more where it is not; never beyond the bound."""
+    system = _Search(cases_of(compose("policy=vllm"))[0], None, 100, 50.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(_Search, "probe", lambda _, rate, seed: probes((rate, 1.0 if rate <= 10 else 0.0))[0])
+    found = system.around(guess, 1)
+    assert len(found.probes) <= runs
+    assert found.rate_rps <= 10.0 < min(p.rate_rps for p in found.probes if not p.holds)
+    assert found.rate_rps > 10.0 / 1.2
+    assert system.around(0.0, 1).rate_rps == 0.0
+    monkeypatch.setattr(_Search, "probe", lambda _, rate, seed: probes((rate, 1.0))[0])
+    assert system.around(48.0, 1).rate_rps <= 50.0
+
+
+def test_a_measured_capacity_is_that_of_the_study() -> None:
+    """Within the tolerances of both, on a small system; runs cost what they say."""
+    words = ("cluster=single-a100", "model=llama3-8b", "workload=humaneval", "study.workers=1", "policy=vllm",
+             "study.requests=200", "seeds=2", "study.tolerance=0.1", "slo.ttft_s=0.3", "slo.tpot_s=0.03")
+    case = cases_of(compose(*words))[0]
+    study = capacity(case.config)
+    mine = measure(case, study.bound)
+    assert mine["overload"] == list(study.throughputs_rps)
+    for found, searched in zip(mine["slo"], study.searches, strict=True):
+        assert searched.rate_rps / 1.12 <= found <= searched.rate_rps * 1.1
+    assert all(free >= held * 0.99 for free, held in zip(mine["sustained"], mine["slo"], strict=True))
+    assert mine["runs"] <= study.runs
 
 
 # -- figures of single parts ---------------------------------------------------------------------
@@ -197,16 +250,22 @@ def test_all_sections_on_a_small_system(tmp_path: Path) -> None:
     assert page_text(TINY, run(TINY, again), "figures") == text
 
 
-@pytest.mark.slow
-def test_a_policy_without_a_plan_is_reported_in_its_place(tmp_path: Path) -> None:
+def test_a_policy_without_a_plan_is_reported_in_its_place(tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     """The others of the cell are run."""
-    scale = replace(TINY, cluster="single-a100", policies=("hetis", "splitwise"))
-    section = run(scale, in_one_process(tmp_path), ["serving"])[0]
+    def refuse(*_: object) -> None:
+        raise InfeasibleError("it fits nowhere")
+
+    monkeypatch.setattr(SplitwisePolicy, "plan", refuse)
+    scale = replace(TINY, policies=("hetis", "splitwise"))
+    store = in_one_process(tmp_path)
+    section = run(scale, store, ["serving"])[0]
     text = "\n".join(block for block in section.blocks if isinstance(block, str))
-    assert "no plan: " in text
-    found = Evaluation(scale, in_one_process(tmp_path)).serving()
-    assert not found[CELL, "hetis"].error
-    assert found[CELL, "splitwise"].error
+    assert "no plan: it fits nowhere" in text
+    assert "none: it fits nowhere" in statement_table([section])
+    found = Evaluation(scale, store).serving()
+    assert min(found[CELL, "hetis"].value["slo"]) > 0
+    assert store.defects == []
 
 
 @pytest.mark.slow
@@ -229,6 +288,20 @@ def test_bad_words_are_refused(words: list[str], tmp_path: Path, capsys: pytest.
     assert main(["paper", "--out", str(tmp_path / "out"), *words]) == 2
     assert "is not allowed" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_is_narrowed_to_what_is_named() -> None:
+    """In its own order; the cell of the sweeps stays one of its cells; the baselines stay."""
+    some = narrowed(Scale(), "llama-13b,opt-30b", "longbench,humaneval", "vllm")
+    assert some.models == ("llama-13b", "opt-30b")
+    assert some.workloads == ("humaneval", "longbench")
+    assert some.focus in some.cells
+    assert some.policies == ("hetis", "splitwise", "hexgen", "vllm")
+    assert narrowed(Scale(), None, None, None) == Scale()
+    assert narrowed(Scale(), None, None, "").policies == ("hetis", "splitwise", "hexgen")
+    for words in (("gpt", None, None), (None, "", None), (None, None, "hetis")):
+        with pytest.raises(SpecError, match="at least one of|one of"):
+            narrowed(Scale(), *words)
 
 
 def test_scales_are_what_they_say() -> None:

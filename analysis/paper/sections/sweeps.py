@@ -23,19 +23,19 @@ OVER = 1.1
 KEY = "normalised_s"
 
 
-def _runs(evaluation: Evaluation, what: str, asked: Sequence[tuple[Cell, Variant, float, float]],
+def runs(evaluation: Evaluation, what: str, asked: Sequence[tuple[Cell, Variant, float, float]],
           ) -> list[Answer]:
     """Runs of (cell, variant, rate, rate that the plan is made for)."""
     return evaluation.store.answers(what, [evaluation.latency_job(cell, variant, plan_rate, [rate])
                                            for cell, variant, rate, plan_rate in asked])
 
 
-def _paired(answer: Answer, base: Answer, key: str = KEY) -> Estimate:
+def paired(answer: Answer, base: Answer, key: str = KEY) -> Estimate:
     """One variant over another, paired by seed."""
     return ratio(seed_values(answer.value[0], key), seed_values(base.value[0], key))
 
 
-def _focus(evaluation: Evaluation) -> list[tuple[Cell, float]]:
+def cells_of_models(evaluation: Evaluation) -> list[tuple[Cell, float]]:
     """A cell for each model, with Hetis' capacity there: that of the focus' workload, and LongBench."""
     workloads = dict.fromkeys([evaluation.scale.focus[1], "longbench"])
     cells = [(model, workload) for workload in workloads for model in evaluation.scale.models]
@@ -45,11 +45,11 @@ def _focus(evaluation: Evaluation) -> list[tuple[Cell, float]]:
 
 def theta(evaluation: Evaluation) -> Section:
     """How far attention may be from the ideal before heads move."""
-    scale, cells = evaluation.scale, _focus(evaluation)
+    scale, cells = evaluation.scale, cells_of_models(evaluation)
     variants = [*(hetis(f"{value:g}", theta=value) for value in scale.thetas),
                 hetis("never", redispatch=False)]
     asked = [(cell, variant, LOAD * rate, rate) for cell, rate in cells for variant in variants]
-    answers = _runs(evaluation, "theta", asked)
+    answers = runs(evaluation, "theta", asked)
     rows, lines = [], []
     worst: list[float] = []
     default = variants.index(min(variants[:-1], key=lambda v: abs(float(v.policy["theta"]) - 0.5)))
@@ -58,7 +58,7 @@ def theta(evaluation: Evaluation) -> Section:
         if any(answer.error for answer in mine):
             rows.append([cell_name(*cell), next(a.error for a in mine if a.error)])
             continue
-        against = [_paired(answer, mine[default]) for answer in mine]
+        against = [paired(answer, mine[default]) for answer in mine]
         worst += [found.mean for found in against]
         for variant, answer, found in zip(variants, mine, against, strict=True):
             run = answer.value[0]
@@ -94,7 +94,7 @@ def _theta_note(worst: Sequence[float]) -> str:
 def delta(evaluation: Evaluation) -> Section:
     """Which kinds of card do dense work, and what that is worth."""
     scale = evaluation.scale
-    cells = [(cell, rate) for cell, rate in _focus(evaluation) if cell[1] == scale.focus[1]]
+    cells = [(cell, rate) for cell, rate in cells_of_models(evaluation) if cell[1] == scale.focus[1]]
     variants = [*(hetis(f"Delta {value:g}", delta=value) for value in scale.deltas),
                 *(hetis(f"Delta {value:g}, ideal pipeline", delta=value, ideal_pipeline=True)
                   for value in (0.05,))]
@@ -165,14 +165,14 @@ def _delta_text(variants: Sequence[Variant], cells: Sequence[tuple[Cell, float]]
 def errors(evaluation: Evaluation) -> Section:
     """Plans and dispatch by wrong coefficients, durations by the right ones."""
     scale = evaluation.scale
-    cells = [(cell, rate) for cell, rate in _focus(evaluation) if cell[1] == scale.focus[1]]
+    cells = [(cell, rate) for cell, rate in cells_of_models(evaluation) if cell[1] == scale.focus[1]]
     draws = range(scale.error_draws)
     variants = [hetis("0"), *(hetis(f"{error:g}/{draw}", f"cost.policy_error={error:g}",
                                     f"cost.policy_error_seed={draw}")
                               for error in scale.errors for draw in draws)]
     asked = [(cell, variant, share * rate, rate) for cell, rate in cells for share in ERROR_LOADS
              for variant in variants]
-    answers = _runs(evaluation, "errors", asked)
+    answers = runs(evaluation, "errors", asked)
     rows: list[list[str]] = []
     lines: list[Line] = []
     worst: dict[float, list[float]] = {share: [] for share in ERROR_LOADS}
@@ -182,7 +182,7 @@ def errors(evaluation: Evaluation) -> Section:
         if any(answer.error for answer in mine):
             rows.append([name, next(a.error for a in mine if a.error)])
             continue
-        lost = [100 * (_paired(answer, mine[0]).mean - 1) for answer in mine[1:]]
+        lost = [100 * (paired(answer, mine[0]).mean - 1) for answer in mine[1:]]
         table_of = np.array(lost).reshape(len(scale.errors), len(draws))
         worst[share] += lost
         rows += [[name, f"{100 * error:g} %", f"{row.mean():+.1f} %", f"{row.max():+.1f} %"]
@@ -210,7 +210,7 @@ def errors(evaluation: Evaluation) -> Section:
 
 def eviction(evaluation: Evaluation) -> Section:
     """Which request moves off a full card, and whether any does."""
-    cells = _focus(evaluation)
+    cells = cells_of_models(evaluation)
     variants = [hetis("benefit"), hetis("LIFO", eviction="lifo"), hetis("no redispatch", redispatch=False)]
     loads: list[tuple[Cell, float, float, str]] = []
     for cell, rate in cells:
@@ -218,7 +218,7 @@ def eviction(evaluation: Evaluation) -> Section:
             loads.append((cell, evaluation.scale.rate_eviction, rate, f"{evaluation.scale.rate_eviction:g} "
                                                                       "requests/s"))
         loads.append((cell, OVER * rate, rate, f"{OVER:g} x capacity"))
-    answers = _runs(evaluation, "eviction", [(cell, variant, rate, plan_rate)
+    answers = runs(evaluation, "eviction", [(cell, variant, rate, plan_rate)
                                              for cell, rate, plan_rate, _ in loads for variant in variants])
     rows, names, points = [], [], []
     for number, (cell, _, _, words) in enumerate(loads):
@@ -227,7 +227,7 @@ def eviction(evaluation: Evaluation) -> Section:
         if any(answer.error for answer in mine):
             rows.append([name, next(a.error for a in mine if a.error)])
             continue
-        found = [_paired(answer, mine[0]) for answer in mine[1:]]
+        found = [paired(answer, mine[0]) for answer in mine[1:]]
         names.append(name)
         points.append(found)
         rows.append([name, *(times(e) for e in found),
