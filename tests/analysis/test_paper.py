@@ -300,7 +300,7 @@ def test_a_scale_is_narrowed_to_what_is_named() -> None:
     assert narrowed(Scale(), None, None, None) == Scale()
     assert narrowed(Scale(), None, None, "").policies == ("hetis", "splitwise", "hexgen")
     for words in (("gpt", None, None), (None, "", None), (None, None, "hetis")):
-        with pytest.raises(SpecError, match="at least one of|one of"):
+        with pytest.raises(SpecError, match="one of"):
             narrowed(Scale(), *words)
 
 
