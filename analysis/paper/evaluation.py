@@ -23,8 +23,9 @@ Settings = Mapping[str, Any]
 
 STRICT = "splitwise, kinds apart"
 STRICT_SETTINGS: Settings = {"name": "splitwise", "share_kinds": False, "high_end_bias": 1000.0,
-                             "mixed_instances": 0}
-"""Splitwise as Hetis' evaluation describes it: prompts on the high end, decoding on the low end."""
+                             "queue_tokens": 1 << 30}
+"""Splitwise as Hetis' evaluation describes it: prompts on the high end, decoding on the low end, whatever
+queues there are."""
 
 
 @dataclass(frozen=True)
