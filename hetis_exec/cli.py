@@ -60,22 +60,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _replay(words: list[str]) -> int:
-    """Serve a workload; exits with status 2 on bad input, 1 if the run has ended early."""
+    """Serve a workload; exits with status 2 on bad input, 1 if the run has failed."""
     from hetis_sim.cli import with_hydra
 
     register_execution()
-    ended_early: list[bool] = []
+    failed: list[bool] = []
 
     def task(config: object) -> None:
         assert isinstance(config, ExecutionConfig)
-        ended_early.append(_serve(config))
+        failed.append(_serve(config))
 
     with_hydra(task, words, MAIN, ExecutionConfig)
-    return 1 if any(ended_early) else 0
+    return 1 if any(failed) else 0
 
 
 def _serve(config: ExecutionConfig) -> bool:
-    """Run, write and print; whether a failure has ended the run early."""
+    """Run, write and print; whether the run has failed."""
     from hydra.core.hydra_config import HydraConfig
 
     execution = prepare_execution(config)

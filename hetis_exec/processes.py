@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 import traceback
 from collections import deque
@@ -82,7 +83,8 @@ class PipeEndpoint:
 
 
 def _work(spec: WorkerSpec, pipes: dict[int, Connection]) -> None:
-    """Life of a worker process."""
+    """Life of a worker process. Interrupts from the keyboard are the driver's."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     endpoint = PipeEndpoint(spec.device, pipes)
     try:
         worker = build_worker(spec, endpoint)

@@ -11,7 +11,7 @@ from pathlib import Path
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
-from hetis_exec.errors import ExecutorError
+from hetis_exec.errors import ExecutorError, ReplayError
 from hetis_exec.models.architecture import Architecture, made_up, read_architecture
 from hetis_exec.processes import ProcessCrew
 from hetis_exec.replay import replay
@@ -45,8 +45,8 @@ class Measured:
     """What a measured run gives back.
 
     Attributes:
-        checked: decisions that the simulator has repeated, None if it was not asked to.
-        error: what has ended the run early.
+        checked: decisions that the simulator has repeated, None if it was not asked to or has not.
+        error: what has ended the run early or was wrong with it.
     """
 
     execution: Execution
@@ -98,10 +98,11 @@ def _architecture(config: ExecutionConfig, folder: Path | None) -> Architecture 
 def execute(execution: Execution, progress: Callable[[int], None] | None = None) -> Measured:
     """Run a checked combination.
 
-    A run that a worker's failure has ended early gives back what had finished by then, with its error.
+    A run that a worker's failure has ended early gives back what had finished by then, with its error;
+    so does one in which the simulator decides otherwise.
 
     Raises:
-        HetisError: the combination cannot run, or the simulator decides otherwise.
+        HetisError: the combination cannot run.
     """
     executor = Executor(execution.given, CREWS[execution.config.executor.workers], progress)
     try:
@@ -110,11 +111,13 @@ def execute(execution: Execution, progress: Callable[[int], None] | None = None)
         if error.result is None:
             raise
         return _measured(execution, error.result, None, error)
-    checked = None
-    if execution.config.executor.check:
+    if not execution.config.executor.check:
+        return _measured(execution, result, None)
+    try:
         replay(execution.given, result.record)
-        checked = len(result.record.decisions)
-    return _measured(execution, result, checked)
+    except ReplayError as error:
+        return _measured(execution, result, None, error)
+    return _measured(execution, result, len(result.record.decisions))
 
 
 def _measured(execution: Execution, result: ExecutionResult, checked: int | None,

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 from exec_models import folder, wrong
 
+import hetis_exec.run
 from hetis_exec.config import compose_execution
+from hetis_exec.driver import ExecutorInput
+from hetis_exec.errors import ReplayError
+from hetis_exec.records import RunRecord
+from hetis_exec.replay import replay
 from hetis_exec.run import Measured, execute, prepare_execution
 from hetis_sim.spec.errors import SpecError
 
@@ -43,6 +48,20 @@ def test_pools_are_refused(policy: str) -> None:
     """Cache does not travel between instances here."""
     with pytest.raises(SpecError, match=r"plan\.roles"):
         measured(llama(), f"policy={policy}")
+
+
+def test_a_run_that_the_simulator_does_not_repeat_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured comes with the difference."""
+    def differ(given: ExecutorInput, record: RunRecord) -> None:
+        record.decisions[0] += " "
+        replay(given, record)
+
+    monkeypatch.setattr(hetis_exec.run, "replay", differ)
+    done = measured(llama(), "policy=vllm", "requests=3")
+    assert isinstance(done.error, ReplayError)
+    assert "decision 0 differs" in str(done.error)
+    assert done.checked is None
+    assert len(done.result.tokens) == 3
 
 
 def test_sampling_is_repeatable() -> None:
