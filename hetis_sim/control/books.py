@@ -112,6 +112,13 @@ class CacheBooks:
         state.held_blocks = self.blocks(state.cached_tokens)
         self._count_extra(state.shape, state.cached_tokens, 1)
 
+    def end(self, state: RequestState) -> None:
+        """Give back all that a member held whom its lane has let go after its last token."""
+        assert state.shape is not None
+        self.cancel_move(state)
+        self.ledger.give(state.shape.units(self.blocks(state.cached_tokens)))
+        state.shape = None
+
     def release(self, state: RequestState) -> None:
         """Give back all that a request outside a lane holds."""
         assert state.shape is not None

@@ -76,7 +76,7 @@ class Controller:
 
     def _able(self, tokens: int) -> list[Engine]:
         """Instances that can prefill a request which reaches so many tokens, and carry it to its end."""
-        elsewhere, mixes = self._handoffs.longest_context(), self.policy.mixes_pools
+        elsewhere, mixes = self._handoffs.longest_context, self.policy.mixes_pools
         return [engine for engine, most in zip(self.engines, self.context_limits, strict=True)
                 if tokens <= most and (mixes or engine.plan.role == "both"
                                        or (engine.plan.role == "prefill" and tokens <= elsewhere))]
@@ -124,8 +124,8 @@ class Controller:
         """See to the requests that go on in another instance."""
         if not self._handoffs.any:
             return outcome
-        more = Outcome(outcome.finished, outcome.rejected, outcome.first_tokens, outcome.gaps_s,
-                       list(outcome.transfers), touched=list(outcome.touched))
+        more = Outcome(outcome.finished, outcome.rejected, outcome.gaps_s, list(outcome.transfers),
+                       touched=list(outcome.touched))
         for state in outcome.finished:
             if state.landing is not None:
                 more.touched.append(state.landing.instance)

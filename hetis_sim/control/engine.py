@@ -120,7 +120,7 @@ class Engine:
                 lane.step.limit = min(lane.step.limit, lane.step.issued + safe)
 
     def _step(self, lane: Lane, now_s: float) -> Step | None:
-        if self.admits:
+        if self.pressure.swapped and self.admits:
             self.pressure.swap_in(lane)
         if self.settings.chunked_prefill:
             return self._mixed_step(lane, now_s)
@@ -142,15 +142,12 @@ class Engine:
         lane = self.lanes[step.lane]
         lane.step = None
         lane.ready_at_s = now_s
-        before = len(self.news.finished)
         if step.decoding:
             for state in lane.pop_finished():
-                self.books.after_leaving(state)
+                self.books.end(state)
                 self._finish(state, now_s)
         for chunk in step.chunks:
             self._complete_chunk(chunk, lane, now_s)
-        if len(self.news.finished) > before:
-            self.membership_changed()
         return self.take_news()
 
     def arrived(self, transfer: Transfer, now_s: float) -> Outcome:
@@ -223,7 +220,7 @@ class Engine:
         self.pressure.refusals.clear()
 
     def take_news(self) -> Outcome:
-        """What has happened since the last call: ends, first tokens, transfers to carry out."""
+        """What has happened since the last call: ends, gaps, transfers to carry out."""
         news = self.news
         if news.empty:
             return NOTHING
@@ -243,10 +240,10 @@ class Engine:
         state.last_token_s = now_s
         if state.first_token_s != state.first_token_s:
             state.first_token_s = now_s
-            self.news.first_tokens.append(state)
         state.status = Status.TRANSFER
         if state.generated_base >= state.request.output_tokens:
             lane.prefilling -= 1
+            self.books.release(state)
             self._finish(state, now_s)
             return
         if self.plan.role == "prefill":
@@ -344,10 +341,9 @@ class Engine:
         ``c`` times block_tokens iterations open ``c`` blocks for every group there is.
         """
         ledger = self.books.ledger
-        cycles = 1 << 30
-        for capacity, used, growth in zip(ledger.capacity, ledger.used, self.cycle_units, strict=True):
-            if growth and (capacity - used) // growth < cycles:
-                cycles = (capacity - used) // growth
+        free = map(sub, ledger.capacity, ledger.used)
+        cycles = min([units // growth for units, growth in zip(free, self.cycle_units, strict=True)
+                      if growth], default=1 << 30)
         return cycles * self.settings.limits.block_tokens
 
     @property
@@ -394,8 +390,8 @@ class Engine:
         self.news.rejected.append(state)
 
     def _finish(self, state: RequestState, now_s: float) -> None:
-        self.books.release(state)
         del self.active[state.request_id]
         state.status = Status.FINISHED
         state.finish_s = state.last_token_s = now_s
         self.news.finished.append(state)
+        self.membership_changed()

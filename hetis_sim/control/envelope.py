@@ -32,11 +32,20 @@ def envelope_sum(lines: Sequence[Line], first: int, count: int) -> float:
         start, slope = lines[0]
         return count * (start + slope * (first + (count - 1) / 2.0))
     last = first + count - 1
-    left = max(lines, key=lambda line: (line[0] + line[1] * first, line[1]))
-    right = max(lines, key=lambda line: (line[0] + line[1] * last, -line[1]))
-    if left[0] + left[1] * last >= right[0] + right[1] * last:
+    # Of the largest at the left end the steepest, at the right end the flattest.
+    left = right = lines[0]
+    left_s, right_s = left[0] + left[1] * first, right[0] + right[1] * last
+    for line in lines[1:]:
+        start, slope = line
+        value = start + slope * first
+        if value > left_s or (value == left_s and slope > left[1]):
+            left, left_s = line, value
+        value = start + slope * last
+        if value > right_s or (value == right_s and slope < right[1]):
+            right, right_s = line, value
+    if left[0] + left[1] * last >= right_s:
         return count * (left[0] + left[1] * (first + last) / 2.0)
-    if right[0] + right[1] * first >= left[0] + left[1] * first:
+    if right[0] + right[1] * first >= left_s:
         return count * (right[0] + right[1] * (first + last) / 2.0)
     half = count // 2
     return envelope_sum(lines, first, half) + envelope_sum(lines, first + half, count - half)

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 
 class Handoffs:
-    """The queue of prefilled requests that have no place to decode yet, and those under way."""
+    """The queue of prefilled requests that have no place to decode yet, and those under way.
+
+    Attributes:
+        any: whether the plan has instances that only decode.
+        longest_context: tokens that a request may reach on the roomiest of them.
+    """
 
     def __init__(self, engines: Sequence[Engine], policy: Policy) -> None:
         self._engines = engines
@@ -38,19 +43,13 @@ class Handoffs:
         self._waiting: deque[RequestState] = deque()
         self._refused_at = -1
         self._limits: tuple[int, ...] = ()
-
-    @property
-    def any(self) -> bool:
-        """Whether the plan has instances that only decode."""
-        return bool(self._targets)
+        self.any = bool(self._targets)
+        self.longest_context = 0
 
     def learn_limits(self, limits: Sequence[int]) -> None:
         """Take over how many tokens a request may reach on each instance."""
         self._limits = tuple(limits)
-
-    def longest_context(self) -> int:
-        """Tokens that a request may reach on the roomiest decoding instance."""
-        return max((self._limits[engine.index] for engine in self._targets), default=0)
+        self.longest_context = max((limits[engine.index] for engine in self._targets), default=0)
 
     def stream(self, state: RequestState) -> Transfer | None:
         """Begin to send a prompt's cache while it is computed, if there is room for it now."""

@@ -121,9 +121,10 @@ class Lane:
         crossing = self._crossing[key]
         own, total = self._own_cycle, self._cycle_units
         for d, u in shape.block_units:
-            crossing[d] += sign * u
-            own[d] += sign * u
-            total[d] += sign * u
+            u *= sign
+            crossing[d] += u
+            own[d] += u
+            total[d] += u
         self.version += 1
 
     def _add_ranges(self, ranges: Ranges, sign: int) -> None:
@@ -147,13 +148,12 @@ class Lane:
         """
         full, rest = divmod(iterations, self._block_tokens)
         if full:
-            ledger.take(enumerate(self._own_cycle), full)
-        for _ in range(rest):
-            need = self.next_units()
-            if need is not None:
-                ledger.take(enumerate(need))
-            self.issued += 1
-        self.issued += full * self._block_tokens
+            ledger.take_of_each([units * full for units in self._own_cycle])
+        keys = [-n % self._block_tokens for n in range(self.issued, self.issued + rest)]
+        needs = [self._crossing[key] for key in keys if self._crossing_members[key]]
+        if needs:
+            ledger.take_of_each(needs[0] if len(needs) == 1 else map(sum, zip(*needs, strict=True)))
+        self.issued += iterations
         self._loads.issued[self.index] = self.issued
 
     @staticmethod

@@ -8,6 +8,7 @@ takes as many units as the stage has layers.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from operator import add, gt
 
 from hetis_sim.spec.errors import HetisError
 
@@ -22,12 +23,17 @@ class LedgerError(HetisError):
 class KvLedger:
     """Free and used units per local device of one instance, and the most ever used."""
 
-    __slots__ = ("capacity", "peak", "used")
+    __slots__ = ("_highs", "capacity", "used")
 
     def __init__(self, capacity: Sequence[int]) -> None:
         self.capacity = tuple(capacity)
         self.used = [0] * len(self.capacity)
-        self.peak = [0] * len(self.capacity)
+        self._highs = [0] * len(self.capacity)
+
+    @property
+    def peak(self) -> list[int]:
+        """The most units that each device has ever held."""
+        return list(map(max, self._highs, self.used))
 
     def free(self, device: int) -> int:
         """Units not in use on a local device."""
@@ -44,14 +50,29 @@ class KvLedger:
         Raises:
             LedgerError: a device would hold more than its capacity.
         """
-        capacity, used, peak = self.capacity, self.used, self.peak
+        capacity, used = self.capacity, self.used
         for d, u in units:
-            total = used[d] + u * times
-            if total > capacity[d]:
-                raise LedgerError(f"device {d} of the instance would hold {total} of {capacity[d]} units")
-            used[d] = total
-            if total > peak[d]:
-                peak[d] = total
+            if u:
+                total = used[d] + u * times
+                if total > capacity[d]:
+                    raise LedgerError(f"device {d} of the instance would hold {total} of {capacity[d]} units")
+                used[d] = total
+
+    def take_of_each(self, units: Iterable[int]) -> None:
+        """Use units of every device, given in order: what :meth:`take` does, where most are concerned.
+
+        Raises:
+            LedgerError: a device would hold more than its capacity.
+        """
+        used = list(map(add, self.used, units))
+        if any(map(gt, used, self.capacity)):
+            raise LedgerError(f"the devices of the instance would hold {used} of {list(self.capacity)} units")
+        self.used = used
+
+    def short_device(self, units: Iterable[int]) -> int | None:
+        """The first device without room for its part of ``units``, given for all in order."""
+        full = list(map(gt, map(add, self.used, units), self.capacity))
+        return full.index(True) if True in full else None
 
     def give(self, units: Units, times: int = 1) -> None:
         """Return ``times`` of the units.
@@ -59,9 +80,12 @@ class KvLedger:
         Raises:
             LedgerError: more is returned than was in use.
         """
-        used = self.used
+        used, highs = self.used, self._highs
         for d, u in units:
-            total = used[d] - u * times
-            if total < 0:
-                raise LedgerError(f"device {d} of the instance returned {-total} units more than it held")
-            used[d] = total
+            held = used[d]
+            if held > highs[d]:  # between two returns, what is in use only grows
+                highs[d] = held
+            if u * times > held:
+                raise LedgerError(f"device {d} of the instance returned {u * times - held} units more than "
+                                  "it held")
+            used[d] = held - u * times

@@ -153,13 +153,7 @@ class Pressure:
 
     def _short_device(self, lane: Lane) -> int | None:
         need = lane.next_units()
-        if need is None:
-            return None
-        ledger = self._engine.books.ledger
-        for d, units in enumerate(need):
-            if units and ledger.used[d] + units > ledger.capacity[d]:
-                return d
-        return None
+        return None if need is None else self._engine.books.ledger.short_device(need)
 
     def _about_to_free(self, d: int) -> bool:
         """Whether a move or a swap under way will give back cache of this device."""

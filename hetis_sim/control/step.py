@@ -109,7 +109,6 @@ class Outcome:
 
     finished: list[RequestState] = field(default_factory=list)
     rejected: list[RequestState] = field(default_factory=list)
-    first_tokens: list[RequestState] = field(default_factory=list)
     gaps_s: list[float] = field(default_factory=list)
     transfers: list[Transfer] = field(default_factory=list)
     prefilled: list[RequestState] = field(default_factory=list)
@@ -120,8 +119,8 @@ class Outcome:
     @property
     def empty(self) -> bool:
         """Whether nothing has happened."""
-        return not (self.finished or self.rejected or self.first_tokens or self.gaps_s or self.transfers
-                    or self.prefilled or self.evicted or self.touched or self.messages)
+        return not (self.finished or self.rejected or self.gaps_s or self.transfers or self.prefilled
+                    or self.evicted or self.touched or self.messages)
 
 
 NOTHING = Outcome()

@@ -135,6 +135,7 @@ class InstanceTimer:
         # Positions of each attention worker, and of each stage with what their lines depend on.
         self._worker_positions = [[p.index for p in plan.positions if p.device == device]
                                   for device in plan.attention_workers]
+        self._remote_positions = [p.index for p in plan.positions if p.remote]
         self._stage_positions = [[self._line_facts(plan.positions[p]) for p in indices]
                                  for indices in plan.stage_positions]
         self._no_waits = [0.0] * len(self.costs)
@@ -233,7 +234,7 @@ class InstanceTimer:
     def _make_lines(self, lane: Lane, loads: Loads) -> DecodeLines:
         # Plain loops: at a few dozen positions, arrays cost more than they save.
         groups, base = lane.groups.tolist(), lane.base.tolist()
-        remote = any(groups[p] for worker in self._worker_positions for p in worker)
+        remote = any(map(groups.__getitem__, self._remote_positions))
         waits = self._waits(loads) if remote and len(self.plan.stages) > 1 else self._no_waits
         stages: list[StageLines] = []
         for stage in self._stage_positions:

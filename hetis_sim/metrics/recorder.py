@@ -183,11 +183,7 @@ class Recorder:
         if now_s < self.next_sample_s:
             return
         samples = self._samples
-        samples.append(now_s)
-        samples.append(running)
-        samples.append(waiting)
-        samples.extend(used_bytes)
-        samples.extend(self.busy_s)
+        samples.extend([now_s, running, waiting, *used_bytes, *self.busy_s])
         if len(samples) > SAMPLES_MAX * self._sample_width:
             self._thin_samples()
         self.next_sample_s = (math.floor(now_s / self._interval_s) + 1) * self._interval_s

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.envelope import envelope_sum
-from hetis_sim.control.state import RequestState
+from hetis_sim.control.lane import Lane
 from hetis_sim.control.step import Outcome, Step
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.metrics.recorder import Recorder
@@ -67,12 +67,14 @@ class Instance:
         self._set_alarm(self._clock.now)
 
     def _set_alarm(self, time_s: float) -> None:
+        time_s = max(time_s, self._clock.now)
         if time_s < self._alarm_s:
             self._alarm_s = time_s
-            self._clock.call(time_s, lambda: self._alarm(time_s))
+            self._clock.call(time_s, self._alarm)
 
-    def _alarm(self, time_s: float) -> None:
-        if time_s == self._alarm_s:
+    def _alarm(self) -> None:
+        """Work if this is the alarm that was set last: former ones ring in vain."""
+        if self._clock.now == self._alarm_s:
             self._alarm_s = math.inf
             self.work()
 
@@ -115,12 +117,13 @@ class Instance:
         for _ in range(10_000):
             if self.pipeline.free_s[0] > now:
                 return
-            turn = self._turn()
+            admits = self._engine.admits
+            turn = self._turn(admits)
             if turn is None or turn[0] > now:
                 return
             run = self._runs[turn[1]]
             if run is not None:
-                if not self._engine.admits:
+                if not admits:
                     return
                 run.step.limit = run.step.issued
             else:
@@ -134,52 +137,59 @@ class Instance:
             self.finish_steps(now)
         raise StuckError(f"instance {self._engine.index} begins steps without end at {now} s")
 
-    def _turn(self) -> tuple[float, int] | None:
+    def _turn(self, admits: bool) -> tuple[float, int] | None:
         """Who enters the first stage next: (when it became ready, lane), of open and waiting lanes.
 
         Once the engine has declined, lanes between steps are out until something changes.
         """
         found: tuple[float, int] | None = None
-        admits = self._engine.admits
-        for lane, run in zip(self._engine.lanes, self._runs, strict=True):
+        for index, run in enumerate(self._runs):
             if run is not None:
                 if run.step.issued >= run.step.limit:
                     continue
                 ready_s = run.ready_s
-            elif self._declined or not (admits or lane.has_work):
+            elif self._declined:
                 continue
             else:
+                lane = self._engine.lanes[index]
+                if not (admits or lane.has_work):
+                    continue
                 ready_s = lane.ready_at_s
             if found is None or ready_s < found[0]:
-                found = (ready_s, lane.index)
+                found = (ready_s, index)
         return found
 
     def _enter(self, step: Step, now: float) -> None:
-        lane = self._engine.lanes[step.lane]
-        loads = self._engine.loads
+        lane, loads = self._engine.lanes[step.lane], self._engine.loads
         timing = self._timer.prefill(step, lane, loads) if step.chunks else self._timer.decode(lane, loads)
-        fresh: list[RequestState] = []
+        run = LaneRun(step, timing, lane.issued, self._last_token_s[step.lane], step.decoding)
+        self._runs[step.lane] = run
         if step.decoding:
-            fresh, lane.fresh = lane.fresh, fresh
-        run = LaneRun(step, timing, lane.issued - (1 if step.decoding else 0), self._last_token_s[step.lane],
-                      step.decoding - len(fresh))
+            run.first_n -= 1
+            self._enter_decoding(run, lane, now)
+        else:
+            self.pipeline.enter(run, now)
+        for transfer in step.transfers:
+            self._network.start(transfer, run.ready_s)
+
+    def _enter_decoding(self, run: LaneRun, lane: Lane, now: float) -> None:
+        fresh, lane.fresh = lane.fresh, []
+        run.weight -= len(fresh)
         self.pipeline.enter(run, now)
         for state in fresh:
             gap = run.ready_s - state.last_token_s
             self._recorder.itl(gap, gap, 1, 1)
-        self._runs[step.lane] = run
-        if step.decoding and self._round_version[step.lane] != lane.version:
-            self._round_version[step.lane], self._round_s[step.lane] = lane.version, run.ready_s - now
-        for transfer in step.transfers:
-            self._network.start(transfer, run.ready_s)
+        if self._round_version[lane.index] != lane.version:
+            self._round_version[lane.index], self._round_s[lane.index] = lane.version, run.ready_s - now
 
     def run_ahead(self, now: float) -> float:
         """Run what cannot be influenced any more; returns when to look again."""
-        turn = self._turn()
+        admits = self._engine.admits
+        turn = self._turn(admits)
         runs = [run for run in self._runs if run is not None]
         if turn is None:
             return min([run.ready_s for run in runs], default=math.inf)
-        if self._engine.admits or self._runs[turn[1]] is None:
+        if admits or self._runs[turn[1]] is None:
             ends = min([run.ready_s for run in runs if not run.open], default=math.inf)
             return min(ends, max(self.pipeline.free_s[0], turn[0]))
         rival = None
@@ -191,7 +201,8 @@ class Instance:
     # -- records -----------------------------------------------------------------------------
 
     def _record(self, run: LaneRun) -> None:
-        step, count, timing = run.step, run.step.issued, run.timing
+        step, timing = run.step, run.timing
+        count, fixed = step.issued, timing.fixed
         local, exposed = timing.prefill_s * count, 0.0
         if step.decoding:
             for lines in timing.lines.stages:
@@ -199,14 +210,15 @@ class Instance:
                 local += own
                 if lines.remote:
                     exposed += envelope_sum(lines.both, run.first_n, count) - own
+            middle = run.first_n + (count - 1) / 2
             for n, (start, slope) in enumerate(timing.lines.workers):
-                self.worker_busy_s[n] += count * (start + slope * (run.first_n + (count - 1) / 2))
-        fixed = timing.fixed
+                if start:
+                    self.worker_busy_s[n] += count * (start + slope * middle)
         parts = (fixed.host_s * count, fixed.dense_s * count, fixed.collective_s * count, local, exposed,
                  fixed.total_hop_s * count)
         # What is left is time spent waiting for a stage; rounding must not make it negative.
         waiting = max(0.0, run.ready_s - run.begun_s - sum(parts))
-        self._recorder.step(self._engine.index, step.lane, int(step.kind), run.begun_s, run.ready_s, count,
+        self._recorder.step(self._engine.index, step.lane, step.kind, run.begun_s, run.ready_s, count,
                             step.decoding, step.prefill_tokens, step.decoding * count, *parts, waiting)
 
     def busy(self, now_s: float) -> Iterator[tuple[int, float]]:

@@ -49,6 +49,9 @@ class Network:
     Args:
         foreground: bytes per second that decode puts on each wire at the moment.
         arrived: called with each transfer, and when it began, once its last flow has ended.
+
+    Attributes:
+        under_way: transfers that have not ended.
     """
 
     def __init__(self, clock: Clock, cluster: ClusterSpec, cost: CostModel,
@@ -60,16 +63,11 @@ class Network:
         self._foreground = foreground
         self._arrived = arrived
         self._streams: list[_Stream] = []
-        self._under_way = 0
+        self.under_way = 0
         self._updated_s = 0.0
         self._generation = 0
         self._paths: dict[tuple[int, int], tuple[tuple[Wire, ...], float]] = {}
         self._bandwidth: dict[Wire, float] = {}
-
-    @property
-    def busy(self) -> bool:
-        """Whether any transfer is under way."""
-        return self._under_way > 0
 
     def start(self, transfer: Transfer, step_ends_s: float = 0.0) -> None:
         """Begin a transfer now.
@@ -78,7 +76,7 @@ class Network:
         tail takes on idle wires.
         """
         self._progress()
-        self._under_way += 1
+        self.under_way += 1
         pending = _Pending(transfer, len(transfer.flows), self._clock.now)
         for flow in transfer.flows:
             wires, latency = self.path(flow.source, flow.target)
@@ -140,7 +138,7 @@ class Network:
                              lambda: self._transfer_arrived(pending), priority=1)
 
     def _transfer_arrived(self, pending: _Pending) -> None:
-        self._under_way -= 1
+        self.under_way -= 1
         self._arrived(pending.transfer, pending.begun_s)
 
     # -- wires -----------------------------------------------------------------------------

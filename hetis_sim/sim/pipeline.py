@@ -123,10 +123,11 @@ class Pipeline:
             return count * (busy + hop) + envelope_sum(lines, n, count)
 
         count = _last_before(span, step.limit - step.issued, horizon_s - start)
-        self.busy_s[0] += span(count) - count * hop
+        whole_s = span(count)
+        self.busy_s[0] += whole_s - count * hop
         step.issued += count
         self._record_jump(run, start + span(1), lines, busy + hop, n, count)
-        run.ready_s = run.last_token_s = start + span(count)
+        run.ready_s = run.last_token_s = start + whole_s
         self.free_s[0] = run.ready_s - hop
         return run.ready_s
 
@@ -142,12 +143,11 @@ class Pipeline:
     def _record_gaps(self, lines: tuple[Line, ...], base: float, n: int, count: int, weight: int) -> None:
         """Gaps of consecutive iterations; in pieces wherever another position becomes the slowest."""
         first, last = envelope(lines, n), envelope(lines, n + count - 1)
-        middle = envelope(lines, n + count // 2)
-        straight = first + (last - first) * (count // 2) / max(1, count - 1)
-        if count <= 2 or math.isclose(middle, straight, rel_tol=1e-9):
+        half = count // 2
+        if count <= 2 or len(lines) == 1 or math.isclose(
+                envelope(lines, n + half), first + (last - first) * half / (count - 1), rel_tol=1e-9):
             self._recorder.itl(base + first, base + last, count, weight)
             return
-        half = count // 2
         self._record_gaps(lines, base, n, half, weight)
         self._record_gaps(lines, base, n + half, count - half, weight)
 

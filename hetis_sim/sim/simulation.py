@@ -13,7 +13,7 @@ from hetis_sim.control.make import make_controller
 from hetis_sim.control.mesh.controller import MeshController
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.control.state import RequestState, Status
-from hetis_sim.control.step import Outcome, Transfer
+from hetis_sim.control.step import NOTHING, Outcome, Transfer
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.cost.model import CostModel
 from hetis_sim.metrics.recorder import Recorder
@@ -145,6 +145,11 @@ class Simulation:
 
     def _news(self, outcome: Outcome) -> None:
         """Carry out and record what a verb of the controller has set off."""
+        if outcome is not NOTHING:
+            self._carry_out(outcome)
+        self._after_event()
+
+    def _carry_out(self, outcome: Outcome) -> None:
         for gap_s in outcome.gaps_s:
             self.recorder.itl(gap_s, gap_s, 1, 1)
         for state in outcome.finished:
@@ -155,7 +160,6 @@ class Simulation:
             self.network.start(transfer)
         for index in outcome.touched:
             self.instances[index].ring()
-        self._after_event()
 
     def _ended(self, state: RequestState) -> None:
         request = state.request
@@ -173,7 +177,7 @@ class Simulation:
             self._progress(self._ends)
 
     def _after_event(self) -> None:
-        if self.network.busy:
+        if self.network.under_way:
             changes = self.controller.changes
             if changes != self._changes:
                 self._changes = changes
@@ -188,7 +192,7 @@ class Simulation:
 
     def _horizon(self) -> float:
         """No event from outside can reach an instance before this time."""
-        if self.network.busy or self.arrivals.reacts or self._handoffs:
+        if self.network.under_way or self.arrivals.reacts or self._handoffs:
             return self.clock.peek()
         return self.arrivals.next_s
 
@@ -202,10 +206,10 @@ class Simulation:
         return total
 
     def _sample(self, now: float) -> None:
-        used = [0.0] * len(self.given.cluster.devices)
+        used, size = [0] * len(self.given.cluster.devices), self._unit_bytes
         for devices, ledger in self.controller.ledgers():
             for device, units in zip(devices, ledger.used, strict=True):
-                used[device] = float(units * self._unit_bytes)
+                used[device] = units * size
         running, waiting = self.controller.in_system()
         self._record_busy()
         self.recorder.sample(now, running, waiting, used)

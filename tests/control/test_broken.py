@@ -229,15 +229,14 @@ def test_a_collapse_that_misses_arrivals_is_caught(monkeypatch: pytest.MonkeyPat
 
 def test_time_that_goes_back_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Events in the past do not pass unnoticed."""
-    at = Clock.at
+    call = Clock.call
 
-    def broken(self: Clock, time_s: float, priority: int = 1) -> object:
-        event = at(self, time_s, priority)
+    def broken(self: Clock, time_s: float, action: Callable[[], None], priority: int = 2) -> None:
+        call(self, time_s, action, priority)
         if self.now > 0.5:
-            heappush(self._queue, (self.now - 0.25, 0, next(self._eid), event))
-        return event
+            heappush(self._queue, (self.now - 0.25, 0, next(self._eid), action))
 
-    monkeypatch.setattr(Clock, "at", broken)
+    monkeypatch.setattr(Clock, "call", broken)
     simulation = ONE_STAGE.simulation()
     at_the_end_of_every_instant(simulation, lambda now_s: None)
     with pytest.raises(AssertionError, match="time has gone back"):

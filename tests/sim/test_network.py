@@ -43,7 +43,7 @@ class Wires:
     def run(self) -> dict[int, float]:
         """When each transfer has ended."""
         self.clock.run()
-        assert not self.network.busy
+        assert not self.network.under_way
         return self.ended_s
 
 

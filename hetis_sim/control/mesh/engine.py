@@ -220,7 +220,6 @@ class MeshEngine:
                 self._news.gaps_s.append(now_s - state.last_token_s)
             else:
                 state.first_token_s = now_s
-                self._news.first_tokens.append(state)
             state.last_token_s = now_s
             state.status = Status.DECODE
             if state.generated_base >= state.request.output_tokens:
