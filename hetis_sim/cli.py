@@ -147,14 +147,18 @@ def _run(config: object) -> None:
 
     from hetis_sim.config import RunConfig
     from hetis_sim.report import print_result, progress_bar
-    from hetis_sim.run import prepare, run_prepared, write_result
+    from hetis_sim.run import IncompleteRunError, prepare, run_prepared, write_result
 
     assert isinstance(config, RunConfig)
     prepared = prepare(config)
-    with progress_bar(config, prepared) as progress:
-        result = run_prepared(prepared, progress)
-    folder = write_result(result, Path(HydraConfig.get().runtime.output_dir))
-    print_result(result, folder)
+    output = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        with progress_bar(config, prepared) as progress:
+            result = run_prepared(prepared, progress)
+    except IncompleteRunError as error:
+        print_result(error.result, write_result(error.result, output))
+        raise
+    print_result(result, write_result(result, output))
 
 
 def _plan(config: object) -> None:

@@ -22,6 +22,7 @@ from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.plan import Plan
 from hetis_sim.policies.registry import make_policy
+from hetis_sim.sim.clock import EventBudgetError
 from hetis_sim.sim.simulation import Simulation, SimulationInput
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.gpu import GpuSpec
@@ -101,6 +102,18 @@ class Result:
         return self.recorder.steps()
 
 
+class IncompleteRunError(EventBudgetError):
+    """A run was given up before its end.
+
+    Attributes:
+        result: what had ended by then; its summary says that it is incomplete, and why.
+    """
+
+    def __init__(self, reason: str, result: Result) -> None:
+        super().__init__(reason)
+        self.result = result
+
+
 def prepare(config: RunConfig) -> Prepared:
     """Check a configuration and place the model; everything but the run itself.
 
@@ -148,20 +161,35 @@ def simulate(config: RunConfig | str | None = None, *overrides: str, output: str
         progress: called with the number of requests that have ended, now and then.
 
     Raises:
+        IncompleteRunError: the event budget is used up; what had ended is written and in the error.
         HetisError: the combination cannot run; the text says why.
     """
     if config is None or isinstance(config, str):
         config = compose(*([] if config is None else [config]), *overrides)
-    result = run_prepared(prepare(config), progress)
+    try:
+        result = run_prepared(prepare(config), progress)
+    except IncompleteRunError as error:
+        if output is not None:
+            write_result(error.result, output)
+        raise
     if output is not None:
         write_result(result, output)
     return result
 
 
 def run_prepared(prepared: Prepared, progress: Callable[[int], None] | None = None) -> Result:
-    """Run a checked combination."""
+    """Run a checked combination.
+
+    Raises:
+        IncompleteRunError: the event budget is used up.
+    """
     simulation = make_simulation(prepared, progress)
-    return make_result(prepared, simulation, simulation.run())
+    try:
+        recorder = simulation.run()
+    except EventBudgetError as error:
+        result = make_result(prepared, simulation, simulation.recorder, incomplete=str(error))
+        raise IncompleteRunError(str(error), result) from error
+    return make_result(prepared, simulation, recorder)
 
 
 def make_simulation(prepared: Prepared, progress: Callable[[int], None] | None = None) -> Simulation:
@@ -178,12 +206,15 @@ def make_simulation(prepared: Prepared, progress: Callable[[int], None] | None =
         prepared.believed), progress)
 
 
-def make_result(prepared: Prepared, simulation: Simulation, recorder: Recorder) -> Result:
-    """The figures of a simulation that has run."""
+def make_result(prepared: Prepared, simulation: Simulation, recorder: Recorder,
+                incomplete: str = "") -> Result:
+    """The figures of a simulation that has run; ``incomplete`` says why it did not run to its end."""
     config = prepared.config
     trim = Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction)
     roles = roles_of_plan(prepared.plan.to_dict(), len(prepared.cluster.devices))
-    summary = summarize(recorder, slo=config.slo.slo(), trim=trim, roles=roles)
+    summary = summarize(recorder, slo=config.slo.slo(), trim=trim, roles=roles,
+                        submitted=len(simulation.controller.states),
+                        horizon_s=simulation.clock.now if incomplete else None, incomplete=incomplete)
     decisions = simulation.controller.log.lines if config.sim.log_decisions else None
     return Result(summary, recorder, prepared, decisions, simulation.clock.events)
 
@@ -225,4 +256,4 @@ def manifest(result: Result) -> dict[str, Any]:
                 "plan": value_sha256(plan.get("mesh") or plan["instances"])},
         provenance=prepared.provenance(),
         extra={"workload": dict(about), "cost_warnings": list(prepared.cost.warnings),
-               "events": result.events})
+               "events": result.events, "incomplete": result.summary.incomplete})

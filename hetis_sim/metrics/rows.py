@@ -127,8 +127,12 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
 
 def warnings(summary: Mapping[str, Any]) -> list[str]:
     """What forbids taking the figures at face value."""
+    found = []
+    if summary.get("incomplete"):
+        found.append(f"the run is incomplete, and its figures are of what had ended by then: "
+                     f"{summary['incomplete']}")
     saturation = summary["saturation"]
-    return [saturation["sentence"]] if saturation["verdict"] == "saturated" else []
+    return [*found, saturation["sentence"]] if saturation["verdict"] == "saturated" else found
 
 
 def _number(value: float | None) -> str:

@@ -105,6 +105,8 @@ class Summary:
             have no intervals.
         counters: as counted by the driver.
         intervals: how the intervals were made.
+        incomplete: why the run was stopped before its end; empty for a whole run. Figures of an
+            incomplete run are of what had ended by then, which favours the short.
     """
 
     label: str
@@ -128,6 +130,7 @@ class Summary:
     saturation: Saturation
     counters: dict[str, float]
     intervals: str = METHOD
+    incomplete: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for ``summary.json``; intervals become pairs."""
@@ -136,7 +139,7 @@ class Summary:
 
 def summarize(source: Recorder | Records, *, slo: Slo, trim: Trim | None = None, roles: Sequence[str] = (),
               label: str = "simulated", submitted: int | None = None,
-              horizon_s: float | None = None) -> Summary:
+              horizon_s: float | None = None, incomplete: str = "") -> Summary:
     """Work out all figures of a run.
 
     Args:
@@ -147,6 +150,7 @@ def summarize(source: Recorder | Records, *, slo: Slo, trim: Trim | None = None,
         label: ``simulated`` or ``measured``.
         submitted: requests that entered, where some had not ended when the run was stopped.
         horizon_s: when it was stopped.
+        incomplete: why it was stopped before its end, if it was.
 
     Raises:
         SpecError: fewer requests submitted than ended, or roles for another number of devices.
@@ -181,6 +185,7 @@ def summarize(source: Recorder | Records, *, slo: Slo, trim: Trim | None = None,
         iterations=iteration_use(records.steps, window),
         saturation=growth,
         counters=dict(sorted(records.counters.items())),
+        incomplete=incomplete,
     )
 
 

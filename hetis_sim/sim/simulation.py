@@ -116,14 +116,16 @@ class Simulation:
 
         Raises:
             StuckError: requests are left although nothing can happen any more.
-            EventBudgetError: the run takes more events than allowed.
+            EventBudgetError: the run takes more events than allowed; what has ended is in ``recorder``.
         """
-        self.clock.run()
+        try:
+            self.clock.run()
+        finally:
+            self._record_busy()
+            self._record_peaks()
         counts = self.controller.counts()
         if counts["submitted"] != counts["finished"] + counts["rejected"]:
             raise StuckError(f"the simulation has come to a halt at {self.clock.now:.3f} s with {counts}")
-        self._record_busy()
-        self._record_peaks()
         return self.recorder
 
     # -- what happens ------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from hetis_sim import simulate
+from hetis_sim.cli import main
 from hetis_sim.config import compose
-from hetis_sim.run import event_budget, prepare
+from hetis_sim.metrics import load_run, summary_markdown
+from hetis_sim.run import IncompleteRunError, event_budget, prepare
 from hetis_sim.sim.clock import EventBudgetError
 from hetis_sim.spec.errors import HetisError, InfeasibleError, SpecError
 
@@ -103,6 +105,35 @@ def test_an_exhausted_event_budget_ends_the_run() -> None:
     """The error names the budget and the setting to raise."""
     with pytest.raises(EventBudgetError, match=r"event_budget=10 is used up .* raise sim.event_budget"):
         simulate(*SMALL, "requests=20", "sim.event_budget=10")
+
+
+@pytest.mark.parametrize("budget", [1, 60])
+def test_an_exhausted_event_budget_leaves_what_had_ended(tmp_path: Path, budget: int) -> None:
+    """The folder can be read, says that it is incomplete, and agrees with the whole run as far as it goes."""
+    with pytest.raises(IncompleteRunError) as stopped:
+        simulate(*SMALL, "requests=40", f"sim.event_budget={budget}", output=tmp_path)
+    run = load_run(tmp_path)
+    assert "is used up" in run.summary["incomplete"]
+    assert run.manifest["incomplete"] == run.summary["incomplete"] == str(stopped.value)
+    counts, ended = run.summary["requests"], len(run.requests)
+    assert counts["submitted"] == ended + counts["unfinished"]
+    assert 0 < counts["unfinished"] < 40 if budget > 1 else ended == 0
+    whole = simulate(*SMALL, "requests=40").requests.set_index("request_id")
+    for request in run.requests.itertuples():
+        assert request.finish_s == whole.loc[request.request_id, "finish_s"]
+    assert "the run is incomplete" in summary_markdown(run.summary)
+
+
+def test_the_command_line_says_that_a_run_is_incomplete(tmp_path: Path,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """Status, error and table say so; the folder is there."""
+    with pytest.raises(SystemExit) as ended:
+        main(["run", *SMALL, "requests=40", "sim.event_budget=60", f"hydra.run.dir={tmp_path / 'run'}"])
+    said = capsys.readouterr()
+    assert ended.value.code == 2
+    assert "error: event_budget=60 is used up" in said.err
+    assert "warning: the run is incomplete" in said.out
+    assert load_run(tmp_path / "run").summary["incomplete"]
 
 
 def test_the_budget_that_is_derived_is_never_short() -> None:
