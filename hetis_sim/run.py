@@ -29,6 +29,7 @@ from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.parse import cluster_from_mapping, model_from_mapping
 from hetis_sim.spec.request import Request
+from hetis_sim.spec.slo import Slo
 from traces import ClosedLoopWorkload, OpenWorkload, RngStreams, build_workload, length_facts
 
 if TYPE_CHECKING:
@@ -131,20 +132,25 @@ def prepare(config: RunConfig) -> Prepared:
                            gpus=[device.gpu for device in cluster.devices])
     workload = build_workload(config.workload, model.context_limit_tokens)
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
-    facts = length_facts(workload.known_lengths(), model.context_limit_tokens)
     believed = None
     if config.cost.policy_error:
         streams = RngStreams(config.cost.policy_error_seed)
         believed = MisjudgedCost(cost, config.cost.policy_error, streams.stream)
-    problem = PlanningProblem(cluster, model, believed or cost, settings.limits,
-                              facts.prompt_tokens, facts.output_tokens,
-                              workload.describe().get("rate_rps"), config.slo.slo(),
-                              settings.chunk_tokens if settings.chunked_prefill else 0,
-                              facts.prompt_parts, facts.context_tokens)
+    problem = planning_problem(cluster, model, believed or cost, settings, workload, config.slo.slo())
     prepared = Prepared(config, cluster, model, cost, policy, workload, settings, policy.plan(problem),
                         believed)
     prepared.controller()
     return prepared
+
+
+def planning_problem(cluster: ClusterSpec, model: ModelSpec, cost: CostModel, settings: SchedulerSettings,
+                     workload: OpenWorkload | ClosedLoopWorkload, slo: Slo) -> PlanningProblem:
+    """What a policy is told to plan for; of the workload, what an operator would know."""
+    facts = length_facts(workload.known_lengths(), model.context_limit_tokens)
+    return PlanningProblem(cluster, model, cost, settings.limits, facts.prompt_tokens, facts.output_tokens,
+                           workload.describe().get("rate_rps"), slo,
+                           settings.chunk_tokens if settings.chunked_prefill else 0,
+                           facts.prompt_parts, facts.context_tokens)
 
 
 def simulate(config: RunConfig | str | None = None, *overrides: str, output: str | Path | None = None,
