@@ -47,7 +47,12 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 @cache
 def reference(name: str) -> Any:
-    """The model as transformers computes it. Biases and norms are given values that matter."""
+    """The model as transformers computes it: a tiny one by name, or that of a folder.
+
+    Biases and norms of tiny models are given values that matter.
+    """
+    if name not in MODELS:
+        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
     family, settings = MODELS[name]
     torch.set_num_threads(1)
     torch.manual_seed(list(MODELS).index(name))
@@ -63,6 +68,8 @@ def reference(name: str) -> Any:
 @cache
 def folder(name: str) -> Path:
     """The folder of a model."""
+    if name not in MODELS:
+        return Path(name)
     logging.disable(logging.WARNING)
     path = Path(mkdtemp(prefix=f"hetis-{name}-"))
     reference(name).save_pretrained(path)

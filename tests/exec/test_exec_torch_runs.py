@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import cycle
 from typing import Any
 
@@ -84,6 +85,30 @@ def test_the_batch_does_not_matter() -> None:
     sampled = {key: tokens for what in alone for key, tokens in run(what)[1].tokens.items()}
     assert run(split)[1].tokens == sampled
     assert wrong("llama", split, sampled) != []
+
+
+OWN = os.environ.get("HETIS_MODEL", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OWN, reason="HETIS_MODEL names no folder of a model")
+@pytest.mark.parametrize("split", ["one", "workers", "ranks", "stages"])
+def test_tokens_of_a_model_of_yours(split: str) -> None:
+    """As in ``HETIS_MODEL=path/to/SmolLM2-135M ./test -m slow -k yours``."""
+    more = given_for(OWN)
+    layers, groups = more["model"].layers, more["model"].kv_heads
+    some, rest = groups - groups // 2, groups // 2
+    plan, placement = {
+        "one": (pipeline([[0]], [layers], owned=[[groups]]), (groups,)),
+        "workers": (pipeline([[0]], [layers], [1, 2], owned=[[groups]]), (groups - some, 1, some - 1)),
+        "ranks": (pipeline([[0, 1]], [layers], owned=[[some, rest]]), (some, rest)),
+        "stages": (pipeline([[0], [1]], [layers - 1, 1], [2], owned=[[groups]] * 2),
+                   (some, rest, groups - 1, 1)),
+    }[split]
+    what = given(plan, Fixed(placement), SHORT[:4], units=50_000, timeout_s=120.0, **more)
+    _, result = run(what)
+    assert wrong(OWN, what, result.tokens) == []
+    replay(what, result.record)
 
 
 def test_greedy_means_what_generate_does() -> None:
