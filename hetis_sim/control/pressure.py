@@ -163,10 +163,15 @@ class Pressure:
                    for lane in self._engine.lanes for state in lane.members.values())
 
     def _victim(self, lane: Lane, d: int) -> RequestState | None:
-        """The member to preempt; None when the lane holds only the oldest request of a busy instance."""
+        """The member to preempt; None when the lane holds only the oldest request of a busy instance.
+
+        Members with cache on the device come first: to preempt another one frees nothing there.
+        """
         engine = self._engine
         oldest = min(engine.active.values(), key=lambda s: (s.request.arrival_s, s.request_id))
-        candidates = [s for s in lane.members.values() if s is not oldest]
+        others = [s for s in lane.members.values() if s is not oldest]
+        candidates = [s for s in others if s.shape and any(d == device for device, _ in s.shape.block_units)]
+        candidates = candidates or others
         if candidates:
             device = engine.plan.devices[d]
             views = [engine.request_view(state) for state in candidates]

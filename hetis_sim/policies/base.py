@@ -143,7 +143,7 @@ class Policy(ABC):
         return None
 
     def victim(self, device: int, candidates: Sequence[RequestView]) -> RequestView:
-        """The request to preempt when ``device`` is full; the default takes the latest arrival."""
+        """The request to preempt when ``device`` is full, of those with cache there: the latest arrival."""
         return max(candidates, key=lambda r: (r.arrival_s, r.request_id))
 
 

@@ -139,7 +139,7 @@ class LaminaPolicy(Policy):
         desk = _Desk(view, usable_units(view, reserve if view.running else 0.0), self.settings)
         placed: list[Placement] = []
         for request in requests:
-            placement = desk.place(request.context_tokens)
+            placement = desk.place(request)
             if placement is None:
                 break
             if not placed and not view.running:
@@ -177,13 +177,14 @@ class _Desk:
         for device, units in self._view.capacity_units.items():
             self._free[device] -= int(share * units)
 
-    def place(self, tokens: int) -> Placement | None:
+    def place(self, request: RequestView) -> Placement | None:
         """Groups of one request at every position, booked; None where it does not fit.
 
         Where the stages' own choices do not fit together, as many as can stay at home.
         """
-        blocks = self._view.blocks(tokens + 1)
-        placement = self._placed(tokens, blocks, self._chosen) or self._placed(tokens, blocks, self._packed)
+        tokens, blocks = request.context_tokens, self._view.blocks(request.context_tokens + 1)
+        choose = self._sooner if self._balanced else self._away_first
+        placement = self._placed(tokens, blocks, choose) or self._placed(tokens, blocks, self._packed)
         if placement is None:
             return None
         for p, n in enumerate(placement):
@@ -211,15 +212,19 @@ class _Desk:
     def _units(self, p: int, groups: int, blocks: int) -> int:
         return groups * blocks * self._positions[p].layers
 
-    def _chosen(self, s: int, tokens: int, fits_home: bool, away: Sequence[Row],
-                free: Mapping[int, int]) -> Row | None:
-        """Away at the worker that is done first, unless the primaries are done before it."""
+    def _away_first(self, s: int, tokens: int, fits_home: bool, away: Sequence[Row],
+                    free: Mapping[int, int]) -> Row | None:
+        """At the worker that is done first, at home where none has room."""
         home = self._home[s] if fits_home else None
-        if not away:
-            return home
-        best = min(away, key=lambda row: self._away_s(row, tokens))
-        if self._balanced and home and self._home_s(home, tokens) <= self._away_s(best, tokens):
-            return home
+        return min(away, key=lambda row: self._away_s(row, tokens), default=home)
+
+    def _sooner(self, s: int, tokens: int, fits_home: bool, away: Sequence[Row],
+                free: Mapping[int, int]) -> Row | None:
+        """At home where the primaries are done before any worker."""
+        best = self._away_first(s, tokens, fits_home, away, free)
+        if best is not None and fits_home and away and (
+                self._home_s(self._home[s], tokens) <= self._away_s(best, tokens)):
+            return self._home[s]
         return best
 
     def _packed(self, s: int, tokens: int, fits_home: bool, away: Sequence[Row],

@@ -265,6 +265,28 @@ def test_the_oldest_request_keeps_its_cache(mode: str) -> None:
     assert all(s.status == Status.FINISHED for s in driver.controller.states.values())
 
 
+class OddOnesAway(LocalPolicy):
+    """Requests of odd number are wholly at the first attention worker, the others at home."""
+
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
+        home = view.plan.local_placement
+        away = tuple(sum(home) if position.remote else 0 for position in view.plan.positions)
+        return [away if request.request_id % 2 else home for request in requests]
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_who_has_no_cache_on_a_full_device_keeps_what_it_has(mode: str) -> None:
+    """The latest arrival is not preempted, since its cache is at the worker, which has room."""
+    policy = OddOnesAway(mode)  # type: ignore[arg-type]
+    driver = SeamDriver(replace(ROOMY, blocks=12, workers=1, worker_blocks=400, policy=policy))
+    for _ in range(4):
+        driver.submit(16, 30)
+        driver.now_s += 1
+    assert [s.request_id for s in preempting(driver)] == [2]
+    driver.drain()
+    assert [s.preemptions for s in driver.controller.states.values() if s.request_id != 2] == [0, 0, 0]
+
+
 def test_recomputing_starts_from_the_prompt_and_what_was_made() -> None:
     """A request without cache waits first in line and prefills its prompt with its own tokens."""
     driver = SeamDriver(replace(ROOMY, blocks=12))
