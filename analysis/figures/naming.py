@@ -11,6 +11,9 @@ Flat = dict[str, Any]
 QUIET = ("output", "progress", "sim.log_decisions", "sim.timeline", "sim.debug", "sim.event_budget")
 """Settings that change nothing in a run."""
 
+QUIET_SECTION = "study."
+"""Settings of studies; they change nothing in a run of one."""
+
 LOADS = ("workload.rate", "workload.users")
 SEEDS = ("workload.seed",)
 SECTIONS = ("policy", "model", "cluster", "workload")
@@ -40,7 +43,8 @@ def names_of(configs: Sequence[Mapping[str, Any]], fallback: Sequence[str],
         fallback: names to fall back on where settings do not tell runs apart.
         origins: ``simulated`` or ``measured``.
     """
-    settings = [{key: value for key, value in flat(config).items() if key not in QUIET} for config in configs]
+    settings = [{key: value for key, value in flat(config).items()
+                 if key not in QUIET and not key.startswith(QUIET_SECTION)} for config in configs]
     keys = [key for key in dict.fromkeys(key for config in settings for key in config)
             if _differs(settings, key)]
     names, groups = [], []

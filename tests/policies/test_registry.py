@@ -5,12 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, fields
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-import yaml
 
+from hetis_sim.config import compose
 from hetis_sim.policies import registry
 from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.plan import Plan
@@ -65,12 +64,11 @@ def test_every_policy_of_the_table_loads_and_has_its_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(registry.BUILTIN))
-def test_configuration_files_hold_the_defaults(name: str, project_root: Path) -> None:
+def test_configuration_files_hold_the_defaults(name: str) -> None:
     """conf/policy has every setting with its default, and none besides."""
-    config = yaml.safe_load((project_root / "conf" / "policy" / f"{name}.yaml").read_text())
     settings = settings_class(name)()
     defaults = {field.name: getattr(settings, field.name) for field in fields(settings)}
-    assert config == {"name": name} | defaults
+    assert compose(f"policy={name}").policy == {"name": name} | defaults
 
 
 def test_an_unknown_name_is_refused_with_the_near_ones() -> None:

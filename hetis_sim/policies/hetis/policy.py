@@ -30,7 +30,7 @@ class HetisPolicy(Policy):
     settings_type: ClassVar[type] = HetisSettings
 
     def __init__(self, settings: HetisSettings | None = None) -> None:
-        self.settings = settings or HetisSettings()
+        self.settings: HetisSettings = settings or self.settings_type()
         self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
         self.splits_tokens = self.settings.granularity == "sequence"
         contexts = ContextTable(ranges=self.splits_tokens)
