@@ -76,15 +76,13 @@ def check_policy(policy: Policy, problem: PlanningProblem, *, seed: int = 0, rou
         for _ in range(rounds):
             mesh.check_state()
         return CheckReport(plan, mesh.asked, mesh.opened, 0)
-    loads: list[InstanceLoad] = []
     for index, instance in enumerate(_distinct(plan)):
         bench = _Bench(policy, problem, instance, index, random.Random(f"{seed}/{index}"))
         bench.check_empty()
         for _ in range(rounds):
             bench.check_state()
         dispatched, placed, moves = dispatched + bench.dispatched, placed + bench.placed, moves + bench.moves
-        loads.append(InstanceLoad(index, instance, bench.full, index, 0, 100 * index, 1000 * index))
-    _check_route(policy, loads)
+    _check_choices(policy, problem, plan, random.Random(f"{seed}/choices"), rounds)
     return CheckReport(plan, dispatched, placed, moves)
 
 
@@ -137,7 +135,8 @@ def _distinct(plan: Plan) -> list[InstancePlan]:
     """One instance of each form."""
     found: dict[tuple[object, ...], InstancePlan] = {}
     for instance in plan.instances:
-        form = (tuple((stage.tp, stage.layers) for stage in instance.stages), len(instance.attention_workers))
+        form = (tuple((stage.tp, stage.layers) for stage in instance.stages), len(instance.attention_workers),
+                instance.role)
         found.setdefault(form, instance)
     return list(found.values())
 
@@ -313,12 +312,32 @@ class _Bench:
         _require(device is None or change[device] < 0, "relieve frees the device", f"{move} for {device}")
 
 
-def _check_route(policy: Policy, loads: Sequence[InstanceLoad]) -> None:
-    request = RequestView(0, 0.0, 100, 100)
-    before = copy.deepcopy(loads)
-    chosen = policy.route(request, loads)
-    _require(0 <= chosen < len(loads), "route names an instance", f"{chosen} of {len(loads)}")
-    _require(policy.route(request, loads) == chosen and loads == before, "route is pure", str(chosen))
+def _check_choices(policy: Policy, problem: PlanningProblem, plan: Plan, rng: random.Random,
+                   rounds: int) -> None:
+    """``route`` over those who take prompts, ``handoff`` over those who only decode, under random loads."""
+    full = [cache_units(problem.cluster, problem.model, problem.limits, instance)
+            for instance in plan.instances]
+    for _ in range(rounds):
+        loads = [InstanceLoad(index, instance, units, rng.randrange(50), rng.randrange(5),
+                              rng.choice((0, rng.randrange(20_000))), rng.randrange(100_000))
+                 for index, (instance, units) in enumerate(zip(plan.instances, full, strict=True))]
+        tokens = rng.randint(1, problem.model.context_limit_tokens - 1)
+        request = RequestView(rng.randrange(10_000), rng.random(), tokens, tokens)
+        decoding = [load for load in loads if load.plan.role == "decode"]
+        _check_choice(policy, "route", request,
+                      [load for load in loads if load.plan.role != "decode" or policy.mixes_pools])
+        if decoding:
+            _check_choice(policy, "handoff", replace(request, generated_tokens=1), decoding)
+
+
+def _check_choice(policy: Policy, decision: str, request: RequestView, loads: list[InstanceLoad]) -> None:
+    before = copy.deepcopy((request, loads))
+    decide = getattr(policy, decision)
+    chosen = decide(request, loads)
+    _require(type(chosen) is int and 0 <= chosen < len(loads), f"{decision} names an instance",
+             f"{chosen!r} of {len(loads)}")
+    _require(decide(request, loads) == chosen, f"{decision} is pure", f"two calls differ on {loads}")
+    _require((request, loads) == before, f"{decision} leaves its arguments alone", str(loads))
 
 
 def _require(holds: bool, rule: str, case: str) -> None:

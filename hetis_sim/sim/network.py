@@ -121,13 +121,17 @@ class Network:
         if generation != self._generation:
             return
         self._progress()
-        # A byte's worth of rounding is nothing to wait for.
-        ended = [s for s in self._streams if s.left_bytes <= 1.0]
-        self._streams = [s for s in self._streams if s.left_bytes > 1.0]
+        ended = [s for s in self._streams if self._over(s)]
+        self._streams = [s for s in self._streams if not self._over(s)]
         for stream in ended:
             self._flow_ended(stream)
         if self._streams:
             self.update_rates()
+
+    def _over(self, stream: _Stream) -> bool:
+        """Whether nothing is left but rounding: a byte, or less than the clock can tell from no time."""
+        now = self._clock.now
+        return stream.left_bytes <= 1.0 or now + stream.left_bytes / stream.rate <= now
 
     def _flow_ended(self, stream: _Stream) -> None:
         pending = stream.transfer

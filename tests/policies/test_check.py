@@ -14,6 +14,7 @@ from hetis_sim.policies.check import ConformanceError, check_policy
 from hetis_sim.policies.hetis.policy import HetisPolicy
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
 from hetis_sim.policies.registry import make_policy
+from hetis_sim.policies.splitwise import SplitwisePolicy
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 from hetis_sim.policies.vllm import VllmPolicy
 
@@ -93,6 +94,51 @@ def route_away(self: VllmPolicy, request: RequestView, instances: Sequence[Insta
     return len(instances)
 
 
+def pools(**methods: Callable[..., object]) -> SplitwisePolicy:
+    """Splitwise with other methods."""
+    return type("BrokenPools", (SplitwisePolicy,), dict(methods))()
+
+
+def handoff_to_nobody(self: SplitwisePolicy, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+    """Counts from one."""
+    return len(instances)
+
+
+def handoff_in_turns() -> Callable[..., int]:
+    """A round robin that remembers whose turn it is."""
+    turns = count()
+
+    def handoff(self: SplitwisePolicy, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+        return next(turns) % len(instances)
+
+    return handoff
+
+
+def handoff_in_order(self: SplitwisePolicy, request: RequestView, instances: list[InstanceLoad]) -> int:
+    """Sorts what it was handed."""
+    instances.reverse()
+    return 0
+
+
+def route_by_name(self: VllmPolicy, request: RequestView, instances: Sequence[InstanceLoad]) -> str:
+    """An answer of the wrong type."""
+    return "the first"
+
+
+@pytest.mark.parametrize(("policy", "rule"), [
+    (pools(handoff=handoff_to_nobody), "handoff names an instance"),
+    (pools(handoff=handoff_in_turns()), "handoff is pure"),
+    (pools(handoff=handoff_in_order), "handoff leaves its arguments alone"),
+])
+def test_broken_handoffs_are_caught(policy: SplitwisePolicy, rule: str) -> None:
+    """Of policies whose plan has instances that only decode."""
+    given = problem(cluster(*[("a100-80gb", 1)] * 4), "llama2-13b", prompt=100, output=1500)
+    plan = SplitwisePolicy().plan(given)
+    assert sum(instance.role == "decode" for instance in plan.instances) > 1
+    with pytest.raises(ConformanceError, match=rf"rule broken: {rule}"):
+        check_policy(policy, given, rounds=3)
+
+
 def move_nothing(self: VllmPolicy, view: InstanceView, running: Sequence[RequestView]) -> Move | None:
     """Moves a request to where it is."""
     movable = [r for r in running if r.movable and r.placement]
@@ -130,6 +176,7 @@ def plan_heavy(self: VllmPolicy, given: PlanningProblem) -> Plan:
     (broken(dispatch=dispatch_booking), "dispatch leaves its arguments alone"),
     (broken(dispatch=moody()), "dispatch is pure"),
     (broken(route=route_away), "route names an instance"),
+    (broken(route=route_by_name), "route names an instance"),
     (broken(rebalance=move_nothing), "rebalance moves something"),
     (broken(rebalance=move_stranger), "rebalance moves a movable request"),
     (broken(victim=victim_elsewhere), "the victim is one of the candidates"),

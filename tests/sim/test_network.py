@@ -26,11 +26,11 @@ COST = ConstantCost(wire=TransferCost(1 / RATE, BETA_S))
 class Wires:
     """A network on its own, with arrivals written down."""
 
-    def __init__(self, cluster: ClusterSpec = CLUSTER) -> None:
+    def __init__(self, cluster: ClusterSpec = CLUSTER, cost: ConstantCost = COST) -> None:
         self.clock = Clock(100_000)
         self.taken: dict[Wire, float] = {}
         self.ended_s: dict[int, float] = {}
-        self.network = Network(self.clock, cluster, COST, lambda: self.taken, self._arrived)
+        self.network = Network(self.clock, cluster, cost, lambda: self.taken, self._arrived)
 
     def _arrived(self, transfer: Transfer, begun_s: float) -> None:
         self.ended_s[transfer.request_id] = self.clock.now
@@ -172,3 +172,12 @@ def test_one_wire_is_shared_like_a_processor(jobs: list[tuple[float, float]]) ->
     found = wires.run()
     for n, end_s in enumerate(shared_ends([(b, float(s)) for b, s in jobs])):
         assert found[n] == pytest.approx(end_s + BETA_S, abs=10 * len(jobs) / RATE)
+
+
+@pytest.mark.parametrize(("begin_s", "rate"), [(1e6, 4.5e11), (1e9, 1e9), (1.0, 1e30)])
+def test_what_the_clock_cannot_resolve_is_not_waited_for(begin_s: float, rate: float) -> None:
+    """Late in a run, or on a very fast wire, more than a byte takes less than the clock's last bit."""
+    wires = Wires(cost=ConstantCost(wire=TransferCost(1 / rate, 0.0)))
+    for number in range(50):
+        wires.send(number, begin_s, Flow(0, 1, 1e6 + 12345.6 * number), Flow(0, 2, 7e5 + 777.7 * number))
+    assert len(wires.run()) == 50
