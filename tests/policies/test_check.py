@@ -12,9 +12,8 @@ from policy_worlds import cluster, paper, problem
 from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.check import ConformanceError, check_policy
 from hetis_sim.policies.hetis.policy import HetisPolicy
-from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
+from hetis_sim.policies.plan import InstancePlan, Placement, Plan, Role, StagePlan
 from hetis_sim.policies.registry import make_policy
-from hetis_sim.policies.splitwise import SplitwisePolicy
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 from hetis_sim.policies.vllm import VllmPolicy
 
@@ -94,12 +93,14 @@ def route_away(self: VllmPolicy, request: RequestView, instances: Sequence[Insta
     return len(instances)
 
 
-def pools(**methods: Callable[..., object]) -> SplitwisePolicy:
-    """Splitwise with other methods."""
-    return type("BrokenPools", (SplitwisePolicy,), dict(methods))()
+def plan_pools(self: VllmPolicy, given: PlanningProblem) -> Plan:
+    """One card that prefills and two that decode, whichever hosts come first."""
+    roles: tuple[Role, ...] = ("prefill", "decode", "decode")
+    whole = (given.model.layers, (given.model.kv_heads,))
+    return Plan(tuple(InstancePlan((StagePlan((d,), *whole),), (), role) for d, role in enumerate(roles)))
 
 
-def handoff_to_nobody(self: SplitwisePolicy, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+def handoff_to_nobody(self: VllmPolicy, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
     """Counts from one."""
     return len(instances)
 
@@ -108,15 +109,15 @@ def handoff_in_turns() -> Callable[..., int]:
     """A round robin that remembers whose turn it is."""
     turns = count()
 
-    def handoff(self: SplitwisePolicy, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+    def handoff(self: VllmPolicy, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
         return next(turns) % len(instances)
 
     return handoff
 
 
-def handoff_in_order(self: SplitwisePolicy, request: RequestView, instances: list[InstanceLoad]) -> int:
+def handoff_in_order(self: VllmPolicy, request: RequestView, instances: list[InstanceLoad]) -> int:
     """Sorts what it was handed."""
-    instances.reverse()
+    instances.sort(key=lambda load: -load.index)
     return 0
 
 
@@ -126,15 +127,14 @@ def route_by_name(self: VllmPolicy, request: RequestView, instances: Sequence[In
 
 
 @pytest.mark.parametrize(("policy", "rule"), [
-    (pools(handoff=handoff_to_nobody), "handoff names an instance"),
-    (pools(handoff=handoff_in_turns()), "handoff is pure"),
-    (pools(handoff=handoff_in_order), "handoff leaves its arguments alone"),
+    (broken(plan=plan_pools, handoff=handoff_to_nobody), "handoff names an instance"),
+    (broken(plan=plan_pools, handoff=handoff_in_turns()), "handoff is pure"),
+    (broken(plan=plan_pools, handoff=handoff_in_order), "handoff leaves its arguments alone"),
 ])
-def test_broken_handoffs_are_caught(policy: SplitwisePolicy, rule: str) -> None:
+def test_broken_handoffs_are_caught(policy: VllmPolicy, rule: str) -> None:
     """Of policies whose plan has instances that only decode."""
-    given = problem(cluster(*[("a100-80gb", 1)] * 4), "llama2-13b", prompt=100, output=1500)
-    plan = SplitwisePolicy().plan(given)
-    assert sum(instance.role == "decode" for instance in plan.instances) > 1
+    given = problem(cluster(*[("a100-80gb", 1)] * 3), "llama2-13b")
+    check_policy(broken(plan=plan_pools), given, rounds=3)
     with pytest.raises(ConformanceError, match=rf"rule broken: {rule}"):
         check_policy(policy, given, rounds=3)
 
