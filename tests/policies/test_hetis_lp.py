@@ -47,7 +47,8 @@ def one_by_one(context: AttentionContext, load: Load, items: list[tuple[int, int
 def test_rounding_stays_within_its_bound_of_the_optimum(case: Case, second: int) -> None:
     """Two requests on one stage: program <= best in whole groups <= rounded <= program + bound.
 
-    The bound is the cost of two KV groups of the longer request at the position where they cost most.
+    The bound is the cost of two KV groups of the longer request at the position where they cost most; of
+    workers behind one interface each may be off by as much, and all wait for it.
     """
     context, load, first = case
     load = used_load(load)
@@ -63,7 +64,8 @@ def test_rounding_stays_within_its_bound_of_the_optimum(case: Case, second: int)
     stage = context.stages[0]
     longest = max(first, second)
     dearest = max([rank.a + rank.b * longest for rank in stage.local]
-                  + [remote.a + remote.b * longest + remote.wire for remote in stage.remote])
+                  + [remote.a + remote.b * longest + remote.wire * (len(stage.shared) if remote.shared else 1)
+                     for remote in stage.remote])
     tolerance = 1e-6 * best
     assert spread.time <= best + tolerance
     assert best <= time + tolerance
