@@ -263,7 +263,7 @@ class Engine:
         """Take over a request that was prefilled elsewhere; its cache is here."""
         lane = min(self.lanes, key=lambda lane: (lane.load, lane.index))
         state.shape, state.held_blocks, state.cached_tokens = held.shape, held.blocks, held.tokens
-        state.remote_share = held.shape.remote_share
+        state.remote_share = self.books.shapes.remote_share(held.shape, held.tokens)
         state.instance, state.lane = self.index, lane.index
         self.active[state.request_id] = state
         lane.prefilling += 1

@@ -158,7 +158,7 @@ class Recorder:
             preemptions: times it lost its cache or had it swapped out.
             moves: times its heads changed device.
             moved_bytes: cache moved by those moves.
-            remote_share: share of its heads on attention workers, averaged over its decoding.
+            remote_share: share of its cache that attention workers hold, after its last placement or move.
 
         Raises:
             SpecError: an unknown status.

@@ -11,17 +11,21 @@ from hypothesis import strategies as st
 from policy_worlds import BLOCK, cluster, instance, paper, problem, view_of
 
 from hetis_sim.metrics.checks import record_violations
+from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.bundles import FREE_SHARE
-from hetis_sim.policies.check import check_policy
+from hetis_sim.policies.check import ConformanceError, check_policy
 from hetis_sim.policies.infinite import InfinitePolicy, InfiniteSettings
 from hetis_sim.policies.layout import gpu_types
 from hetis_sim.policies.lending import LendingEstimator
-from hetis_sim.policies.plan import InstancePlan
-from hetis_sim.policies.ranges import AnyPlacement, TokenSplit
+from hetis_sim.policies.plan import InstancePlan, Plan, StagePlan
+from hetis_sim.policies.ranges import AnyPlacement, TokenSplit, token_split
 from hetis_sim.policies.search import LayoutSearch
 from hetis_sim.policies.view import InstanceView, PositionCost, RequestView
 from hetis_sim.run import simulate
+from hetis_sim.spec.cluster import ClusterSpec, HostSpec
 from hetis_sim.spec.errors import InfeasibleError, SpecError
+from hetis_sim.spec.gpus import gpu
+from hetis_sim.spec.links import link
 
 CLUSTERS = {
     "paper": paper(),
@@ -61,6 +65,52 @@ def test_it_conforms(where: str, model: str) -> None:
     assert 0 < report.placed <= report.dispatched
     if any(each.attention_workers for each in report.plan.instances):
         assert report.moves > 0
+
+
+MIXED_HOST = ClusterSpec("test", (HostSpec((gpu("a100-80gb"),) * 2 + (gpu("t4"),) * 2, link("pcie4x16")),),
+                         link("ethernet-100g"))
+
+
+class Lender(InfinitePolicy):
+    """Two primaries and two creditors."""
+
+    def plan(self, given: PlanningProblem) -> Plan:
+        return Plan((InstancePlan((StagePlan((0, 1), 80, (4, 4)),), (2, 3)),))
+
+
+class Unannounced(Lender):
+    """Gives out ranges without saying so."""
+
+    splits_tokens = False
+
+
+class Everything(Lender):
+    """Lends all whole blocks of a context, its last token too where that ends one."""
+
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> Sequence[AnyPlacement]:
+        placed = super().dispatch(requests, view)
+        others = [0] * (len(view.plan.positions) - view.plan.stages[0].tp - 1)
+        rows = [[*[0] * view.plan.stages[0].tp, request.context_tokens // view.block_tokens, *others]
+                for request in requests[:len(placed)]]
+        return [token_split(view.plan.local_placement, row) for row in rows]
+
+
+class TailTwice(Lender):
+    """Gives a range to whoever has the tail."""
+
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> Sequence[AnyPlacement]:
+        ranges = (*[1] * view.plan.stages[0].tp, *[0] * (len(view.plan.positions) - view.plan.stages[0].tp))
+        return [TokenSplit(view.plan.local_placement, ranges)] * len(super().dispatch(requests, view))
+
+
+@pytest.mark.parametrize(("policy", "rule"), [
+    (Unannounced(), "splits_tokens says that there are ranges"), (Everything(), "leaves a token to the tail"),
+    (TailTwice(), "gives ranges that keep the rules"),
+], ids=lambda value: value if isinstance(value, str) else "")
+def test_broken_ranges_are_caught(policy: InfinitePolicy, rule: str) -> None:
+    """The conformance check names the rule."""
+    with pytest.raises(ConformanceError, match=rf"rule broken: .*{rule}"):
+        check_policy(policy, problem(MIXED_HOST), rounds=40)
 
 
 def test_weaker_cards_are_creditors_and_only_where_that_serves_more() -> None:
