@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
+from math import inf
 
 import numpy as np
 import pytest
@@ -14,20 +15,29 @@ from hypothesis import strategies as st
 from policy_worlds import cluster, paper, problem
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import maximum_flow
+from support import TINY
 
+from hetis_sim.cost import RooflineCost
+from hetis_sim.cost.roofline import HostOverhead
+from hetis_sim.policies.base import EngineLimits, PlanningProblem
 from hetis_sim.policies.check import check_policy
 from hetis_sim.policies.helix.chain import chain
 from hetis_sim.policies.helix.flow import Placed, connections, largest_flow
 from hetis_sim.policies.helix.heuristics import HEURISTICS, Ranges, even_split
+from hetis_sim.policies.helix.milp import Budget
 from hetis_sim.policies.helix.policy import HelixPolicy
-from hetis_sim.policies.helix.program import Budget, PlacementProgram
+from hetis_sim.policies.helix.program import LinkedProgram, PlacementProgram
 from hetis_sim.policies.helix.settings import HelixSettings
 from hetis_sim.policies.helix.sites import SiteKind
-from hetis_sim.policies.plan import SINK, SOURCE, MeshEdge, MeshNode, MeshPlan
+from hetis_sim.policies.memory import stage_weight_bytes
+from hetis_sim.policies.plan import SINK, SOURCE, MeshEdge, MeshNode, MeshPlan, StagePlan
 from hetis_sim.policies.registry import make_policy
 from hetis_sim.policies.view import MeshView, RequestView
+from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.errors import SpecError
+from hetis_sim.spec.gpus import gpu
 
+TOLERANCE = 1e-4  # HiGHS takes 0.999999 for whole
 EXACT = Budget(nodes=1 << 20, gap=0.0, time_s=60.0)
 
 
@@ -43,8 +53,8 @@ def kinds_of(*given_: tuple[int, Sequence[float]]) -> list[SiteKind]:
 
 @st.composite
 def small_clusters(draw: st.DrawFn) -> tuple[list[SiteKind], int]:
-    """Up to four nodes of two kinds for a model of up to five layers; rates fall with layers."""
-    layers = draw(st.integers(2, 5))
+    """Up to four nodes of two kinds for a model of up to four layers; rates fall with layers."""
+    layers = draw(st.integers(2, 4))
     kinds = []
     for _ in range(draw(st.integers(1, 2))):
         most = draw(st.integers(1, layers))
@@ -54,12 +64,15 @@ def small_clusters(draw: st.DrawFn) -> tuple[list[SiteKind], int]:
     return kinds_of(*kinds), layers
 
 
-def flow_of(kinds: Sequence[SiteKind], ranges: Ranges, layers: int, partial: bool) -> float:
-    """Flow of a placement without limits on links."""
+def flow_of(kinds: Sequence[SiteKind], ranges: Ranges, layers: int, partial: bool,
+            link_rate: Callable[[int, int], float] = lambda i, j: inf) -> float:
+    """Flow of a placement, by default without limits on links."""
     sites = [kind for kind in kinds for _ in kind.groups]
     nodes = [Placed(n, item[0], item[1], sites[n].rates[item[1] - 1])
              for n, item in enumerate(ranges) if item is not None]
-    return largest_flow(nodes, connections(nodes, layers, partial), lambda i, j: float("inf"))[0]
+    rate = link_rate
+    return largest_flow(nodes, connections(nodes, layers, partial),
+                        lambda i, j: rate(nodes[i].site, nodes[j].site))[0]
 
 
 def all_ranges(kinds: Sequence[SiteKind], layers: int) -> Iterator[Ranges]:
@@ -75,11 +88,52 @@ def test_the_program_finds_what_brute_force_finds(case: tuple[list[SiteKind], in
     """Its optimum, its bound and the flow of its placement are the best flow of all placements."""
     kinds, layers = case
     best = max(flow_of(kinds, ranges, layers, partial) for ranges in all_ranges(kinds, layers))
-    found = PlacementProgram(kinds, layers, partial).solve(EXACT)
+    program = PlacementProgram(kinds, layers, partial)
+    assert program.columns(kinds, layers, partial) == program._milp.columns
+    found = program.solve(EXACT)
     assert found.stopped == "optimal"
-    assert found.bound == pytest.approx(best, abs=1e-6 * max(1.0, best))
+    assert found.bound == pytest.approx(best, rel=TOLERANCE, abs=TOLERANCE)
     assert found.ranges is not None
-    assert flow_of(kinds, found.ranges, layers, partial) == pytest.approx(best, abs=1e-6 * max(1.0, best))
+    assert flow_of(kinds, found.ranges, layers, partial) == pytest.approx(best, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@settings(max_examples=15)
+@given(small_clusters(), st.booleans(), st.lists(st.integers(1, 40), min_size=16, max_size=16))
+def test_the_program_with_links_finds_what_brute_force_finds(case: tuple[list[SiteKind], int], partial: bool,
+                                                             links: list[int]) -> None:
+    """The same where links of every strength lie between the nodes."""
+    kinds, layers = case
+
+    def rate(i: int, j: int) -> float:
+        return float(links[4 * i + j])
+
+    best = max(flow_of(kinds, ranges, layers, partial, rate) for ranges in all_ranges(kinds, layers))
+    program = LinkedProgram(kinds, layers, partial, rate)
+    assert program.columns(kinds, layers) == program._milp.columns
+    found = program.solve(EXACT)
+    assert found.stopped == "optimal"
+    assert found.bound == pytest.approx(best, rel=TOLERANCE, abs=TOLERANCE)
+    assert found.ranges is not None
+    flow = flow_of(kinds, found.ranges, layers, partial, rate)
+    assert flow == pytest.approx(best, rel=TOLERANCE, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_links_count_where_they_are_slow(slow: bool) -> None:
+    """Three cards that hold half the model each; where two of them have a slow link, the third one helps."""
+    stage = StagePlan((0,), 1, (TINY.kv_heads,))
+    share = 3.5 * stage_weight_bytes(TINY, stage, 0, False, False) / gpu("l4").memory_bytes
+    spec = cluster(("l4", 1), ("l4", 1), ("l4", 1))
+    if slow:
+        spec = replace(spec, host_links=((0, 1, LinkSpec("wire", 1e5, 1e-4)),))
+    cost = RooflineCost(host=HostOverhead(2e-3, 2e-5))
+    given_ = PlanningProblem(spec, TINY, cost, EngineLimits(), 100, 100)
+    plan = HelixPolicy(HelixSettings(weights_share=share, milp_gap=0.0)).plan(given_)
+    assert plan.search["solver"] == "optimal"
+    assert plan.search["bound"] == pytest.approx(plan.search["flow"], rel=TOLERANCE)
+    if slow:
+        assert plan.search["placement"] == "milp"
+        assert plan.search["flow"] > 2 * plan.search["chain"]
 
 
 @settings(max_examples=40)

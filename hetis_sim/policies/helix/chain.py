@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hetis_sim.policies.helix.flow import Range
 from hetis_sim.policies.helix.heuristics import Ranges
-from hetis_sim.policies.helix.sites import SiteKind
+from hetis_sim.policies.helix.sites import SiteKind, rate_bound
 
 STATES_MOST = 20_000
 """Combinations of numbers of nodes; where there would be more, nodes are counted in bundles."""
@@ -53,8 +53,7 @@ class _ChainSearch:
         if best is None:
             return None
         low = self._flow(best)
-        high = sum(len(kind.groups) * max(rate * (k + 1) for k, rate in enumerate(kind.rates))
-                   for kind in self._kinds) / self._layers
+        high = rate_bound(self._kinds, self._layers)
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
             found = self._stages(middle)

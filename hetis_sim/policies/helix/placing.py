@@ -10,9 +10,10 @@ from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.helix.chain import chain
 from hetis_sim.policies.helix.flow import EdgeFlows, Placed, connections, largest_flow
 from hetis_sim.policies.helix.heuristics import HEURISTICS, Ranges
-from hetis_sim.policies.helix.program import Budget, PlacementProgram
+from hetis_sim.policies.helix.milp import Budget
+from hetis_sim.policies.helix.program import LinkedProgram, PlacementProgram
 from hetis_sim.policies.helix.settings import HelixSettings
-from hetis_sim.policies.helix.sites import SiteKind, site_kinds
+from hetis_sim.policies.helix.sites import SiteKind, rate_bound, site_kinds
 from hetis_sim.policies.plan import SINK, SOURCE, MeshEdge, MeshNode, MeshPlan, even_groups
 from hetis_sim.spec.errors import InfeasibleError
 
@@ -83,23 +84,36 @@ class Placing:
         """What the solver makes of the best start, if there is something to gain."""
         settings = self._settings
         best = max(starts, key=lambda candidate: candidate.flow)
-        bound = sum(len(kind.groups) * max(rate * (k + 1) for k, rate in enumerate(kind.rates))
-                    for kind in self._kinds) / self._layers
+        bound = rate_bound(self._kinds, self._layers)
         self.search["solver"] = "not needed"
         if best.flow < (1.0 - settings.milp_gap) * bound:
-            program = PlacementProgram(self._kinds, self._layers, settings.partial_inference)
-            self.search |= {"solver": "program too large", "variables": program.columns}
-            if program.columns > settings.milp_columns:
+            program, columns = self._program(bound)
+            self.search |= {"solver": "program too large", "variables": columns}
+            if columns > settings.milp_columns:
                 self.search |= {"placement": best.name, "bound": bound}
                 return best
             budget = Budget(settings.milp_nodes, settings.milp_gap, settings.milp_time_s)
-            result = program.solve(budget, self._ranges(best))
+            result = program().solve(budget, self._ranges(best))
             bound = min(bound, result.bound)
             self.search["solver"] = result.stopped
             if result.ranges is not None:
                 best = max(best, self._evaluate("milp", result.ranges), key=lambda candidate: candidate.flow)
         self.search |= {"placement": best.name, "bound": bound}
         return best
+
+    def _program(self, bound: float) -> tuple[Callable[[], PlacementProgram | LinkedProgram], int]:
+        """How to make the program, and its variables.
+
+        It is the small one, or the one with links where some link carries less than a flow could be.
+        """
+        kinds, layers, partial = self._kinds, self._layers, self._settings.partial_inference
+        sites = range(len(self._groups))
+        slowest = min((self._site_link_rate(i, j) for i in sites for j in sites if i != j), default=bound)
+        if slowest >= bound:
+            return (lambda: PlacementProgram(kinds, layers, partial),
+                    PlacementProgram.columns(kinds, layers, partial))
+        return (lambda: LinkedProgram(kinds, layers, partial, self._site_link_rate),
+                LinkedProgram.columns(kinds, layers))
 
     def _ranges(self, candidate: Candidate) -> Ranges:
         held = {node.site: (node.first, node.layers) for node in candidate.nodes}
@@ -112,7 +126,8 @@ class Placing:
         pairs = connections(nodes, self._layers, partial)
         if name == "separate":
             pairs = [pair for pair in pairs if self._together(nodes, pair)]
-        flow, flows = largest_flow(nodes, pairs, lambda i, j: self._link_rate(nodes[i], nodes[j]))
+        rate = self._site_link_rate
+        flow, flows = largest_flow(nodes, pairs, lambda i, j: rate(nodes[i].site, nodes[j].site))
         return Candidate(name, nodes, flow, flows)
 
     def _together(self, nodes: Sequence[Placed], pair: tuple[int, int]) -> bool:
@@ -125,10 +140,10 @@ class Placing:
             return True
         return j == i + 1 and self._site_kinds[nodes[i].site] is self._site_kinds[nodes[j].site]
 
-    def _link_rate(self, source: Placed, target: Placed) -> float:
-        """Tokens per second that the link between two nodes carries."""
+    def _site_link_rate(self, source: int, target: int) -> float:
+        """Tokens per second that the link between two candidate nodes carries."""
         problem = self.problem
-        link = problem.cluster.link(self._groups[source.site][-1], self._groups[target.site][0])
+        link = problem.cluster.link(self._groups[source][-1], self._groups[target][0])
         return 1.0 / (problem.cost.transfer(link).gamma_s_per_byte * self._activation_bytes)
 
     def mesh(self, found: Candidate) -> MeshPlan:

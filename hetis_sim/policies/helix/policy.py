@@ -23,10 +23,11 @@ class HelixPolicy(Policy):
     of the edges as weights, by tokens. A node whose cache is expected to fill beyond a mark is left out;
     where no path is open, requests wait. Nodes compute whole prompts and single tokens in turns.
 
-    Ours: the program is smaller and better started (:mod:`.program`, :mod:`.chain`), HiGHS solves it;
-    rates come from this project's cost model; a node that holds nothing is open whatever the mark; a
-    request that finds no cache for its next token has a victim's cache taken away, which is then computed
-    again (there, it is swapped to host memory).
+    Ours: the program is smaller and better started (:mod:`.program`, :mod:`.chain`); HiGHS solves it
+    where it is small enough, and else the best start is the plan; rates come from this project's cost
+    model; a node that holds nothing is open whatever the mark; a request that finds no cache for its next
+    token has a victim's cache taken away, which is then computed again (there, it is swapped to host
+    memory).
     """
 
     name: ClassVar[str] = "helix"

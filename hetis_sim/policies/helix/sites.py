@@ -46,6 +46,15 @@ class SiteKind:
         return len(self.rates)
 
 
+def rate_bound(kinds: Sequence[SiteKind], layers: int) -> float:
+    """Tokens per second that no placement exceeds: all nodes at their best, nothing lost to links or fit.
+
+    The source stops its search near this bound, too.
+    """
+    return sum(len(kind.groups) * max(rate * (k + 1) for k, rate in enumerate(kind.rates))
+               for kind in kinds) / layers
+
+
 def site_kinds(problem: PlanningProblem, high_water: float, weights_share: float,
                tp_max: int) -> tuple[SiteKind, ...]:
     """All kinds of candidate nodes, high-end first, that together hold the model.
