@@ -94,7 +94,8 @@ def test_an_empty_recorder_has_empty_tables() -> None:
     """Nothing recorded gives tables of no rows with all columns."""
     recorder = Recorder(devices=["a"], capacity_bytes=[1.0])
     assert len(recorder.requests()) == len(recorder.steps()) == len(recorder.transfers()) == 0
-    assert list(recorder.samples().columns) == ["now_s", "running", "waiting", "used_bytes_0", "busy_s_0"]
+    assert list(recorder.samples().columns) == ["now_s", "running", "waiting", "used_bytes_0", "busy_s_0",
+                                                 "heads_0"]
 
 
 def test_recording_goes_on_after_a_look_at_the_tables() -> None:

@@ -143,7 +143,7 @@ class ReportRun:
         return np.array([row["capacity_bytes"] for row in self.summary["devices"]], dtype=np.float64)
 
     def samples(self, column: str) -> Floats:
-        """``used_bytes`` or ``busy_s`` over time: samples x devices."""
+        """``used_bytes``, ``busy_s`` or ``heads`` over time: samples x devices."""
         frame = self.run.samples
         columns = [np.asarray(frame[f"{column}_{i}"], dtype=np.float64) for i in range(len(self.devices))]
         return np.stack(columns, axis=1) if columns else np.zeros((len(frame), 0))

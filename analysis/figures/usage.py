@@ -25,8 +25,8 @@ def device_charts(run: ReportRun) -> list[Chart]:
     now_s = np.asarray(run.run.samples["now_s"], dtype=np.float64)
     used = held_average(now_s, run.samples("used_bytes"), edges)
     charts: list[Chart] = [_kv_lines(run, used, edges)]
-    charts += [chart for chart in (_head_map(run, used, edges), _kv_map(run, used,
-                                                                        edges)) if chart is not None]
+    charts += [chart for chart in (_head_map(run, now_s, edges), _kv_map(run, used, edges))
+               if chart is not None]
     busy = run.samples("busy_s")
     if busy.any():
         charts.append(_busy_map(run, growth_rate(now_s, paced(now_s, busy), edges), edges))
@@ -81,19 +81,21 @@ def _kv_lines(run: ReportRun, used: Floats, edges: Floats) -> XYChart:
                    rules=window_rules(run))
 
 
-def _head_map(run: ReportRun, used: Floats, edges: Floats) -> HeatMap | None:
-    """Cached heads by device: shares of all cache in use, for a unit of cache is the same everywhere."""
-    total = used.sum(axis=1, keepdims=True)
+def _head_map(run: ReportRun, now_s: Floats, edges: Floats) -> HeatMap | None:
+    """Heads by device as counted; where nobody counted them, by the cache that they take."""
+    counted = "heads_0" in run.run.samples and bool(np.isfinite(run.samples("heads")).all())
+    held = held_average(now_s, run.samples("heads" if counted else "used_bytes"), edges)
+    total = held.sum(axis=1, keepdims=True)
     if not total.any():
         return None
-    share = np.divide(used, total, out=np.full_like(used, np.nan), where=total > 0)
+    share = np.divide(held, total, out=np.full_like(held, np.nan), where=total > 0)
+    what = ("all heads of running requests, counted in each layer" if counted
+            else "all cached (token, layer, KV head) entries")
     return _map(run, "heads", "Heads on devices over time",
-                "Where the heads are: share of all cached (token, layer, KV head) entries that each device "
-                "holds. A "
-                "column sums to one; colours go by the square root, so that small shares are seen. Averages "
-                "over "
-                "stretches of time, grey where nothing was cached.",
-                share, edges, Axis("share of cached heads", low=0.0), None, root=True)
+                f"Where the heads are: share of {what}, that each device holds. A column sums to one; "
+                "colours go by the square root, so that small shares are seen. Averages over stretches of "
+                "time, grey where nothing was cached.",
+                share, edges, Axis("share of heads", low=0.0), None, root=True)
 
 
 def _kv_map(run: ReportRun, used: Floats, edges: Floats) -> HeatMap:

@@ -6,7 +6,7 @@ has ended. Times are arguments; nothing here waits, computes tensors or reads a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.engine import Engine
@@ -146,6 +146,14 @@ class Controller:
         for engine in self.engines:
             engine.sync()
         return [(engine.plan.devices, engine.books.ledger) for engine in self.engines]
+
+    def heads(self) -> Iterator[tuple[int, int]]:
+        """Devices and query heads times layers in their cache; one that is split by tokens counts twice."""
+        heads_per_group = self.model.heads_per_group
+        for engine in self.engines:
+            for position, groups in zip(engine.plan.positions, engine.loads.held(), strict=True):
+                if groups:
+                    yield position.device, groups * position.layers * heads_per_group
 
     @property
     def changes(self) -> int:

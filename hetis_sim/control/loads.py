@@ -46,6 +46,13 @@ class Loads:
             groups, tokens = self.groups.sum(axis=0), self.base.sum(axis=0) + self.issued @ self.groups
         return (groups + self.still.sum(axis=0) if self.ranged else groups), tokens
 
+    def held(self) -> list[int]:
+        """Groups per position, of everything that holds cache."""
+        groups = self.groups.sum(axis=0)
+        if self.ranged:
+            groups += self.still.sum(axis=0)
+        return list(map(add, groups.tolist(), self.extra_groups))
+
     def total(self) -> tuple[list[int], list[int]]:
         """Groups and group-tokens per position, of everything that holds cache."""
         groups, tokens = self.decoding()

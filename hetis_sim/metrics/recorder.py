@@ -173,17 +173,25 @@ class Recorder:
             self._mark_s.append(finish_s)
             self._mark_bytes.append(len(self._itl))
 
-    def sample(self, now_s: float, running: int, waiting: int, used_bytes: Sequence[float]) -> None:
-        """Look at the system: requests running and waiting, cache in use on every device.
+    def sample(self, now_s: float, running: int, waiting: int, used_bytes: Sequence[float],
+               heads: Sequence[float] = ()) -> None:
+        """Look at the system: requests running and waiting, cache in use and heads on every device.
 
         At most one look is kept in each interval of a grid over the run's own time. The grid
         starts at 1/128 s and doubles whenever more than 4000 looks are held, so what is kept
         depends on nothing but the times of the calls.
+
+        Args:
+            now_s: seconds since the start of the run.
+            running, waiting: requests.
+            used_bytes: per device.
+            heads: per device, averaged over the layers of the model; empty where nobody counts them.
         """
         if now_s < self.next_sample_s:
             return
         samples = self._samples
-        samples.extend([now_s, running, waiting, *used_bytes, *self.busy_s])
+        samples.extend([now_s, running, waiting, *used_bytes, *self.busy_s,
+                        *(heads or [math.nan] * len(self.devices))])
         if len(samples) > SAMPLES_MAX * self._sample_width:
             self._thin_samples()
         self.next_sample_s = (math.floor(now_s / self._interval_s) + 1) * self._interval_s
@@ -202,7 +210,7 @@ class Recorder:
 
     @property
     def _sample_width(self) -> int:
-        return 3 + 2 * len(self.devices)
+        return 3 + 3 * len(self.devices)
 
     def _thin_samples(self) -> None:
         rows = np.array(self._samples).reshape(-1, self._sample_width)
@@ -240,6 +248,7 @@ class Recorder:
                    "waiting": rows[:, 2].astype(np.int64)}
         columns |= {f"used_bytes_{i}": rows[:, 3 + i] for i in ids}
         columns |= {f"busy_s_{i}": rows[:, 3 + len(ids) + i] for i in ids}
+        columns |= {f"heads_{i}": rows[:, 3 + 2 * len(ids) + i] for i in ids}
         return Table({name: np.ascontiguousarray(values) for name, values in columns.items()})
 
     def _segments(self) -> Segments:
@@ -266,7 +275,8 @@ class Recorder:
     def samples(self) -> pd.DataFrame:
         """State of the system over time: at most 4000 rows.
 
-        ``used_bytes_i`` is the cache in use on device i, ``busy_s_i`` its seconds of work so far.
+        ``used_bytes_i`` is the cache in use on device i, ``busy_s_i`` its seconds of work so far,
+        ``heads_i`` the query heads that it holds, averaged over the layers of the model.
         """
         return self._sample_table().to_pandas()
 

@@ -11,7 +11,7 @@ from hetis_sim.metrics.summary import Summary
 Row = tuple[str, ...]
 
 LATENCY_HEADER: Row = ("latency", "mean [95 %]", "p50", "p90", "p95 [95 %]", "p99", "n")
-DEVICE_HEADER: Row = ("device", "role", "KV mean", "KV max", "busy")
+DEVICE_HEADER: Row = ("device", "role", "KV mean", "KV max", "busy", "heads")
 DEVICE_LINES_MAX = 24
 UNBOUNDED = "?"
 
@@ -106,11 +106,12 @@ def device_rows(summary: Mapping[str, Any]) -> list[Row]:
 
 def _use_texts(devices: Sequence[Mapping[str, Any]]) -> Row:
     def mean(name: str) -> float | None:
-        values = [device[name] for device in devices if device[name] is not None]
+        values = [device[name] for device in devices if device.get(name) is not None]
         return sum(values) / len(values) if values else None
 
     peaks = [device["kv_used_max"] for device in devices if device["kv_used_max"] is not None]
-    return _percent(mean("kv_used_mean")), _percent(max(peaks, default=None)), _percent(mean("busy_share"))
+    return (_percent(mean("kv_used_mean")), _percent(max(peaks, default=None)), _percent(mean("busy_share")),
+            _number(mean("heads_mean")))
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:

@@ -32,6 +32,8 @@ class DeviceUse:
         busy_s: time in which it computed.
         busy_share: of the window.
         busy_whole_run_s: the same from the start of the run to its end.
+        heads_mean: query heads held, averaged over the layers of the model and over time; nan where
+            nobody counted them.
     """
 
     device: int
@@ -44,6 +46,7 @@ class DeviceUse:
     busy_s: float
     busy_share: float
     busy_whole_run_s: float
+    heads_mean: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +89,8 @@ def device_use(records: Records, roles: Sequence[str], window: Window,
         rows.append(DeviceUse(
             device, label, roles[device] if roles else "", capacity, peak,
             _ratio(_weighted_mean(used, weights), capacity), _ratio(peak, capacity), busy_s,
-            _ratio(busy_s, window.duration_s), records.busy_s[device]))
+            _ratio(busy_s, window.duration_s), records.busy_s[device],
+            _heads_mean(records, device, weights)))
     return tuple(rows)
 
 
@@ -109,6 +113,12 @@ def _held_s(now_s: Floats, window: Window) -> Floats:
 
 def _weighted_mean(values: Floats, weights: Floats) -> float:
     return float(values @ weights / weights.sum()) if weights.sum() > 0 else math.nan
+
+
+def _heads_mean(records: Records, device: int, weights: Floats) -> float:
+    """Folders of earlier versions hold no counts."""
+    name = f"heads_{device}"
+    return _weighted_mean(records.samples[name], weights) if name in records.samples.columns else math.nan
 
 
 def _busy_s(records: Records, device: int, window: Window, whole: Window) -> float:

@@ -214,7 +214,16 @@ class Simulation:
                 used[device] = units * size
         running, waiting = self.controller.in_system()
         self._record_busy()
-        self.recorder.sample(now, running, waiting, used)
+        self.recorder.sample(now, running, waiting, used, self._heads())
+
+    def _heads(self) -> list[float]:
+        """Query heads on every device, averaged over the layers; the nodes of a mesh are not counted."""
+        if isinstance(self.controller, MeshController):
+            return []
+        heads = [0] * len(self.given.cluster.devices)
+        for device, count in self.controller.heads():
+            heads[device] += count
+        return [count / self.given.model.layers for count in heads]
 
     def _record_peaks(self) -> None:
         """The most cache that each device has held."""
