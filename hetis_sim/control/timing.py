@@ -8,7 +8,6 @@ of a stage is a fixed part plus the upper envelope of a few lines.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from hetis_sim.control.envelope import Line
@@ -45,8 +44,7 @@ class DecodeLines(NamedTuple):
 NO_LINES = StageLines((), (), ())
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class FixedParts:
+class FixedParts(NamedTuple):
     """Parts of a step that depend on its tokens alone, in seconds.
 
     Attributes:
@@ -62,8 +60,7 @@ class FixedParts:
     total_hop_s: float
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StepTiming:
+class StepTiming(NamedTuple):
     """A step of one iteration or, with lines, of any number.
 
     Attributes:
@@ -98,6 +95,10 @@ def dense_share(model: ModelSpec, owned: int, tp: int) -> float:
     """Dense work of a rank over that of an equal share: it projects for the heads that it owns."""
     projections = model.projection_flops_per_token_per_layer / model.dense_flops_per_token_per_layer
     return 1.0 + projections * (owned * tp / model.kv_heads - 1.0)
+
+
+_WorkFacts = tuple[int, int, float, float, float]
+"""Position of an attention worker, layers, and its costs a, b and c of a group."""
 
 
 class InstanceTimer:
@@ -136,6 +137,8 @@ class InstanceTimer:
         self._worker_positions = [[p.index for p in plan.positions if p.device == device]
                                   for device in plan.attention_workers]
         self._remote_positions = [p.index for p in plan.positions if p.remote]
+        self._worker_facts = [[self._work_facts(plan.positions[p]) for p in worker]
+                              for worker in self._worker_positions]
         self._stage_positions = [[self._line_facts(plan.positions[p]) for p in indices]
                                  for indices in plan.stage_positions]
         self._no_waits = [0.0] * len(self.costs)
@@ -150,6 +153,10 @@ class InstanceTimer:
         cost = self.costs[p.index]
         return (p.index, p.remote, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s,
                 cost.wire_s_per_group / max(1, cost.wire_sharers), cost.wire_fixed_s, cost.wire_sharers > 0)
+
+    def _work_facts(self, p: Position) -> _WorkFacts:
+        cost = self.costs[p.index]
+        return p.index, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s
 
     def fixed_parts(self, tokens: int, sequences: int) -> FixedParts:
         """Host, dense, collectives and hops for ``tokens``, of which ``sequences`` are sampled."""
@@ -249,7 +256,7 @@ class InstanceTimer:
                     lines[is_remote][layers * start, layers * b * g] = None  # equal lines count once
             local, others = tuple(lines[0]), tuple(lines[1])
             stages.append(StageLines(local, others, local + others))
-        work = [self._work(worker, groups, base) for worker in self._worker_positions] if remote else []
+        work = [_work(worker, groups, base) for worker in self._worker_facts] if remote else []
         return DecodeLines(tuple(stages), tuple(work))
 
     def _ranged_lines(self, lane: Lane, loads: Loads) -> DecodeLines:
@@ -257,18 +264,6 @@ class InstanceTimer:
         waits = self._waits(loads) if len(self.plan.stages) > 1 else self._no_waits
         stages, workers = ranged_lines(self.plan, self.costs, lane.index, loads, waits)
         return DecodeLines(tuple([StageLines(*lines) for lines in stages]), workers)
-
-    def _work(self, worker: list[int], groups: list[int], base: list[int]) -> Line:
-        """Line of the seconds that an attention worker computes in an iteration, over all stages."""
-        start = slope = 0.0
-        for p in worker:
-            g = groups[p]
-            if g:
-                cost, layers = self.costs[p], self.plan.positions[p].layers
-                reading = cost.b_s_per_group_token * (base[p] + g)
-                start += layers * (cost.a_s_per_group * g + reading + cost.c_s)
-                slope += layers * cost.b_s_per_group_token * g
-        return start, slope
 
     def _waits(self, loads: Loads) -> list[float]:
         """Per position, the average jobs of the other stages on the same attention worker."""
@@ -286,3 +281,14 @@ class InstanceTimer:
             for p, job in zip(worker, jobs, strict=True):
                 waits[p] = total - job
         return waits
+
+
+def _work(worker: Sequence[_WorkFacts], groups: Sequence[int], base: Sequence[int]) -> Line:
+    """Line of the seconds that an attention worker computes in an iteration, over all stages."""
+    start = slope = 0.0
+    for p, layers, a, b, c in worker:
+        g = groups[p]
+        if g:
+            start += layers * (a * g + b * (base[p] + g) + c)
+            slope += layers * b * g
+    return start, slope

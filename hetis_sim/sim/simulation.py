@@ -236,4 +236,5 @@ class Simulation:
         busy_s = self.recorder.busy_s
         for instance in self.instances:
             for device, seconds in instance.busy(self.clock.now):
-                busy_s[device] = max(busy_s[device], seconds)
+                if seconds > busy_s[device]:  # rounding must not take time back
+                    busy_s[device] = seconds
