@@ -27,6 +27,7 @@ class SplitwiseSettings:
             a decode instance has a card of a higher-end kind than some prefill instance (ours).
         share_kinds: whether prefill and decode pool may have cards of one kind. Without, they do where
             nothing else serves the model, which is how Hetis' evaluation describes its Splitwise (ours).
+        mixing: whether instances of either pool do the other's work when it has too much.
         queue_tokens: prompt tokens at an instance from which its queue counts as long (the value of
             the source's simulator).
         reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
@@ -38,6 +39,7 @@ class SplitwiseSettings:
 
     high_end_bias: float = 0.25
     share_kinds: bool = True
+    mixing: bool = True
     queue_tokens: int = 8192
     reserve_fraction: float = 0.05
     preemption: str = "recompute"
@@ -48,6 +50,7 @@ class SplitwiseSettings:
         require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
         require_finite("policy.high_end_bias", self.high_end_bias, 0.0)
         require(isinstance(self.share_kinds, bool), "policy.share_kinds", self.share_kinds, "true or false")
+        require(isinstance(self.mixing, bool), "policy.mixing", self.mixing, "true or false")
         require_int("policy.queue_tokens", self.queue_tokens, 0, 1 << 30)
         require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
                 "one of recompute, swap")
@@ -77,10 +80,10 @@ class SplitwisePolicy(Policy):
     name: ClassVar[str] = "splitwise"
     settings_type: ClassVar[type] = SplitwiseSettings
     streams_handoff = True
-    mixes_pools = True
 
     def __init__(self, settings: SplitwiseSettings | None = None) -> None:
         self.settings = settings or SplitwiseSettings()
+        self.mixes_pools = self.settings.mixing
         self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
 
     def plan(self, problem: PlanningProblem) -> Plan:

@@ -204,6 +204,16 @@ def test_of_divisions_that_serve_the_load_the_quicker_is_better() -> None:
     assert search._score((("both", (1,)),) * 4) > search._score((("both", (4,)),))
 
 
+def test_decoding_on_higher_end_cards_must_serve_more() -> None:
+    """The bias marks such a division down, and no other."""
+    given = problem(cluster(("a100-40gb", 2), ("l4", 2)), "llama2-7b")
+    plain, biased = (PoolSearch(given, PoolRules(True, bias), Effort(), 2000) for bias in (0.0, 0.25))
+    upright: Division = (("decode", (0, 2)), ("prefill", (2, 0)))
+    upside_down: Division = (("decode", (2, 0)), ("prefill", (0, 2)))
+    assert biased._score(upright) == plain._score(upright)
+    assert biased._score(upside_down) == pytest.approx(plain._score(upside_down) / 1.25, rel=1e-3)
+
+
 def test_a_bundle_gets_its_best_degrees() -> None:
     """Of all tensor-parallel degrees that divide the heads, by the estimate; remembered for equal hosts."""
     given = problem(cluster(("rtx3090", 2), ("rtx3090", 2)), "llama2-7b")

@@ -71,6 +71,8 @@ def test_prompts_do_not_overflow_to_where_they_would_come_later() -> None:
     slow = [load(replace(d, prompt_rate=10.0), d.devices[0]) for d in DECODES]
     busy = [load(PROMPTS[0], 0, 3000), load(PROMPTS[1], 1, 2500)]
     assert POLICY.route(request(0, 400), [*busy, *slow]) == 1
+    mixing = load(replace(DECODES[1], prompt_rate=10.0), 3, 0, 100, guests=1)
+    assert POLICY.route(request(0, 400), [*busy, slow[0], mixing]) == 1
 
 
 def test_all_queues_long_is_one_queue() -> None:
@@ -82,7 +84,7 @@ def test_all_queues_long_is_one_queue() -> None:
 
 def test_a_prompt_that_finds_an_empty_queue_is_never_sent_away() -> None:
     """However long it is."""
-    loads = [load(PROMPTS[0], 0), load(DECODES[0], 2)]
+    loads = [load(PROMPTS[0], 0), load(replace(DECODES[0], prompt_rate=4000.0), 2)]
     assert POLICY.route(request(0, 50_000), loads) == 0
 
 
@@ -124,6 +126,9 @@ def test_a_prompt_that_was_taken_in_decodes_there_without_a_transfer() -> None:
     computed = steps.prefill_tokens[steps.instance == 0].sum() / 1500
     assert 0 < computed < 30
     assert len(set(records.transfers["request_id"])) == computed
+    engine = simulation.controller.engines[1]
+    assert engine.guests, "those taken in are counted"
+    assert engine.load().guests == 0, "until they have ended"
 
 
 @pytest.mark.parametrize("preemption", ["recompute", "swap"])
@@ -146,8 +151,7 @@ def test_two_instances_serve_more_than_their_phases_apart() -> None:
     workload = [Request(n, 0.01 * n, 100, 300) for n in range(40)]
     ends = {}
     for mixes in (True, False):
-        policy = SplitwisePolicy()
-        policy.mixes_pools = mixes
+        policy = SplitwisePolicy(SplitwiseSettings(mixing=mixes))
         simulation = serve(policy, small(0.385), workload, plan=two_pools())
         assert_all_finished(simulation, 40)
         ends[mixes] = simulation.clock.now
@@ -160,7 +164,7 @@ def test_a_request_that_no_decoding_instance_can_hold_stays_in_the_prompt_pool()
     cards = replace(given.cluster.hosts[0].gpus[1], memory_bytes=int(16.4 * 2**30))
     host = replace(given.cluster.hosts[0], gpus=(given.cluster.hosts[0].gpus[0], cards))
     given = replace(given, cluster=replace(given.cluster, hosts=(host,)))
-    policy = SplitwisePolicy()
+    policy = SplitwisePolicy(SplitwiseSettings(reserve_fraction=0.9))  # asks for more room than there is
     simulation = serve(policy, given, [Request(0, 0.0, 3000, 50), Request(1, 0.0, 20, 5)], plan=two_pools())
     in_prompt_pool, in_decode_pool = simulation.controller.context_limits
     assert in_decode_pool < 3000 < in_prompt_pool
@@ -183,6 +187,7 @@ def test_prompts_are_for_high_end_cards(name: str) -> None:
 @pytest.mark.parametrize(("key", "value"), [
     ("high_end_bias", -0.1), ("high_end_bias", float("inf")), ("queue_tokens", -1), ("queue_tokens", 1.5),
     ("reserve_fraction", 0.95), ("preemption", "drop"), ("evaluations", 0), ("seed", -1), ("seed", True),
+    ("mixing", 1),
 ])
 def test_settings_out_of_range_are_refused_by_name(key: str, value: object) -> None:
     """With what is allowed."""
