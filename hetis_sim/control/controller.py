@@ -13,7 +13,7 @@ from hetis_sim.control.engine import Engine
 from hetis_sim.control.handoff import Handoffs
 from hetis_sim.control.ledger import KvLedger
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.state import RequestState, Status, rejected
+from hetis_sim.control.state import RequestState, rejected, stations
 from hetis_sim.control.step import Outcome, Step, Transfer
 from hetis_sim.control.swap import HostMemory
 from hetis_sim.control.timing import InstanceTimer
@@ -167,11 +167,7 @@ class Controller:
 
     def counts(self) -> dict[str, int]:
         """Requests by station: the terms of the conservation law (invariant 1)."""
-        running, waiting = self.in_system()
-        ended = [state.status for state in self.states.values() if state.status >= Status.FINISHED]
-        finished = sum(status == Status.FINISHED for status in ended)
-        return {"submitted": len(self.states), "running": running, "waiting": waiting,
-                "finished": finished, "rejected": len(ended) - finished}
+        return stations(self.states.values(), *self.in_system())
 
 
 def _longest_context(engine: Engine) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -133,3 +134,11 @@ def rejected(state: RequestState, reason: str, now_s: float) -> RequestState:
     """Turn a request away that holds no cache."""
     state.status, state.reason, state.finish_s = Status.REJECTED, reason, now_s
     return state
+
+
+def stations(states: Collection[RequestState], running: int, waiting: int) -> dict[str, int]:
+    """All requests of a run by station."""
+    ended = [state.status for state in states if state.status >= Status.FINISHED]
+    finished = sum(status == Status.FINISHED for status in ended)
+    return {"submitted": len(states), "running": running, "waiting": waiting, "finished": finished,
+            "rejected": len(ended) - finished}

@@ -10,7 +10,7 @@ from hetis_sim.control.mesh.engine import MeshEngine
 from hetis_sim.control.mesh.timing import MeshTimer
 from hetis_sim.control.mesh.walk import Message, NodeStep
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.state import RequestState, Status, rejected
+from hetis_sim.control.state import RequestState, rejected, stations
 from hetis_sim.control.step import Outcome
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.memory import mesh_cache_units
@@ -90,8 +90,4 @@ class MeshController:
 
     def counts(self) -> dict[str, int]:
         """Requests by station: the terms of the conservation law (invariant 1)."""
-        running, waiting = self.in_system()
-        ended = [state.status for state in self.states.values() if state.status >= Status.FINISHED]
-        finished = sum(status == Status.FINISHED for status in ended)
-        return {"submitted": len(self.states), "running": running, "waiting": waiting,
-                "finished": finished, "rejected": len(ended) - finished}
+        return stations(self.states.values(), *self.in_system())
