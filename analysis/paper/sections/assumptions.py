@@ -28,13 +28,12 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "NVLink between A100s": (NVLINK,),
     "chunked prefill": ("scheduler.chunked_prefill=true",),
     "host 50 ms": ("cost.host_base_s=0.05",),
-    "network x 4": ("cluster.network=infiniband-ndr",),
     "SLO x 5": (),
-    "SLO / 2": (),
+    "network x 4": ("cluster.network=infiniband-ndr",),
     "lanes of 1024": ("scheduler.max_batch_requests=1024",),
 }
 """Assumptions that hold for all policies: engine, links, SLO."""
-SLO_FACTORS = {"SLO x 5": 5.0, "SLO / 2": 0.5}
+SLO_FACTORS = {"SLO x 5": 5.0}
 TESTBED = "paper"
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from analysis.figures.charts import Axis, Line, XYChart
-from analysis.paper.evaluation import STRICT, Cell, Evaluation
+from analysis.paper.evaluation import Cell, Evaluation
 from analysis.paper.scale import cell_name
 from analysis.paper.section import Section
 from analysis.paper.sections.serving import label
@@ -16,7 +16,7 @@ from analysis.paper.store import Answer
 
 def build(evaluation: Evaluation) -> Section:
     """The section."""
-    names = [name for name in evaluation.variants if name in (*evaluation.scale.main, STRICT)]
+    names = [name for name in evaluation.variants if name in evaluation.scale.main]
     capacities = {cell: evaluation.capacity_rps(cell) for cell in evaluation.scale.cells}
     asked = [(cell, name, [share * rate for share in evaluation.scale.curve])
              for cell, rate in capacities.items() if rate for name in names]
