@@ -116,9 +116,12 @@ class Admission:
         assert state.shape is not None
         if not state.shape.pushed:
             return None
-        state.in_flight_transfers += 1
         flows = engine.books.shapes.push_flows(state.shape, state.context_tokens,
                                                engine.bytes_per_group_token)
+        if not flows:
+            # A tail elsewhere that is empty as yet: with nothing on the way, nothing would arrive.
+            return None
+        state.in_flight_transfers += 1
         return Transfer(state.request_id, engine.index, "push", flows)
 
 

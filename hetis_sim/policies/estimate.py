@@ -376,7 +376,7 @@ class Estimator:
         cost, model = self.problem.cost, self.problem.model
         seconds = cost.dense_layer_s(stage.gpu, model, tokens, stage.tp)
         if stage.link is not None:
-            size = tokens * model.hidden * model.weight_bytes
+            size = tokens * model.hidden * model.activation_bytes
             seconds += 2 * cost.all_reduce_s(stage.gpu, stage.link, size, stage.tp)
         return seconds
 
@@ -384,4 +384,4 @@ class Estimator:
         if stage.hop is None:
             return 0.0
         model = self.problem.model
-        return self.problem.cost.transfer(stage.hop).seconds(tokens * model.hidden * model.weight_bytes)
+        return self.problem.cost.transfer(stage.hop).seconds(tokens * model.hidden * model.activation_bytes)

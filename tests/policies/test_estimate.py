@@ -39,6 +39,21 @@ def test_a_single_stage_agrees_with_a_sum_by_hand() -> None:
     assert found.requests_per_s == pytest.approx(32 / (100 * found.tpot_s))
 
 
+def test_activations_on_links_are_no_smaller_for_8_bit_weights() -> None:
+    """All-reduces and hops carry 16-bit activations, as in the simulation, whatever the weights have."""
+    given = problem(paper(), "llama2-13b", prompt=200, output=100)
+    given = replace(given, model=replace(given.model, weight_bytes=1))
+    shape = instance_shape(given, [(0, 1), (4,)])
+    stage, model, cost = shape.stages[0], given.model, given.cost
+    assert stage.link is not None
+    assert stage.hop is not None
+    estimator, size = Estimator(given), 32 * model.hidden * 2
+    reduces = 2 * cost.all_reduce_s(stage.gpu, stage.link, size, 2)
+    dense = cost.dense_layer_s(stage.gpu, model, 32, 2)
+    assert estimator.decode_layer_s(stage, 32) == pytest.approx(dense + reduces)
+    assert estimator._hop_s(stage, 32) == pytest.approx(cost.transfer(stage.hop).seconds(size))
+
+
 def test_the_batch_is_one_that_the_cache_holds() -> None:
     """The best estimate's requests, at their mean context, fit into the ledger's units."""
     given = problem(cluster(("a100-80gb", 1)), "llama2-13b", prompt=1500, output=300)

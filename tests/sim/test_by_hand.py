@@ -158,6 +158,24 @@ def test_a_token_range_computes_all_heads_and_sends_them_back_to_be_merged(tp: i
     assert runs[0].requests["remote_share"][0] == pytest.approx(0.4)
 
 
+class TailAway(LocalPolicy):
+    """The two oldest blocks of four tokens at home, all others at the attention worker."""
+
+    splits_tokens = True
+
+    def dispatch(self, requests: list[RequestView], view: InstanceView) -> list[TokenSplit]:
+        kv_heads = sum(view.plan.local_placement)
+        return [TokenSplit((0, kv_heads), (2, 0))] * len(super().dispatch(requests, view))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_tail_elsewhere_may_begin_empty(chunked: bool) -> None:
+    """A prompt that its ranges at home take up sends nothing, and decodes without waiting for that."""
+    found = records([8], [5], [0.0], workers=1, worker_blocks=2000, policy=TailAway(), chunked=chunked)
+    assert found.requests["output_tokens"].tolist() == [5]
+    assert not len(found.transfers)
+
+
 def push_s(tokens: int, groups: int) -> float:
     """How long after the prefill its remote cache is there: the last layer, or all if that is later."""
     size = tokens * KV * groups
