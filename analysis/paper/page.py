@@ -16,21 +16,23 @@ from analysis.paper.store import code_hash
 from hetis_sim.policies.registry import policy_names
 
 PAGE_LINK = re.compile(r"\[([^\]]+)\]\(([a-z]+\.md)[^)]*\)")
+PICTURE = re.compile(r"^!\[[^\]]*\]\([^)]*?([\w.-]+)\.svg\)$", re.MULTILINE)
 NOT_RUN = "not run"
 NOT_MODELLED = "not modelled"
 
 
 def write_page(page: Path, pictures: Path, scale: Scale, sections: Sequence[Section],
                formats: Sequence[str] = ("svg",), *, in_docs: bool = False) -> None:
-    """Write ``page`` and the figures that it shows, in ``pictures``; figures of earlier pages are removed.
+    """Write ``page`` and the figures that it shows, in ``pictures``; those that it showed before are removed.
 
     Links to other pages of the documentation stay links on a page that lies among them.
     """
     page.parent.mkdir(parents=True, exist_ok=True)
-    if pictures.is_dir():
-        for old in pictures.iterdir():
-            if old.suffix in (".svg", ".pdf"):
-                old.unlink()
+    shown = page.read_text(encoding="utf-8") if page.is_file() else ""
+    for key in PICTURE.findall(shown):
+        # What else lies there is not ours.
+        for suffix in (".svg", ".pdf"):
+            (pictures / f"{key}{suffix}").unlink(missing_ok=True)
     for section in sections:
         for chart in section.charts:
             save_chart(_marked(chart, scale), pictures, formats)

@@ -84,7 +84,7 @@ def _collect(futures: list[Future[_Answer[R]]], tasks: Sequence[T],
         return [_value(task, future.result()) for task, future in zip(tasks, futures, strict=True)]
     except BrokenProcessPool as error:
         raise WorkerError("a worker process ended abruptly (killed, or out of memory?); "
-                          "study.workers=1 runs everything in one process") from error
+                          "one worker (study.workers=1, --workers 1) runs all in one process") from error
 
 
 def _inline(function: Callable[[T], R], task: T, done: Callable[[], None] | None) -> _Answer[R]:

@@ -24,6 +24,7 @@ from analysis.paper.page import page_text, statement_table, write_page
 from analysis.paper.ratios import cell_ratio, largest, missing, up_to
 from analysis.paper.scale import QUICK, Scale
 from analysis.paper.section import Finding, Section, table
+from analysis.paper.sections.serving import ratio_chart
 from analysis.paper.store import Job, Store
 from hetis_sim import compose
 from hetis_sim.policies.splitwise import SplitwisePolicy
@@ -266,6 +267,27 @@ def test_a_policy_without_a_plan_is_reported_in_its_place(tmp_path: Path,
     found = Evaluation(scale, store).serving()
     assert min(found[CELL, "hetis"].value["slo"]) > 0
     assert store.defects == []
+
+
+def test_only_the_figures_of_its_own_earlier_page_are_removed(tmp_path: Path) -> None:
+    """What somebody else keeps in the folder stays."""
+    page, pictures = tmp_path / "paper.md", tmp_path / "figures"
+    pictures.mkdir()
+    (pictures / "mine.svg").write_text("mine")
+    chart = DotChart(key="old-1.5b", title="Dots", caption="Dots.", origin="simulated", axis=Axis("x"),
+                     rows=["a"], series=[Dots("s", np.array([1.0]), 0)])
+    write_page(page, pictures, TINY, [Section("x", "X", [chart])], ("svg", "pdf"))
+    assert sorted(path.name for path in pictures.iterdir()) == ["mine.svg", "old-1.5b.pdf", "old-1.5b.svg"]
+    write_page(page, pictures, TINY, [])
+    assert [path.name for path in pictures.iterdir()] == ["mine.svg"]
+
+
+def test_captions_speak_of_intervals_where_there_are_any() -> None:
+    """A ratio of two plans has no seeds."""
+    seeds = ratio_chart("k", "T", "w", {"hexgen": [cell_ratio(CELL, [2.0, 3.0], [1.0, 1.0])]})
+    single = ratio_chart("k", "T", "w", {"hexgen": [cell_ratio(CELL, [2.0], [1.0])]})
+    assert seeds.caption == "T, paired by seed, with 95 % intervals."
+    assert single.caption == "T."
 
 
 @pytest.mark.slow

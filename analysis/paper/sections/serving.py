@@ -86,10 +86,11 @@ def ratio_chart(key: str, title: str, words: str, ratios: dict[str, list[CellRat
                            for part in ("low", "mean", "high"))
         series.append(Dots(label(name), mean, number, low, high))
     rows = [cell_name(*r.cell) for r in next(iter(ratios.values()))]
+    seeds = any(r.estimate.n > 1 for cells in ratios.values() for r in cells)
     return DotChart(key=key, title=title, origin="simulated", rows=rows, series=series,
                     note=words,
                     axis=Axis(over, log=True), rules=[Rule("equal", 1.0), *rules],
-                    caption=f"{title}, paired by seed, with 95 % intervals.")
+                    caption=f"{title}{', paired by seed, with 95 % intervals' if seeds else ''}.")
 
 
 def _definitions(evaluation: Evaluation) -> str:
