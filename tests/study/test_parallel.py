@@ -61,6 +61,11 @@ def alive(pid: int) -> bool:
         return False
 
 
+def hear_ctrl_c() -> None:
+    """Undo that a shell has its background jobs ignore Ctrl-C, which all their processes inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to look for processes")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_stays_behind(sent: signal.Signals, tmp_path: Path, project_root: Path) -> None:
@@ -70,7 +75,7 @@ def test_nothing_stays_behind(sent: signal.Signals, tmp_path: Path, project_root
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     parent = subprocess.Popen([sys.executable, str(script), *map(str, notes)], stderr=subprocess.DEVNULL,
-                              env={**os.environ, "PYTHONPATH": path})
+                              env={**os.environ, "PYTHONPATH": path}, preexec_fn=hear_ctrl_c)
     until = time.monotonic() + 60
     while not all(note.exists() and note.read_text() for note in notes) and time.monotonic() < until:
         time.sleep(0.05)
