@@ -324,7 +324,9 @@ def test_chromium_draws_every_figure_without_an_error(page: Path, tmp_path: Path
     charts = Page.of(page.read_text()).charts
     assert console == []
     assert f'data-drawn="{len(charts)}"' in document
-    assert "NaN" not in re.sub(r"<script.*?</script>", "", document, flags=re.DOTALL)
+    # Neither in the text nor in a coordinate; the letters may well occur in the data of a picture.
+    drawn = re.sub(r"<script.*?</script>|base64,[A-Za-z0-9+/=]*", "", document, flags=re.DOTALL)
+    assert "NaN" not in drawn
 
 
 def test_chromium_survives_a_reader(page: Path, tmp_path: Path) -> None:
