@@ -95,7 +95,7 @@ QUICK = replace(
     policies=(HETIS, *BASELINES), seeds=2, requests_max=500, requests=250, tolerance=0.3,
     curve=(0.5, 1.0, 1.5), thetas=(0.1, 0.5, 2.0), deltas=(0.0, 0.05, 0.5), errors=(0.2,),
     error_draws=2, switches=2, hosts=(1, 2))
-"""A look at everything in under two minutes; too few seeds and requests for its figures to be cited."""
+"""A look at everything in small; too few seeds and requests for its figures to be cited."""
 
 
 def cell_name(model: str, workload: str) -> str:
