@@ -36,7 +36,7 @@ PAGE, PICTURES, ANSWERS = "paper.md", "figures", "answers"
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 EPILOG = """examples:
-  python -m analysis paper --quick --out /tmp/look      everything in small
+  python -m analysis paper --quick --out runs/look      everything in small
   python -m analysis paper --only devices --only search
   python -m analysis paper --docs                       also writes docs/paper.md and its pictures
 

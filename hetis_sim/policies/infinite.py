@@ -11,18 +11,18 @@ from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
 from hetis_sim.policies.bundles import FREE_SHARE
 from hetis_sim.policies.layout import gpu_types
 from hetis_sim.policies.lending import LendingEstimator
-from hetis_sim.policies.offload import jobs_s, positions_of, worker_cuts, worker_reasons
+from hetis_sim.policies.offload import WorkerWords, jobs_s, plan_of_best, positions_of, worker_cuts
 from hetis_sim.policies.plan import InstancePlan, Plan
-from hetis_sim.policies.pools import does_not_fit
 from hetis_sim.policies.ranges import AnyPlacement, token_split
 from hetis_sim.policies.search import Layout, LayoutSearch
-from hetis_sim.policies.shape import instance_shape
 from hetis_sim.policies.view import InstanceView, Move, RequestView
-from hetis_sim.spec.errors import InfeasibleError, require, require_finite
+from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
 
 ALL = 1 << 30
 PREEMPTION = ("recompute", "swap")
+WORDS = WorkerWords("weights, and the newest tokens", "creditor",
+                    "cache and attention of older tokens that find no room with it")
 
 
 @dataclass(frozen=True)
@@ -98,17 +98,7 @@ class InfinitePolicy(Policy):
             result = search.run(primaries, creditors)
             candidates += result.candidates
             found += result.layouts[:1]
-        if not found:
-            raise InfeasibleError(does_not_fit(problem))
-        found.sort(key=lambda layout: layout.cost_s)
-        best = found[0]
-        figures = {"seconds": round(time.perf_counter() - started, 4), "candidates": candidates,
-                   "requests_per_s": 1.0 / best.cost_s, "best": [layout.describe() for layout in found[:3]]}
-        instances = tuple(instance_shape(problem, draft.groups, draft.workers).with_layers(estimate.layers)
-                          for draft, estimate in zip(best.drafts, best.estimates, strict=True))
-        reasons = worker_reasons(problem, instances, best, "weights, and the newest tokens", "creditor",
-                                 "cache and attention of older tokens that find no room with it")
-        return Plan(instances, reasons, figures)
+        return plan_of_best(problem, found, candidates, time.perf_counter() - started, WORDS)
 
     def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> Sequence[AnyPlacement]:
         """The newest tokens at home, as many as fit there; the others with creditors."""

@@ -15,22 +15,23 @@ from hetis_sim.policies.estimate import Estimator
 from hetis_sim.policies.layout import gpu_types
 from hetis_sim.policies.offload import (
     OffloadEstimator,
+    WorkerWords,
     jobs_s,
+    plan_of_best,
     positions_of,
     worker_cuts,
-    worker_reasons,
 )
 from hetis_sim.policies.plan import Placement, Plan
-from hetis_sim.policies.pools import does_not_fit
 from hetis_sim.policies.search import Layout, LayoutSearch
-from hetis_sim.policies.shape import instance_shape
 from hetis_sim.policies.view import InstanceView, RequestView
-from hetis_sim.spec.errors import InfeasibleError, require, require_finite
+from hetis_sim.spec.errors import require, require_finite
 
 ALL = 1 << 30
 PARTITION = ("request", "head")
 OFFLOAD = ("balanced", "all")
 PREEMPTION = ("recompute", "swap")
+WORDS = WorkerWords("dense modules on the high-end cards", "attention worker",
+                    "cache and decode attention only")
 
 
 @dataclass(frozen=True)
@@ -105,16 +106,7 @@ class LaminaPolicy(Policy):
         """
         started = time.perf_counter()
         found, candidates = self._search(problem)
-        if not found:
-            raise InfeasibleError(does_not_fit(problem))
-        found.sort(key=lambda layout: layout.cost_s)
-        best = found[0]
-        figures = {"seconds": round(time.perf_counter() - started, 4), "candidates": candidates,
-                   "requests_per_s": 1.0 / best.cost_s, "best": [layout.describe() for layout in found[:3]]}
-        instances = tuple(instance_shape(problem, draft.groups, draft.workers).with_layers(estimate.layers)
-                          for draft, estimate in zip(best.drafts, best.estimates, strict=True))
-        return Plan(instances, worker_reasons(problem, instances, best, "dense modules on the high-end cards",
-                                 "attention worker", "cache and decode attention only"), figures)
+        return plan_of_best(problem, found, candidates, time.perf_counter() - started, WORDS)
 
     def _search(self, problem: PlanningProblem) -> tuple[list[Layout], int]:
         """The best layout of every cut, and how many were looked at."""

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from hetis_sim.policies.base import PlanningProblem
 from hetis_sim.policies.estimate import Estimate, Estimator
 from hetis_sim.policies.layers import split_layers
 from hetis_sim.policies.layout import GpuType
 from hetis_sim.policies.phases import ranks
-from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.policies.plan import InstancePlan, Plan
+from hetis_sim.policies.pools import does_not_fit
 from hetis_sim.policies.search import Layout
-from hetis_sim.policies.shape import InstanceShape, StageShape
+from hetis_sim.policies.shape import InstanceShape, StageShape, instance_shape
 from hetis_sim.policies.view import InstanceView
+from hetis_sim.spec.errors import InfeasibleError
 
 CUTS_MOST = 16
 ROUNDING = 1e-9
+
+
+class WorkerWords(NamedTuple):
+    """What reasons say: ``dense`` of primaries, ``role`` and ``duty`` of the other cards in use."""
+
+    dense: str
+    role: str
+    duty: str
 
 
 class OffloadEstimator(Estimator):
@@ -90,16 +101,40 @@ def _some(types: Sequence[GpuType], devices: Sequence[int]) -> list[GpuType]:
     return kept
 
 
-def worker_reasons(problem: PlanningProblem, instances: Sequence[InstancePlan], best: Layout, dense: str,
-                   role: str, duty: str) -> dict[int, str]:
-    """One sentence for every device: ``dense`` of primaries, ``role`` and ``duty`` of the others in use."""
+def plan_of_best(problem: PlanningProblem, found: Sequence[Layout], candidates: int, seconds: float,
+                 words: WorkerWords) -> Plan:
+    """The plan of the layout that costs least; of equal ones the first.
+
+    Args:
+        problem: cluster, model and workload.
+        found: layouts to choose from.
+        candidates, seconds: what the search looked at and took.
+        words: for the reasons of the plan.
+
+    Raises:
+        InfeasibleError: there is no layout, for the model fits nowhere.
+    """
+    if not found:
+        raise InfeasibleError(does_not_fit(problem))
+    ordered = sorted(found, key=lambda layout: layout.cost_s)
+    best = ordered[0]
+    figures = {"seconds": round(seconds, 4), "candidates": candidates, "requests_per_s": 1.0 / best.cost_s,
+               "best": [layout.describe() for layout in ordered[:3]]}
+    instances = tuple(instance_shape(problem, draft.groups, draft.workers).with_layers(estimate.layers)
+                      for draft, estimate in zip(best.drafts, best.estimates, strict=True))
+    return Plan(instances, _reasons(problem, instances, best, words), figures)
+
+
+def _reasons(problem: PlanningProblem, instances: Sequence[InstancePlan], best: Layout,
+             words: WorkerWords) -> dict[int, str]:
+    """One sentence for every device."""
     reasons: dict[int, str] = {}
     for i, instance in enumerate(instances):
         for s, stage in enumerate(instance.stages):
             text = (f"primary (instance {i}, stage {s}, {stage.layers} of {instance.layers} layers): "
-                    f"{dense}; {best.describe()}")
+                    f"{words.dense}; {best.describe()}")
             reasons |= dict.fromkeys(stage.devices, text)
-        reasons |= dict.fromkeys(instance.attention_workers, f"{role} (instance {i}): {duty}")
+        reasons |= dict.fromkeys(instance.attention_workers, f"{words.role} (instance {i}): {words.duty}")
     for device in problem.cluster.devices:
         reasons.setdefault(device.device_id, "not used")
     return dict(sorted(reasons.items()))
