@@ -19,7 +19,6 @@ from hetis_sim.policies.view import InstanceView, Move, RequestView
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
 
-ALL = 1 << 30
 PREEMPTION = ("recompute", "swap")
 WORDS = WorkerWords("weights, and the newest tokens", "creditor",
                     "cache and attention of older tokens that find no room with it")
