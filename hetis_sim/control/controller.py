@@ -6,7 +6,7 @@ has ended. Times are arguments; nothing here waits, computes tensors or reads a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.engine import Engine
@@ -50,6 +50,9 @@ class Controller:
             Engine(index, model, policy, timer, settings,
                    cache_units(cluster, model, settings.limits, timer.plan), host_memory, self.log)
             for index, timer in enumerate(timers)]
+        self._devices = len(cluster.devices)
+        self._head_layers = [[(position.device, position.layers * model.heads_per_group)
+                              for position in timer.plan.positions] for timer in timers]
         self.context_limits = [_longest_context(engine) for engine in self.engines]
         self._handoffs = Handoffs(self.engines, policy)
         self._handoffs.learn_limits(self.context_limits)
@@ -147,13 +150,14 @@ class Controller:
             engine.sync()
         return [(engine.plan.devices, engine.books.ledger) for engine in self.engines]
 
-    def heads(self) -> Iterator[tuple[int, int]]:
-        """Devices and query heads times layers in their cache; one that is split by tokens counts twice."""
-        heads_per_group = self.model.heads_per_group
-        for engine in self.engines:
-            for position, groups in zip(engine.plan.positions, engine.loads.held(), strict=True):
+    def heads(self) -> list[int]:
+        """Query heads times layers in the cache of every device; one that is split by tokens counts twice."""
+        heads = [0] * self._devices
+        for engine, positions in zip(self.engines, self._head_layers, strict=True):
+            for (device, head_layers), groups in zip(positions, engine.loads.held(), strict=True):
                 if groups:
-                    yield position.device, groups * position.layers * heads_per_group
+                    heads[device] += groups * head_layers
+        return heads
 
     @property
     def changes(self) -> int:

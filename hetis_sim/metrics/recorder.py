@@ -26,7 +26,7 @@ from hetis_sim.spec.errors import SpecError, require
 if TYPE_CHECKING:
     import pandas as pd
 
-SAMPLES_MAX = 4000
+SAMPLES_MAX = 2000
 FIRST_INTERVAL_S = 2.0**-7
 
 _pack_step = STEP.pack
@@ -178,7 +178,7 @@ class Recorder:
         """Look at the system: requests running and waiting, cache in use and heads on every device.
 
         At most one look is kept in each interval of a grid over the run's own time. The grid
-        starts at 1/128 s and doubles whenever more than 4000 looks are held, so what is kept
+        starts at 1/128 s and doubles whenever more than 2000 looks are held, so what is kept
         depends on nothing but the times of the calls.
 
         Args:

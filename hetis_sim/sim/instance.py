@@ -225,8 +225,9 @@ class Instance:
         """Devices and the seconds that they have computed; a stage may know its work for some time ahead."""
         plan, pipeline = self._timer.plan, self.pipeline
         for stage, told_s, free_s in zip(plan.stages, pipeline.busy_s, pipeline.free_s, strict=True):
+            computed_s = told_s - (free_s - now_s) if free_s > now_s else told_s
             for device in stage.devices:
-                yield device, told_s - max(0.0, free_s - now_s)
+                yield device, computed_s
         yield from zip(plan.attention_workers, self.worker_busy_s, strict=True)
 
     def foreground(self) -> dict[Wire, float]:

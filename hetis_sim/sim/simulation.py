@@ -220,10 +220,8 @@ class Simulation:
         """Query heads on every device, averaged over the layers; the nodes of a mesh are not counted."""
         if isinstance(self.controller, MeshController):
             return []
-        heads = [0] * len(self.given.cluster.devices)
-        for device, count in self.controller.heads():
-            heads[device] += count
-        return [count / self.given.model.layers for count in heads]
+        layers = self.given.model.layers
+        return [count / layers for count in self.controller.heads()]
 
     def _record_peaks(self) -> None:
         """The most cache that each device has held."""
