@@ -140,26 +140,30 @@ class CacheKeeper:
     def _copy(self, op: Send | Park) -> None:
         keys = [TableKey(op.request_id, op.stage, g) for g in op.groups]
         if isinstance(op, Park):
-            k, v = self._read_layers(op, 0, op.tokens)
+            k, v = self._read_layers(op, 0, op.tokens, slice(None))
             for n, key in enumerate(keys):
                 self.parked[key] = Parked(k[:, n], v[:, n])
             self._count(op.tag, -1)
             return
-        groups = op.groups
+        groups, abroad = op.groups, op.abroad
         if op.parked:
             parts = [self.parked.pop(key) for key in keys]
             k, v = np.stack([part.keys for part in parts], 1), np.stack([part.values for part in parts], 1)
         elif all(key in self.pool.tables for key in keys):
-            k, v = self._read_layers(op, op.first, op.last)
+            whole = slice(None) if abroad is None else slice(abroad.first, abroad.first + abroad.layers)
+            k, v = self._read_layers(op, op.first, op.last, whole)
         else:
             # The request has given this cache up: its target only counts the piece.
             groups, k, v = (), np.empty((0, 0, 0, 0)), np.empty((0, 0, 0, 0))
-        self._send(op.target, CacheData(self.seq, op.tag, op.request_id, op.stage, tuple(range(len(k))),
+        after, stage, at = self.seq, op.stage, 0
+        if abroad is not None:
+            after, stage, at = abroad.after, abroad.stage, abroad.at
+        self._send(op.target, CacheData(after, op.tag, op.request_id, stage, tuple(range(at, at + len(k))),
                                         groups, op.first, k, v, op.final))
 
-    def _read_layers(self, op: Send | Park, first: int, last: int) -> tuple[Array, Array]:
-        """Keys and values of all layers, shapes (layers, groups, tokens, head_dim)."""
-        k, v = self.pool.read_layers(op.request_id, op.stage, op.groups, first, last)
+    def _read_layers(self, op: Send | Park, first: int, last: int, layers: slice) -> tuple[Array, Array]:
+        """Keys and values of layers, shapes (layers, groups, tokens, head_dim)."""
+        k, v = self.pool.read_layers(op.request_id, op.stage, op.groups, first, last, layers)
         return self.pool.kernels.to_wire(k), self.pool.kernels.to_wire(v)
 
     def _store(self, data: CacheData) -> None:

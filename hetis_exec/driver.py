@@ -20,6 +20,7 @@ import numpy as np
 from hetis_exec.backend import Backend
 from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec, worker_specs
 from hetis_exec.errors import ExecutorError, WorkerError
+from hetis_exec.fleet import Fleet
 from hetis_exec.instance import InstanceDriver, Texts
 from hetis_exec.messages import Arrived, Beat, Failed, Report, StageDone, Tokens
 from hetis_exec.records import Measurements, RunRecord
@@ -79,9 +80,6 @@ class ExecutorInput:
         require(len(set(ids)) == len(ids), "requests", "the same request_id twice", "each request_id once")
         require(self.plan.mesh is None, "plan.mesh", "a mesh of nodes",
                 "none: workers here form pipelines, plans with instances only")
-        roles = [instance.role for instance in self.plan.instances]
-        require(all(role == "both" for role in roles), "plan.roles", roles,
-                "both: workers here carry no cache from one instance to another")
         require(not self.policy.splits_tokens, "policy", self.policy.name,
                 "one that splits cache by head alone: workers here attend to whole contexts")
 
@@ -162,19 +160,17 @@ class Executor:
         self._texts: Texts = {r.request_id: given.prompt(r).tolist() for r in given.requests}
         self._measurements = Measurements([device.label for device in given.cluster.devices], engines,
                                           unit_bytes(given.model, given.settings.limits))
-        self._instances = [self._make_instance(engine) for engine in engines]
-        self._instance_of = {device: self._instances[engine.index]
-                             for engine in engines for device in engine.plan.devices}
+        self._fleet = Fleet(self.controller, self._make_driver, self._measurements, self.record)
         self._arrived = 0
         self._ended: set[int] = set()
         self._clock = RunClock()
-        self._heard_s = dict.fromkeys(self._instance_of, -math.inf)
+        self._heard_s = dict.fromkeys([d for engine in engines for d in engine.plan.devices], -math.inf)
         self._progress_s = 0.0
         self._looked_s = 0.0
 
-    def _make_instance(self, engine: Engine) -> InstanceDriver:
+    def _make_driver(self, engine: Engine, fleet: Fleet) -> InstanceDriver:
         hosts = [device.host_id for device in self.given.cluster.devices]
-        return InstanceDriver(self.controller, engine, hosts, self.crew.endpoint, self._texts,
+        return InstanceDriver(self.controller, engine, fleet, hosts, self.crew.endpoint, self._texts,
                               self._measurements, self.record)
 
     def run(self) -> ExecutionResult:
@@ -215,14 +211,13 @@ class Executor:
             case Request():
                 self._admit(event, now_s)
             case StageDone():
-                self._instance_of[event.device].stage_done(event, now_s)
+                self._fleet.stage_done(event, now_s)
             case Arrived():
-                self._instance_of[event.device].cache_arrived(event, now_s)
+                self._fleet.cache_arrived(event, now_s)
             case Transfer():
-                self._instances[event.instance].transfer_arrived(event, now_s)
-        for instance in self._instances:
-            while instance.ended:
-                self._end(instance.ended.popleft())
+                self._fleet.transfer_arrived(event, now_s)
+        while self._fleet.ended:
+            self._end(self._fleet.ended.popleft())
         due = bisect_right(self.given.requests, now_s, lo=self._arrived, key=lambda r: r.arrival_s)
         self._measurements.sample(now_s, due - self._arrived)
         if self.given.debug:
@@ -235,7 +230,7 @@ class Executor:
         if state.status == Status.REJECTED:
             self._end(state)
         else:
-            self._instances[state.instance].submitted(now_s)
+            self._fleet.submitted(state.instance, now_s)
 
     def _end(self, state: RequestState) -> None:
         made = len(self._texts[state.request_id]) - state.request.prompt_tokens
@@ -249,8 +244,7 @@ class Executor:
 
     @property
     def _done(self) -> bool:
-        computing = any(instance.computing for instance in self._instances)
-        return len(self._ended) == len(self.given.requests) and not computing
+        return len(self._ended) == len(self.given.requests) and not self._fleet.computing
 
     def _next_event(self) -> Request | Transfer | StageDone | Arrived:
         """The next thing that happens: what needs no waiting, an arrival that is due, a report.
@@ -261,9 +255,8 @@ class Executor:
         """
         self._progress_s = time.monotonic()
         while True:
-            for instance in self._instances:
-                if instance.landed:
-                    return instance.landed.popleft()
+            if self._fleet.landed:
+                return self._fleet.landed.popleft()
             due_s = self._next_arrival_s() - self._clock.seconds()
             if due_s <= 0:
                 return self.given.requests[self._arrived]
@@ -309,7 +302,7 @@ class Executor:
                 raise WorkerError(device, f"no sign of life for {self.given.timeout_s:g} s")
 
     def _check_progress(self, due_s: float) -> None:
-        busy = any(instance.busy for instance in self._instances)
+        busy = self._fleet.busy
         if not busy and due_s == math.inf:
             raise ExecutorError(f"the run has come to a halt with {self.controller.counts()}")
         if busy and time.monotonic() - self._progress_s > 2 * self.given.timeout_s:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
 from hetis_exec.errors import ExecutorError
-from hetis_exec.messages import Arrived, Control, Row, StageDone, Task, Tokens
+from hetis_exec.messages import Arrived, Control, Onward, Row, StageDone, Task, Tokens
 from hetis_exec.mirror import Mirror, Shipment
 from hetis_exec.records import Measurements, RunRecord, StepRecord
 from hetis_exec.transport import Endpoint
@@ -20,6 +20,11 @@ from hetis_sim.control.step import Outcome, Step, Transfer
 
 Texts = dict[int, list[int]]
 """Token ids of every request: its prompt, then what it has generated."""
+
+Streams = dict[int, dict[int, tuple[Onward, ...]]]
+"""By request and stage, what goes to another instance while a prompt is computed."""
+
+NOWHERE: dict[int, tuple[Onward, ...]] = {}
 
 
 @dataclass(slots=True, eq=False)
@@ -39,30 +44,38 @@ class StepRun:
     stages: list[StageDone] = field(default_factory=list)
 
 
+class Fleet(Protocol):
+    """What a driver needs of all of them: see :class:`hetis_exec.fleet.Fleet`."""
+
+    def follow(self, instance: int, outcome: Outcome, step: Step | None, now_s: float) -> None:
+        """Have the workers do what a verb about an instance has set off."""
+
+
 class InstanceDriver:
     """Asks the engine for steps, sends them to the workers and reports what they report.
 
     Attributes:
-        landed: transfers that need not be waited for.
-        ended: requests that have ended and not been looked at yet.
+        mirror: what the workers hold.
+        declined: the engine has had no step to give, and nothing has changed since.
+        devices: its workers.
     """
 
-    def __init__(self, controller: Controller, engine: Engine, hosts: Sequence[int], endpoint: Endpoint,
-                 texts: Texts, measurements: Measurements, record: RunRecord) -> None:
+    def __init__(self, controller: Controller, engine: Engine, fleet: Fleet, hosts: Sequence[int],
+                 endpoint: Endpoint, texts: Texts, measurements: Measurements, record: RunRecord) -> None:
         self._controller = controller
         self._engine = engine
+        self._fleet = fleet
         self._endpoint = endpoint
         self._texts = texts
         self._measurements = measurements
         self._record = record
-        self._mirror = Mirror(engine, hosts)
+        self.mirror = Mirror(engine, hosts)
+        self.devices = engine.plan.devices
         self._seq = 0
         self._runs: dict[int, StepRun] = {}
         self._first_stage: int | None = None
-        self._declined = False
+        self.declined = False
         self._shipments: dict[int, Shipment] = {}
-        self.landed: deque[Transfer] = deque()
-        self.ended: deque[RequestState] = deque()
 
     @property
     def computing(self) -> bool:
@@ -74,11 +87,12 @@ class InstanceDriver:
         """Whether any report of a worker is due."""
         return bool(self._runs or self._shipments)
 
-    # -- what happens ----------------------------------------------------------------------------
+    @property
+    def next_seq(self) -> int:
+        """The number of the next message to the workers."""
+        return self._seq + 1
 
-    def submitted(self, now_s: float) -> None:
-        """A request has come to this instance."""
-        self._look_again(now_s)
+    # -- what happens ----------------------------------------------------------------------------
 
     def stage_done(self, done: StageDone, now_s: float) -> None:
         """A rank has computed its stage: the first one takes the next step, the last one ends this one.
@@ -94,29 +108,23 @@ class InstanceDriver:
             self._first_stage = None
             run.record.free_s = now_s
         if done.tokens is not None:
+            self.declined = False
             self._complete(run, done.tokens, now_s)
-            self._declined = False
         if len(run.stages) == len(self._engine.plan.stages):
             del self._runs[done.seq]
             self._measurements.step(run.step, run.record.begun_s, run.record.ended_s, run.stages)
-        self._begin_steps(now_s)
+        self.begin_steps(now_s)
 
-    def cache_arrived(self, arrived: Arrived, now_s: float) -> None:
-        """A device has all of its share of a shipment."""
+    def cache_arrived(self, arrived: Arrived, now_s: float) -> Transfer | None:
+        """A device has all of its share of a shipment; returns the transfer that has ended with it."""
         shipment = self._shipments[arrived.tag]
         del shipment.pieces[arrived.device]
         if shipment.pieces:
-            return
+            return None
         del self._shipments[arrived.tag]
         assert shipment.transfer is not None
         self._measurements.shipment(shipment, now_s)
-        self.transfer_arrived(shipment.transfer, now_s)
-
-    def transfer_arrived(self, transfer: Transfer, now_s: float) -> None:
-        """A transfer of the control plane has ended."""
-        self._record.arrivals.append((transfer.request_id, transfer.kind, now_s))
-        self._follow(self._controller.arrived(transfer, now_s), None, now_s)
-        self._look_again(now_s)
+        return shipment.transfer
 
     def _complete(self, run: StepRun, tokens: Tokens, now_s: float) -> None:
         step = run.step
@@ -129,15 +137,11 @@ class InstanceDriver:
 
     # -- steps -------------------------------------------------------------------------------------
 
-    def _look_again(self, now_s: float) -> None:
-        self._declined = False
-        self._begin_steps(now_s)
-
-    def _begin_steps(self, now_s: float) -> None:
+    def begin_steps(self, now_s: float) -> None:
         """While the first stage is free and a lane may have work, ask for its step."""
-        while self._first_stage is None and not self._declined and self._may_have_work():
+        while self._first_stage is None and not self.declined and self._may_have_work():
             step = self._controller.next_step(self._engine.index, now_s)
-            self._declined = step is None
+            self.declined = step is None
             self._follow(self._controller.news(self._engine.index), step, now_s)
 
     def _may_have_work(self) -> bool:
@@ -145,23 +149,27 @@ class InstanceDriver:
         return any(lane.step is None and (admits or lane.has_work) for lane in self._engine.lanes)
 
     def _follow(self, outcome: Outcome, step: Step | None, now_s: float) -> None:
-        """Have the workers do what a verb of the controller has set off."""
-        self._measurements.gaps(outcome)
-        self.ended += outcome.finished
-        self.ended += outcome.rejected
-        self._mirror.follow()
+        self._fleet.follow(self._engine.index, outcome, step, now_s)
+
+    def carry_out(self, transfers: Sequence[Transfer], step: Step | None, streams: Streams,
+                  now_s: float) -> list[Transfer]:
+        """Tell the workers what follows from a verb: which cache they hold and send, and what they compute.
+
+        Returns:
+            Transfers that need not be waited for.
+        """
         rows = self._rows(step) if step is not None else []
-        ops, shipments = self._mirror.take()
-        transfers = [*outcome.transfers, *(step.transfers if step is not None else ())]
-        self._bind(transfers, shipments, now_s)
+        ops, shipments = self.mirror.take()
+        landed = self._bind(transfers, shipments, now_s)
         if ops or step is not None:
             self._seq += 1
-            tasks = self._tasks(rows) if step is not None else {}
-            for d, device in enumerate(self._engine.plan.devices):
+            tasks = self._tasks(rows, streams) if step is not None else {}
+            for d, device in enumerate(self.devices):
                 self._endpoint.send(device, Control(self._seq, ops.get(device, ()),
                                                     self._engine.books.ledger.used[d], tasks.get(device)))
         if step is not None:
             self._enter(step, [row for row, _ in rows], now_s)
+        return landed
 
     def _enter(self, step: Step, rows: list[Row], now_s: float) -> None:
         lane = self._engine.lanes[step.lane]
@@ -181,7 +189,7 @@ class InstanceDriver:
             position = lane.cached_tokens(state) - 1
             rows.append(self._row(state, position, 1, samples=True, prefill=False))
         for state, new_tokens, context, last in step.chunks:
-            push_tag = self._mirror.push(state) if last else -1
+            push_tag = self.mirror.push(state) if last else -1
             rows.append(self._row(state, context, new_tokens, samples=last, prefill=True, push_tag=push_tag))
         return rows
 
@@ -194,10 +202,12 @@ class InstanceDriver:
         tokens = np.array(text[position:position + new_tokens], dtype=np.int64)
         return Row(state.request_id, position, new_tokens, samples, prefill, (), push_tag), tokens
 
-    def _tasks(self, rows: list[tuple[Row, Tokens]]) -> dict[int, Task]:
+    def _tasks(self, rows: list[tuple[Row, Tokens]], streams: Streams) -> dict[int, Task]:
         tasks: dict[int, Task] = {}
         for stage, part in enumerate(self._engine.plan.stages):
-            held = tuple(row._replace(holders=self._mirror.devices(row.request_id, stage)) for row, _ in rows)
+            held = tuple(row._replace(holders=self.mirror.devices(row.request_id, stage),
+                                      onward=streams.get(row.request_id, NOWHERE).get(stage, ()))
+                         for row, _ in rows)
             tokens = np.concatenate([tokens for _, tokens in rows]) if stage == 0 else None
             for device in part.devices:
                 tasks[device] = Task(held, tokens)
@@ -205,8 +215,13 @@ class InstanceDriver:
 
     # -- transfers -----------------------------------------------------------------------------------
 
-    def _bind(self, transfers: list[Transfer], shipments: list[Shipment], now_s: float) -> None:
-        """Join what the control plane calls a transfer with what the devices carry out."""
+    def _bind(self, transfers: Sequence[Transfer], shipments: list[Shipment], now_s: float) -> list[Transfer]:
+        """Join what the control plane calls a transfer with what the devices carry out.
+
+        Returns:
+            Transfers with which there is nothing to carry.
+        """
+        landed: list[Transfer] = []
         for transfer in transfers:
             shipment = next((s for s in shipments if _fits(s, transfer)), None)
             if shipment is not None:
@@ -214,12 +229,13 @@ class InstanceDriver:
                 shipment.transfer, shipment.begun_s = transfer, now_s
                 self._shipments[shipment.tag] = shipment
             elif transfer.kind == "move":
-                # Given up again in the same breath: there is nothing to carry.
-                self.landed.append(transfer)
+                # Given up again in the same breath.
+                landed.append(transfer)
             else:
                 raise ExecutorError(f"nothing is to be carried for {transfer}")
         if shipments:
             raise ExecutorError(f"the control plane knows nothing of {shipments}")
+        return landed
 
 
 def _fits(shipment: Shipment, transfer: Transfer) -> bool:

@@ -130,10 +130,10 @@ class KvPool:
         keys, values = self._read(request_id, stage, groups, slice(layer, layer + 1), first, last)
         return keys[0], values[0]
 
-    def read_layers(self, request_id: int, stage: int, groups: Sequence[int], first: int,
-                    last: int) -> tuple[Tensor, Tensor]:
-        """The same of all layers, shapes (layers, groups, tokens, head_dim)."""
-        return self._read(request_id, stage, groups, slice(None), first, last)
+    def read_layers(self, request_id: int, stage: int, groups: Sequence[int], first: int, last: int,
+                    layers: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The same of several layers, shapes (layers, groups, tokens, head_dim)."""
+        return self._read(request_id, stage, groups, layers, first, last)
 
     def _read(self, request_id: int, stage: int, groups: Sequence[int], layers: slice, first: int,
               last: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,9 @@ The driver numbers its messages; every worker of an instance gets each of them, 
 message between workers that touches cache carries in ``after`` the number of the driver's
 message that made room for it; whoever is not that far yet puts it aside. So no link has to
 be faster than another one. Arrays belong to the receiver once they are sent.
+
+Every instance has numbers of its own. Cache that goes to another instance carries a number of
+that one, which whoever tells the sender to send it passes on.
 """
 
 from __future__ import annotations
@@ -63,11 +66,28 @@ class Forget(NamedTuple):
     request_id: int
 
 
+class Abroad(NamedTuple):
+    """Where some layers of a stage go in another instance, whose stages are cut elsewhere.
+
+    Attributes:
+        stage: of the other instance.
+        first, layers: the first of them, as the sender's stage counts, and how many.
+        at: the first of them, as the other stage counts.
+        after: number of the message that makes room for them there.
+    """
+
+    stage: int
+    first: int
+    layers: int
+    at: int
+    after: int
+
+
 class Send(NamedTuple):
     """Copy tokens ``first .. last - 1`` of the groups to another worker.
 
     ``final`` pieces make the tables at their target ready for attention. ``parked`` takes the
-    data from host memory, once and for all.
+    data from host memory, once and for all. ``abroad`` is None within an instance.
     """
 
     request_id: int
@@ -79,6 +99,7 @@ class Send(NamedTuple):
     tag: int
     final: bool = False
     parked: bool = False
+    abroad: Abroad | None = None
 
 
 class Await(NamedTuple):
@@ -112,6 +133,16 @@ Op = Open | Grow | Close | Drop | Forget | Send | Await | Park | Expect
 # -- from the driver to the workers ------------------------------------------------------
 
 
+class Onward(NamedTuple):
+    """Groups of a prompt that one rank sends to another instance, layer by layer as they are computed."""
+
+    source: int
+    target: int
+    groups: tuple[int, ...]
+    tag: int
+    abroad: Abroad
+
+
 class Row(NamedTuple):
     """One request in one step, as one stage sees it.
 
@@ -123,6 +154,7 @@ class Row(NamedTuple):
         holders: device that holds each KV group of the stage.
         push_tag: with the last piece of a prompt, remote groups go to their holders under
             this tag; -1 otherwise.
+        onward: with the last piece of a prompt, what of this stage goes to another instance.
     """
 
     request_id: int
@@ -132,6 +164,7 @@ class Row(NamedTuple):
     prefill: bool
     holders: tuple[int, ...]
     push_tag: int
+    onward: tuple[Onward, ...] = ()
 
 
 class Task(NamedTuple):

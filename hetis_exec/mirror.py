@@ -16,8 +16,9 @@ from hetis_exec.groups import Change, GroupMap, Holders
 from hetis_exec.messages import Await, Close, Drop, Expect, Forget, Grow, Op, Open, Park, Send
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.placement import PlacementShape
-from hetis_sim.control.state import PendingMove, RequestState, Status
+from hetis_sim.control.state import HeldCache, PendingMove, RequestState, Status
 from hetis_sim.control.step import Transfer, TransferKind
+from hetis_sim.policies.plan import Placement
 
 Groups = tuple[int, ...]
 
@@ -67,6 +68,7 @@ class Holding:
         blocks: of every group.
         staged: blocks held at the ranks for groups that attention workers will hold.
         tag: marks data that fills it for the first time.
+        landing: how the control plane knows what is held for a request that is still elsewhere.
     """
 
     epoch: int
@@ -76,6 +78,7 @@ class Holding:
     staged: int
     tag: int
     move: Moving | None = None
+    landing: HeldCache | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -98,16 +101,18 @@ class Mirror:
 
     Attributes:
         known: what each request holds on devices.
+        landings: what is held for requests that another instance is still to hand over.
         parked: for requests in host memory, the positions whose hosts hold each group.
     """
 
     def __init__(self, engine: Engine, hosts: Sequence[int]) -> None:
         self._engine = engine
         self._hosts = hosts
-        self._plan = engine.plan
+        self.plan = engine.plan
         self._positions = engine.plan.positions
         self.groups = GroupMap(engine.plan)
         self.known: dict[int, Holding] = {}
+        self.landings: dict[int, Holding] = {}
         self.parked: dict[int, Holders] = {}
         self._ops: defaultdict[int, Ops] = defaultdict(Ops)
         self._shipments: list[Shipment] = []
@@ -119,7 +124,8 @@ class Mirror:
         for request_id, held in list(self.known.items()):
             state = active.get(request_id)
             if state is None or state.shape is None or self._restarted(held, state):
-                self._release(request_id)
+                self._release(request_id, self.known.pop(request_id))
+        self._follow_landings()
         for state in active.values():
             if state.shape is None:
                 continue
@@ -164,13 +170,10 @@ class Mirror:
         return self._engine.books.blocks(self._engine.lanes[state.lane].cached_tokens(state))
 
     def _admit(self, state: RequestState, shape: PlacementShape) -> None:
-        request_id = state.request_id
-        if shape.ranges is not None:
-            raise ExecutorError(f"request {request_id} is given token ranges; workers here attend to whole "
-                                "contexts")
+        request_id, placement = state.request_id, _placement(state.request_id, shape)
         before = self.parked.pop(request_id, None)
-        holders = (self.groups.initial(shape.placement) if before is None
-                   else self.groups.rearranged(before, shape.placement))
+        holders = (self.groups.initial(placement) if before is None
+                   else self.groups.rearranged(before, placement))
         held = self.known[request_id] = Holding(state.preemptions, shape, holders, self._blocks(state),
                                                 state.staged_blocks, self._next_tag())
         for stage, position, groups in self._held(holders):
@@ -181,8 +184,28 @@ class Mirror:
         if before is not None:
             self._bring_back(state, before, held)
 
-    def _release(self, request_id: int) -> None:
-        held = self.known.pop(request_id)
+    def _follow_landings(self) -> None:
+        """Hold cache for requests that are to come, and take over or give up what was held before."""
+        landings = self._engine.landings
+        for request_id, held in list(self.landings.items()):
+            if landings.get(request_id) is held.landing:
+                continue
+            del self.landings[request_id]
+            state = self._engine.active.get(request_id)
+            if state is None:
+                self._release(request_id, held)
+            else:
+                held.epoch, held.landing = state.preemptions, None
+                self.known[request_id] = held
+        for request_id, cache in landings.items():
+            if request_id not in self.landings:
+                holders = self.groups.initial(_placement(request_id, cache.shape))
+                held = self.landings[request_id] = Holding(0, cache.shape, holders, cache.blocks, 0,
+                                                           self._next_tag(), landing=cache)
+                for stage, position, groups in self._held(holders):
+                    self._open(request_id, stage, position, groups, held.blocks, held.tag)
+
+    def _release(self, request_id: int, held: Holding) -> None:
         places = {p for stage in held.holders for p in stage}
         places |= {p for _, p, _ in self._staged(held.holders)} if held.staged else set()
         places |= {change.target for change in held.move.changes} if held.move else set()
@@ -234,13 +257,25 @@ class Mirror:
         for source, target, groups in self._pushes(held.holders):
             # A piece for every layer.
             layers = self._positions[target].layers
-            self._carry(shipment, self._device(source), self._device(target), state.context_tokens,
+            self.carry(shipment, self.device(source), self.device(target), state.context_tokens,
                         len(groups) * layers)
-            shipment.expect(self._device(target), layers)
+            shipment.expect(self.device(target), layers)
         if not shipment.flows:
             return -1
-        self._ship(shipment)
+        self.ship(shipment)
         return held.tag
+
+    # -- prompts from other instances ----------------------------------------------------------------
+
+    def expected(self, transfer: Transfer) -> tuple[Shipment, int]:
+        """The shipment, empty as yet, that fills what is held for a handed over request; its tokens."""
+        held = self.landings[transfer.request_id]
+        assert held.landing is not None
+        return Shipment(held.tag, "handoff", transfer.request_id, transfer=transfer), held.landing.tokens
+
+    def send(self, position: int, op: Send) -> None:
+        """Have a position send cache."""
+        self._at(position).copies.append(op)
 
     # -- moves -------------------------------------------------------------------------------------
 
@@ -253,11 +288,11 @@ class Mirror:
         for stage, source, target, groups in _routes(c for c in changes if c.early):
             self._open(state.request_id, stage, target, groups, pending.blocks, move.tag)
             self._at(source).copies.append(Send(state.request_id, stage, groups, 0, move.copied,
-                                                self._device(target), move.tag))
-            self._carry(shipment, self._device(source), self._device(target), move.copied,
+                                                self.device(target), move.tag))
+            self.carry(shipment, self.device(source), self.device(target), move.copied,
                         len(groups) * self._positions[target].layers)
-            shipment.expect(self._device(target), 1)
-        self._ship(shipment)
+            shipment.expect(self.device(target), 1)
+        self.ship(shipment)
 
     def _switch(self, held: Holding, state: RequestState, move: Moving) -> None:
         """Heads are from now on where they have gone; what has been added meanwhile follows."""
@@ -266,7 +301,7 @@ class Mirror:
             for stage, source, target, groups in _routes(c for c in move.changes if c.early is early):
                 first = move.copied if early else 0
                 self._at(source).last_pieces.append(Send(request_id, stage, groups, first, tokens,
-                                                         self._device(target), move.tag, final=True))
+                                                         self.device(target), move.tag, final=True))
                 self._at(source).closes.append(Close(request_id, stage, groups))
                 if early:
                     self._at(target).opens.append(Grow(request_id, stage, groups, blocks))
@@ -287,23 +322,23 @@ class Mirror:
         self.parked[state.request_id] = held.holders
         shipment = Shipment(self._next_tag(), "swap_out", state.request_id)
         for stage, position, groups in self._held(held.holders):
-            device = self._device(position)
+            device = self.device(position)
             self._at(position).copies.append(Park(state.request_id, stage, groups, state.cached_tokens,
                                                   shipment.tag))
-            self._carry(shipment, device, self._host(device), state.cached_tokens,
+            self.carry(shipment, device, self._host(device), state.cached_tokens,
                         len(groups) * self._positions[position].layers)
             shipment.expect(device, 1)
-        self._ship(shipment)
+        self.ship(shipment)
 
     def _bring_back(self, state: RequestState, before: Holders, held: Holding) -> None:
         shipment = Shipment(held.tag, "swap_in", state.request_id)
         for stage, source, target, groups in _routes(_all_groups(before, held.holders)):
             self._at(source).copies.append(Send(state.request_id, stage, groups, 0, state.cached_tokens,
-                                                self._device(target), held.tag, parked=True))
-            self._carry(shipment, self._host(self._device(source)), self._device(target), state.cached_tokens,
+                                                self.device(target), held.tag, parked=True))
+            self.carry(shipment, self._host(self.device(source)), self.device(target), state.cached_tokens,
                         len(groups) * self._positions[target].layers)
-            shipment.expect(self._device(target), 1)
-        self._ship(shipment)
+            shipment.expect(self.device(target), 1)
+        self.ship(shipment)
 
     # -- helpers ---------------------------------------------------------------------------------------
 
@@ -311,25 +346,28 @@ class Mirror:
         self._tags += 1
         return self._tags
 
-    def _device(self, position: int) -> int:
+    def device(self, position: int) -> int:
+        """The device of a position."""
         return self._positions[position].device
 
     def _host(self, device: int) -> int:
         return -1 - self._hosts[device]
 
     def _at(self, position: int) -> Ops:
-        return self._ops[self._device(position)]
+        return self._ops[self.device(position)]
 
     def _open(self, request_id: int, stage: int, position: int, groups: Groups, blocks: int,
               tag: int) -> None:
         layers = self._positions[position].layers
         self._at(position).opens.append(Open(request_id, stage, groups, layers, blocks, tag))
 
-    def _carry(self, shipment: Shipment, source: int, target: int, tokens: int, group_layers: int) -> None:
+    def carry(self, shipment: Shipment, source: int, target: int, tokens: int, group_layers: int) -> None:
+        """Note bytes that a shipment carries from one device to another."""
         size_bytes = float(tokens * group_layers * self._engine.bytes_per_group_token)
         shipment.flows.append((source, target, size_bytes))
 
-    def _ship(self, shipment: Shipment) -> None:
+    def ship(self, shipment: Shipment) -> None:
+        """Begin a shipment: its devices report when they have all of it."""
         for device, pieces in shipment.pieces.items():
             self._ops[device].expects.append(Expect(shipment.tag, pieces))
         self._shipments.append(shipment)
@@ -342,7 +380,7 @@ class Mirror:
 
     def _pushes(self, holders: Holders) -> Iterator[tuple[int, int, Groups]]:
         """(rank, attention worker, groups) for the groups that do not stay at their rank."""
-        for places, indices in zip(holders, self._plan.stage_positions, strict=True):
+        for places, indices in zip(holders, self.plan.stage_positions, strict=True):
             for rank in indices:
                 owned = self.groups.owned(rank)
                 for target in sorted({places[g] for g in owned} - {rank}):
@@ -350,11 +388,23 @@ class Mirror:
 
     def _staged(self, holders: Holders) -> Iterator[tuple[int, int, Groups]]:
         """(stage, rank, groups) that wait at their rank until they are pushed."""
-        for stage, indices in enumerate(self._plan.stage_positions):
+        for stage, indices in enumerate(self.plan.stage_positions):
             for rank in indices:
                 groups = tuple(g for g in self.groups.owned(rank) if holders[stage][g] != rank)
                 if groups:
                     yield stage, rank, groups
+
+
+def _placement(request_id: int, shape: PlacementShape) -> Placement:
+    """Groups at every position.
+
+    Raises:
+        ExecutorError: the cache is split by tokens.
+    """
+    if shape.ranges is not None:
+        raise ExecutorError(f"request {request_id} is given token ranges; workers here attend to whole "
+                            "contexts")
+    return shape.placement
 
 
 def _routes(changes: Iterable[Change]) -> Iterator[tuple[int, int, int, Groups]]:

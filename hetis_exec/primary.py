@@ -25,6 +25,7 @@ from hetis_exec.messages import (
     Control,
     Hidden,
     Message,
+    Onward,
     Partial,
     Row,
     StageDone,
@@ -287,6 +288,8 @@ class PrimaryWorker(Worker):
             attended[here] = self._kernels.causal(q[here], keys, values)
             if row.push_tag >= 0:
                 self._push(batch.seq, layer, row, keys, values)
+            for onward in row.onward:
+                self._send_onward(onward, layer, row.request_id, keys, values)
 
     def _prompt(self, layer: int, row: Row, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (groups, tokens, d) of a prompt so far; new tokens are stored where they belong.
@@ -314,3 +317,14 @@ class PrimaryWorker(Worker):
                 k, v = (self._kernels.to_wire(x[columns][None]) for x in (keys, values))
                 self.send(device, CacheData(seq, row.push_tag, row.request_id, self._place.stage, (layer,),
                                             groups, 0, k, v, False))
+
+    def _send_onward(self, onward: Onward, layer: int, request_id: int, keys: Tensor, values: Tensor) -> None:
+        """Send a layer of a complete prompt to the instance that will decode it."""
+        abroad = onward.abroad
+        at = layer - abroad.first
+        if onward.source != self.device or not 0 <= at < abroad.layers:
+            return
+        columns = [self._shard.groups.index(g) for g in onward.groups]
+        k, v = (self._kernels.to_wire(x[columns][None]) for x in (keys, values))
+        self.send(onward.target, CacheData(abroad.after, onward.tag, request_id, abroad.stage,
+                                           (abroad.at + at,), onward.groups, 0, k, v, False))

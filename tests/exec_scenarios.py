@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from exec_toys import Fixed, Relieving, Turning, given, pipeline, slow_cache, workload
+from exec_toys import Fixed, Handing, Relieving, Turning, given, pipeline, pools, slow_cache, workload
 
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
+from hetis_exec.records import StepRecord
 from hetis_exec.transport import Delay
 from hetis_sim.control.step import StepKind
 from hetis_sim.policies.plan import InstancePlan, Plan, StagePlan
@@ -40,17 +41,21 @@ class Scenario:
     delay: Delay | None = None
     preempts: bool = False
     moves: bool = False
+    strays: bool = False
     kinds: frozenset[str] = frozenset()
     step_kinds: frozenset[StepKind] = frozenset((StepKind.PREFILL, StepKind.DECODE))
 
 
 def scenario(plan: Plan, policy: Fixed, requests: list[Any] = SHORT, delay: Delay | None = None, *,
-             preempts: bool = False, moves: bool = False, kinds: tuple[str, ...] = (),
-             **settings: Any) -> Scenario:
-    """A scenario; ``kinds`` are the transfers that must occur."""
-    mixed = {StepKind.MIXED} if settings.get("chunked_prefill") else set()
+             preempts: bool = False, moves: bool = False, strays: bool = False,
+             kinds: tuple[str, ...] = (), **settings: Any) -> Scenario:
+    """A scenario; ``kinds`` are the transfers that must occur.
+
+    ``strays``: a prefill instance must decode, or a decode instance prefill.
+    """
+    mixed = {StepKind.MIXED} if settings.get("chunked_prefill") and "handoff" not in kinds else set()
     return Scenario(lambda **more: given(plan, policy, requests, **settings, **more), delay, preempts, moves,
-                    frozenset(kinds), frozenset({StepKind.PREFILL, StepKind.DECODE} | mixed))
+                    strays, frozenset(kinds), frozenset({StepKind.PREFILL, StepKind.DECODE} | mixed))
 
 
 CHUNKS = {"chunked_prefill": True, "chunk_tokens": 12}
@@ -85,10 +90,46 @@ SCENARIOS = {
 }
 
 
+# -- pools ---------------------------------------------------------------------------------------------
+
+# Layers and heads are cut in one way where prompts are computed and in others where requests decode.
+RANKS_TO_STAGES = pools(("prefill", pipeline([[0, 1]], [4], owned=[[3, 1]])),
+                        ("decode", pipeline([[2], [3]], [1, 3])))
+STAGES_TO_RANKS = pools(("prefill", pipeline([[0], [1, 2], [3]], [1, 2, 1], owned=[[4], [2, 2], [4]])),
+                        ("decode", pipeline([[4, 5, 6]], [4], owned=[[1, 1, 2]])))
+MANY = pools(("prefill", pipeline([[0]], [4])), ("prefill", pipeline([[1], [2]], [2, 2])),
+             ("decode", pipeline([[3, 4], [5]], [3, 1], [6], owned=[[2, 2], [4]])),
+             ("decode", pipeline([[7]], [4])))
+TIGHT = {0: 220, 1: 220, 2: 100, 3: 240}
+SWAPS = ("handoff", "swap_out", "swap_in")
+POOL_SCENARIOS = {
+    "handed": scenario(RANKS_TO_STAGES, Handing(), kinds=("handoff",)),
+    "handed_ranks": scenario(STAGES_TO_RANKS, Handing(), delay=slow_cache(0.002), kinds=("handoff",)),
+    "streamed": scenario(RANKS_TO_STAGES, Handing(streams=True), kinds=("handoff",)),
+    "streamed_ranks": scenario(STAGES_TO_RANKS, Handing(streams=True), delay=slow_cache(0.002),
+                               kinds=("handoff",)),
+    "streamed_many": scenario(MANY, Handing(streams=True), LONG, kinds=("handoff",), hosts=(3, 5)),
+    "streamed_chunks": scenario(STAGES_TO_RANKS, Handing(streams=True), LONG, kinds=("handoff",), **CHUNKS),
+    "mixed": scenario(RANKS_TO_STAGES, Handing(streams=True, mixes=True), LONG, strays=True,
+                      kinds=("handoff",), units=TIGHT),
+    "evicted": scenario(RANKS_TO_STAGES, Handing(streams=True), LONG, preempts=True, kinds=("handoff",),
+                        units=TIGHT),
+    "swapped": scenario(RANKS_TO_STAGES, Handing("swap"), LONG, preempts=True, kinds=SWAPS, units=TIGHT),
+}
+SCENARIOS |= POOL_SCENARIOS
+
+
 def has_happened(what: Scenario, executor: Executor, result: ExecutionResult) -> bool:
     """Whether preemptions, moves, transfers and kinds of steps have occurred where they must."""
     states = executor.controller.states.values()
     return (sum(state.preemptions for state in states) >= what.preempts
+            and any(_strays(step, executor.given.plan) for step in result.record.steps) >= what.strays
             and sum(state.moves for state in states) >= what.moves
             and what.kinds <= {kind for _, kind, _ in result.record.arrivals}
             and what.step_kinds <= {StepKind(step.kind) for step in result.record.steps})
+
+
+def _strays(step: StepRecord, plan: Plan) -> bool:
+    """Whether a step is not what the role of its instance says."""
+    role = plan.instances[step.instance].role
+    return (role == "prefill" and step.decoding > 0) or (role == "decode" and bool(step.chunks))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from hetis_sim.cost.roofline import RooflineCost
 from hetis_sim.policies.base import EngineLimits, PlanningProblem, Policy
 from hetis_sim.policies.memory import cache_bytes, unit_bytes
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
-from hetis_sim.policies.view import InstanceView, Move, RequestView
+from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
@@ -118,6 +119,33 @@ class Turning(Fixed):
         return Move(chosen.request_id, self.placements[(at + 1) % len(self.placements)])
 
 
+class Handing(Fixed):
+    """Prompts are computed in one pool and decoded in another, where decode instances take turns.
+
+    ``streams`` sends cache while prompts are computed, ``mixes`` lets either pool do the other's work.
+    """
+
+    name = "handing"
+
+    def __init__(self, preemption: str = "recompute", *, streams: bool = False, mixes: bool = False) -> None:
+        super().__init__(None, preemption)
+        self.streams_handoff = streams
+        self.mixes_pools = mixes
+
+    def choice(self, request: RequestView, view: InstanceView) -> Placement:
+        """As many groups as there are go from every rank to attention workers, where there are any."""
+        workers = [p for p in view.plan.positions if p.remote]
+        placement = list(view.plan.local_placement)
+        for p in workers:
+            rank = next(q for q in view.plan.stage_positions[p.stage] if placement[q])
+            placement[rank] -= 1
+            placement[p.index] += 1
+        return tuple(placement)
+
+    def handoff(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+        return request.request_id % len(instances)
+
+
 class Relieving(Fixed):
     """Takes one group off a device that fills up, to the attention worker with most room."""
 
@@ -135,6 +163,11 @@ class Relieving(Fixed):
                 placement[target.index] += 1
                 return Move(request.request_id, tuple(placement))
         return None
+
+
+def pools(*instances: tuple[str, Plan]) -> Plan:
+    """Several instances of one plan each, with roles."""
+    return Plan(tuple(replace(plan.instances[0], role=role) for role, plan in instances))
 
 
 # -- runs --------------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from hypothesis import strategies as st
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.errors import CacheError, WorkerError
 from hetis_exec.groups import Change, GroupMap, Holders
+from hetis_exec.handoff import routes
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.messages import (
+    Abroad,
     Arrived,
     Await,
     CacheData,
@@ -206,6 +208,38 @@ def test_parked_cache_comes_back_once() -> None:
     assert pair.deliver() == [Arrived(1, 4)]
     assert np.array_equal(pair.keepers[1].pool.read(5, 0, (0,), 1, 0, 8)[0][0], keys + 1)
     assert pair.keepers[0].parked == {}
+
+
+def test_cache_goes_to_another_instance_that_counts_its_own_messages() -> None:
+    """One layer of two becomes layer 2 of another stage, once the other's message 7 has made room."""
+    pair = Pair()
+    keys, _ = pair.begin(6)
+    abroad = Abroad(stage=3, first=1, layers=1, at=2, after=7)
+    pair.tell(2, 0, 4, Send(5, 0, (0,), 0, 6, 1, tag=9, abroad=abroad))
+    assert pair.deliver() == []
+    pair.tell(7, 1, 6, Open(5, 3, (0,), 3, 2, tag=9), Expect(9, 1))
+    assert pair.deliver() == [Arrived(1, 9)]
+    got = pair.keepers[1].pool
+    assert np.array_equal(got.read(5, 3, (0,), 2, 0, 6)[0][0], keys + 1)
+    assert np.isnan(got.read(5, 3, (0,), 1, 0, 6)[0]).all()
+
+
+def test_every_group_of_every_layer_has_one_route() -> None:
+    """Three stages with ranks of their own give, two others take: nothing is missing, nothing comes twice."""
+    source = pipeline([[0], [1, 2], [3]], [2, 3, 1], owned=[[4], [3, 1], [4]]).instances[0]
+    target = pipeline([[4, 5], [6]], [4, 2], [7], owned=[[2, 2], [4]]).instances[0]
+    given_, taken = ((0,) * 4, (1, 1, 1, 2), (3,) * 4), ((0, 2, 1, 2), (3, 4, 4, 3))
+    found = list(routes(source, given_, target, taken))
+    starts, others = (0, 2, 5), (0, 4)
+    carried = {(starts[r.stage] + r.first + n, others[r.target_stage] + r.at + n, g, r.source, r.target)
+               for r in found for n in range(r.layers) for g in r.groups}
+    assert len(carried) == sum(r.layers * len(r.groups) for r in found) == 6 * 4
+    wanted = {(layer, g) for layer in range(6) for g in range(4)}
+    assert {(layer, g) for layer, _, g, _, _ in carried} == wanted
+    for layer, there, g, a, b in carried:
+        assert layer == there
+        assert a == given_[0 if layer < 2 else 1 if layer < 5 else 2][g]
+        assert b == taken[0 if layer < 4 else 1][g]
 
 
 def test_the_ledger_has_the_last_word() -> None:

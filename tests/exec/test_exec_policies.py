@@ -12,11 +12,10 @@ from hetis_exec.errors import ReplayError
 from hetis_exec.records import RunRecord
 from hetis_exec.replay import replay
 from hetis_exec.run import Measured, execute, prepare_execution
-from hetis_sim.spec.errors import SpecError
 
 WORDS = ("rate=200", "requests=8", "workload.prompt_scale=0.05", "workload.output_scale=0.03",
          "executor.workers=threads", "scheduler.max_batch_tokens=64", "scheduler.max_batch_requests=16")
-POLICIES = ("hetis", "hexgen", "lamina", "vllm", "vllm_all")
+POLICIES = ("hetis", "hexgen", "lamina", "vllm", "vllm_all", "splitwise", "distserve")
 POOLS = ("splitwise", "distserve")
 """They prefill and decode on different instances."""
 
@@ -41,13 +40,9 @@ def test_policies_run_unchanged(policy: str) -> None:
     assert wrong("llama", done.execution.given, done.result.tokens) == []
     if policy == "hetis":
         assert any(instance.attention_workers for instance in done.execution.given.plan.instances)
-
-
-@pytest.mark.parametrize("policy", POOLS)
-def test_pools_are_refused(policy: str) -> None:
-    """Cache does not travel between instances here."""
-    with pytest.raises(SpecError, match=r"plan\.roles"):
-        measured(llama(), f"policy={policy}")
+    if policy in POOLS:
+        assert {"prefill", "decode"} == {instance.role for instance in done.execution.given.plan.instances}
+        assert "handoff" in {kind for _, kind, _ in done.result.record.arrivals}
 
 
 def test_a_run_that_the_simulator_does_not_repeat_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

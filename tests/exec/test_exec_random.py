@@ -6,14 +6,14 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from exec_toys import Fixed, expected_tokens, given, pipeline, run, workload
+from exec_toys import Fixed, expected_tokens, given, pipeline, pools, run, workload
 
 from hetis_exec.driver import ExecutorInput
 from hetis_exec.messages import CacheData, Message
 from hetis_exec.replay import replay
 from hetis_exec.transport import Delay
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
-from hetis_sim.policies.view import InstanceView, Move, RequestView
+from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 
 PLANS = (
     pipeline([[0]], [4], [1, 2]),
@@ -25,6 +25,15 @@ PLANS = (
     Plan((InstancePlan((StagePlan((0,), 4, (4,)),), (1,)),
           InstancePlan((StagePlan((2,), 2, (4,)), StagePlan((3,), 2, (4,))), (4,)))),
 )
+POOL_PLANS = (
+    pools(("prefill", pipeline([[0, 1]], [4], owned=[[3, 1]])),
+          ("decode", pipeline([[2], [3]], [1, 3], [4]))),
+    pools(("prefill", pipeline([[0], [1]], [3, 1])), ("decode", pipeline([[2, 3]], [4], owned=[[1, 3]]))),
+    pools(("prefill", pipeline([[0]], [4])), ("prefill", pipeline([[1], [2]], [2, 2])),
+          ("decode", pipeline([[3]], [4], [4, 5])), ("decode", pipeline([[6], [7]], [2, 2]))),
+    pools(("prefill", pipeline([[0]], [4])), ("decode", pipeline([[1, 2, 3]], [4], owned=[[2, 1, 1]])),
+          ("both", pipeline([[4]], [4], [5]))),
+)
 
 
 class Whims(Fixed):
@@ -32,10 +41,19 @@ class Whims(Fixed):
 
     name = "whims"
 
-    def __init__(self, seed: int, preemption: str, moves: bool) -> None:
+    def __init__(self, seed: int, preemption: str, moves: bool, streams: bool = False,
+                 mixes: bool = False) -> None:
         super().__init__(None, preemption)
+        self.streams_handoff = streams
+        self.mixes_pools = mixes
         self.seed = seed
         self.moves = moves
+
+    def route(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+        return (request.request_id + request.preemptions) % len(instances)
+
+    def handoff(self, request: RequestView, instances: Sequence[InstanceLoad]) -> int:
+        return request.request_id % len(instances)
 
     def _place(self, view: InstanceView, *question: object) -> Placement:
         rng = random.Random(f"{self.seed}:{question}")
@@ -43,6 +61,9 @@ class Whims(Fixed):
         for indices in view.plan.stage_positions:
             workers = [p for p in indices if view.plan.positions[p].remote]
             for p in indices:
+                if not workers:
+                    placement[p] = view.plan.positions[p].owned_groups
+                    continue
                 for _ in range(view.plan.positions[p].owned_groups):
                     placement[rng.choice(workers) if rng.random() < 0.6 else p] += 1
         return tuple(placement)
@@ -83,23 +104,25 @@ def random_wires(seed: int, rng: random.Random) -> Delay | None:
     return None if kind == "none" else delay_s
 
 
-def random_input(seed: int, rng: random.Random) -> ExecutorInput:
+def random_input(seed: int, rng: random.Random, pooled: bool) -> ExecutorInput:
     """Everything else."""
-    plan = rng.choice(PLANS)
+    plan = rng.choice(POOL_PLANS if pooled else PLANS)
     devices = 1 + max(device for instance in plan.instances for device in instance.devices)
     requests = workload(rng.randint(3, 10), (1, rng.choice((8, 30))), (1, rng.choice((6, 24))),
                         rng.choice((0.0, 0.0005, 0.003)), seed)
-    return given(plan, Whims(seed, rng.choice(("swap", "recompute")), rng.random() < 0.8), requests,
+    policy = Whims(seed, rng.choice(("swap", "recompute")), rng.random() < 0.8,
+                   pooled and rng.random() < 0.6, pooled and rng.random() < 0.4)
+    return given(plan, policy, requests,
                  units=rng.choice((150, 200, 260, 400, 1000)),
                  hosts=rng.choice(((devices,), (1,) * devices, (devices - 1, 1))),
                  chunked_prefill=rng.random() < 0.4, chunk_tokens=rng.choice((6, 16, 40)),
                  moves_max=rng.choice((1, 2, 3)), rebalance_interval=rng.choice((1, 2, 5)))
 
 
-def check(seed: int) -> None:
+def check(seed: int, pooled: bool = False) -> None:
     """Tokens are right, cache is free at the end, and the simulator decides the same."""
     rng = random.Random(seed)
-    what = random_input(seed, rng)
+    what = random_input(seed, rng, pooled)
     executor, result = run(what, random_wires(seed, rng))
     wanted = expected_tokens(what)
     assert result.tokens == {request_id: wanted[request_id] for request_id in result.tokens}
@@ -116,9 +139,15 @@ def test_any_run_holds(seed: int) -> None:
     check(seed)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_any_run_of_pools_holds(seed: int) -> None:
+    """A few random runs with prompts and decoding apart."""
+    check(seed, pooled=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(100, 300, 10))
 def test_many_runs_hold(first: int) -> None:
     """Many random runs."""
     for seed in range(first, first + 10):
-        check(seed)
+        check(seed, pooled=seed % 2 == 1)
