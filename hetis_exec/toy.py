@@ -8,7 +8,8 @@ import numpy as np
 
 from hetis_exec.driver import ExecutorInput
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.cost.roofline import HostOverhead, RooflineCost
+from hetis_sim.cost.host import HostOverhead
+from hetis_sim.cost.roofline import RooflineCost
 from hetis_sim.policies.base import EngineLimits, PlanningProblem
 from hetis_sim.policies.memory import RUNTIME_BYTES
 from hetis_sim.policies.registry import make_policy

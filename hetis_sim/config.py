@@ -18,6 +18,9 @@ from hetis_sim.spec.slo import Slo
 from hetis_sim.study.config import StudyConfig
 from traces.config import WorkloadConfig
 
+PROFILE = "profile"
+"""Shorthand of ``cost.profiles``, which takes a single path as well."""
+
 SHORTHANDS = {"rate": "workload.rate", "requests": "workload.requests", "seed": "workload.seed",
               "policies": "study.policies", "seeds": "study.seeds"}
 """Keys that may be written without their group."""
@@ -54,8 +57,9 @@ class CostConfig:
 
     Attributes:
         kind: ``profile`` (measured where there are measurements) or ``roofline`` (datasheets).
-        profiles: further profile files, which go before the shipped ones.
-        host_base_s, host_per_sequence_s: host time of one iteration; an assumption of ours.
+        profiles: further profile files, or folders of them, which go before the shipped ones.
+        host_base_s, host_per_sequence_s: host time of one iteration; an assumption of ours, which a profile
+            with measured host time replaces.
         policy_error: every coefficient that policies plan and dispatch by is wrong by this share, up or
             down at random, while durations stay what they are; see :class:`MisjudgedCost`.
         policy_error_seed: of the directions.
@@ -145,8 +149,17 @@ def normalise(overrides: Sequence[str]) -> list[str]:
         key, sign, value = text.partition("=")
         if sign and key.lstrip("+") in ("model", "cluster", "policy", "workload"):
             key = key.lstrip("+")
+        if key == PROFILE and sign:
+            key, value = "cost.profiles", value if value.startswith("[") else f"[{_quoted(value)}]"
         fixed.append(SHORTHANDS.get(key, key) + sign + value)
     return fixed
+
+
+def _quoted(path: str) -> str:
+    """A path as one element of a list in Hydra's grammar."""
+    if not path or path[0] in "'\"":
+        return path
+    return "'" + path.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def check_keys(overrides: Sequence[str], schema: type[RunConfig] = RunConfig) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hetis_sim.config import RunConfig
+from hetis_sim.cost.outside import sentence
 from hetis_sim.metrics import Summary, print_summary, summary_line, summary_markdown
 from hetis_sim.policies.memory import cache_bytes, mesh_cache_bytes, stage_weight_bytes
 from hetis_sim.policies.plan import SINK, SOURCE, MeshPlan
@@ -38,7 +39,8 @@ def progress_bar(config: RunConfig, prepared: Prepared) -> Iterator[Callable[[in
 
 def print_result(result: Result, folder: Path | None = None) -> None:
     """Print a run's figures in the configured form."""
-    print_figures(result.summary, result.prepared, provenance_notes(result.prepared), folder)
+    notes = [*provenance_notes(result.prepared), *outside_notes(result.summary)]
+    print_figures(result.summary, result.prepared, notes, folder)
 
 
 def print_figures(summary: Summary, prepared: Prepared, notes: Sequence[str], folder: Path | None = None,
@@ -74,6 +76,11 @@ def provenance_notes(prepared: Prepared) -> list[str]:
         if kind in kinds:
             notes.append(f"durations {explain}: {_grouped(kinds[kind])}")
     return [*notes, *prepared.cost.warnings]
+
+
+def outside_notes(summary: Summary) -> list[str]:
+    """One sentence for each quantity that a run asked for outside its fitted range."""
+    return [sentence(mark) for mark in summary.outside_ranges]
 
 
 def _grouped(modules: dict[str, list[str]]) -> str:

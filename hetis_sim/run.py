@@ -13,10 +13,10 @@ from hetis_sim.control.controller import Controller
 from hetis_sim.control.make import make_controller
 from hetis_sim.control.mesh.controller import MeshController
 from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.load import load_cost_model
 from hetis_sim.cost.misjudged import MisjudgedCost
 from hetis_sim.cost.model import CostModel, ProvenanceRow
-from hetis_sim.cost.roofline import HostOverhead
 from hetis_sim.metrics import Recorder, Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
 from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.policies.base import PlanningProblem, Policy
@@ -129,7 +129,7 @@ def prepare(config: RunConfig) -> Prepared:
     policy = make_policy(config.policy)
     cost = load_cost_model(config.cost.kind, profiles=config.cost.profiles,
                            host=HostOverhead(config.cost.host_base_s, config.cost.host_per_sequence_s),
-                           gpus=[device.gpu for device in cluster.devices])
+                           gpus=[device.gpu for device in cluster.devices], model=model)
     workload = build_workload(config.workload, model.context_limit_tokens)
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
     believed = None
@@ -220,7 +220,8 @@ def make_result(prepared: Prepared, simulation: Simulation, recorder: Recorder,
     roles = roles_of_plan(prepared.plan.to_dict(), len(prepared.cluster.devices))
     summary = summarize(recorder, slo=config.slo.slo(), trim=trim, roles=roles,
                         submitted=len(simulation.controller.states),
-                        horizon_s=simulation.clock.now if incomplete else None, incomplete=incomplete)
+                        horizon_s=simulation.clock.now if incomplete else None, incomplete=incomplete,
+                        outside_ranges=[mark.to_dict() for mark in simulation.watch.found()])
     decisions = simulation.controller.log.lines if config.sim.log_decisions else None
     return Result(summary, recorder, prepared, decisions, simulation.clock.events)
 
@@ -262,4 +263,5 @@ def manifest(result: Result) -> dict[str, Any]:
                 "plan": value_sha256(plan.get("mesh") or plan["instances"])},
         provenance=prepared.provenance(),
         extra={"workload": dict(about), "cost_warnings": list(prepared.cost.warnings),
+               "outside_ranges": list(result.summary.outside_ranges),
                "events": result.events, "incomplete": result.summary.incomplete})

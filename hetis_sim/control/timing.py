@@ -34,11 +34,15 @@ class StageLines(NamedTuple):
 class DecodeLines(NamedTuple):
     """Decode attention of a lane: the stages' lines, and the work of each attention worker.
 
-    ``workers`` is empty where no worker holds a head of the lane.
+    Attributes:
+        stages: see :class:`StageLines`.
+        workers: empty where no worker holds a head of the lane.
+        held: (position, groups, group-tokens before the first iteration) wherever the lane has any.
     """
 
     stages: tuple[StageLines, ...]
     workers: tuple[Line, ...]
+    held: tuple[tuple[int, int, int], ...] = ()
 
 
 NO_LINES = StageLines((), (), ())
@@ -248,6 +252,7 @@ class InstanceTimer:
             lines: tuple[dict[Line, None], dict[Line, None]] = ({}, {})
             # What leaves through the stage's network interface, for whichever worker.
             sent = sum([groups[p] for p, _, _, _, _, _, _, _, shared in stage if shared]) if remote else 0
+            packing = self._packing_s(stage, groups) if remote else 0.0
             for p, is_remote, layers, a, b, c, wire, wire_fixed, shared in stage:
                 g = groups[p]
                 if g:
@@ -255,9 +260,24 @@ class InstanceTimer:
                     start = own + wire * (sent if shared else g) + wire_fixed + waits[p]
                     lines[is_remote][layers * start, layers * b * g] = None  # equal lines count once
             local, others = tuple(lines[0]), tuple(lines[1])
-            stages.append(StageLines(local, others, local + others))
+            both = local + others
+            if packing:
+                # The rank sends before it computes its own heads, and gathers afterwards.
+                both = tuple([(start + packing, slope) for start, slope in both])
+            stages.append(StageLines(local, others, both))
         work = [_work(worker, groups, base) for worker in self._worker_facts] if remote else []
-        return DecodeLines(tuple(stages), tuple(work))
+        held = tuple([(p, g, base[p]) for p, g in enumerate(groups) if g])
+        return DecodeLines(tuple(stages), tuple(work), held)
+
+    def _packing_s(self, stage: Sequence[tuple[int, bool, int, float, float, float, float, float, bool]],
+                   groups: Sequence[int]) -> float:
+        """What the ranks of a stage spend on addressing attention workers, over its layers."""
+        total, ranks = 0.0, sum([not facts[1] for facts in stage])
+        for p, is_remote, layers, *_ in stage:
+            if is_remote and groups[p]:
+                cost = self.costs[p]
+                total += layers * (cost.pack_fixed_s + cost.pack_s_per_group * groups[p] / ranks)
+        return total
 
     def _ranged_lines(self, lane: Lane, loads: Loads) -> DecodeLines:
         """The same with token ranges; see :mod:`.ranges`."""

@@ -13,9 +13,10 @@ from hetis_sim.cost import floor, work
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
 from hetis_sim.cost.memo import MemoisedCost
-from hetis_sim.cost.model import AttentionCost, ProvenanceRow, TransferCost
-from hetis_sim.cost.profile import LINKS_DEVICE, Profile
+from hetis_sim.cost.model import NO_PACKING, AttentionCost, ProvenanceRow, TransferCost
+from hetis_sim.cost.profile import HOST_DEVICE, LINKS_DEVICE, Profile
 from hetis_sim.cost.roofline import RooflineCost
+from hetis_sim.cost.tables import TokenTables, shape_key
 from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
@@ -79,7 +80,18 @@ class ProfileCost(MemoisedCost):
         return tuple(self._warnings)
 
     def host_overhead_s(self, sequences: int) -> float:
-        return self._roofline.host_overhead_s(sequences)
+        profile = self._with_module(HOST_DEVICE, "host_overhead")
+        if profile is None or profile.host_overhead is None:
+            return self._roofline.host_overhead_s(sequences)
+        return profile.host_overhead.seconds(sequences)
+
+    def head_packing(self, gpu: GpuSpec) -> TransferCost:
+        profile = self._with_module(gpu.name, "head_packing")
+        return NO_PACKING if profile is None or profile.head_packing is None else profile.head_packing
+
+    def ranges(self, gpu: GpuSpec, module: str) -> Mapping[str, tuple[float, float]]:
+        profile = self._with_module(HOST_DEVICE if module == "host_overhead" else gpu.name, module)
+        return {} if profile is None else profile.infos[module].ranges
 
     # -- look-up ---------------------------------------------------------------------------
 
@@ -118,25 +130,54 @@ class ProfileCost(MemoisedCost):
         curve = self._curves.get(key)
         if curve is None:
             curve = self._curves[key] = self._token_curve(module, gpu, model, tp)
-        fitted = self._with_module(gpu.name, "gemm")
-        if fitted is not None:
+        measured, fitted = self._measured(module, gpu, model), self._with_module(gpu.name, "gemm")
+        if measured is not None:
+            self._check_range(measured, module, tokens=tokens, tp=tp)
+        elif fitted is not None:
             self._check_range(fitted, "gemm", m=tokens)
         return curve.at(tokens)
 
     def _token_curve(self, module: str, gpu: GpuSpec, model: ModelSpec, tp: int) -> TokenCurve:
         bound = floor.dense_layer_floor_s if module == "dense_layer" else floor.head_floor_s
         seconds = self._measured_curve(module, gpu, model, tp)
+        if seconds is not None and self._calibrated(gpu, module):
+            return TokenCurve(tuple(np.maximum.accumulate(seconds).tolist()))
         if seconds is None:
             seconds = self._summed_curve(module, gpu, model, tp)
         floors = [bound(gpu, model, tokens, tp) for tokens in LATTICE]
         return TokenCurve(tuple(np.maximum.accumulate(np.maximum(seconds, floors)).tolist()))
 
     def _measured_curve(self, module: str, gpu: GpuSpec, model: ModelSpec, tp: int) -> list[float] | None:
-        """Durations of exactly this shape, where a profile has them."""
+        """Durations of exactly this shape, where a profile has them.
+
+        Of a calibrated profile, those of the nearest degree that was measured, by the products' work.
+        """
+        profile = self._measured(module, gpu, model)
+        if profile is None:
+            return None
+        tables: TokenTables = getattr(profile, module)
+        table = tables.find(model, tp)
+        if table is not None:
+            return [table.at(tokens) for tokens in LATTICE]
+        if profile.calibration is None:
+            return None
+        near = min(tables.degrees(model), key=lambda degree: abs(math.log(degree / tp)))
+        found = tables.curves[shape_key(model), near]
+        return [found.at(tokens) * near / tp for tokens in LATTICE]
+
+    def _measured(self, module: str, gpu: GpuSpec, model: ModelSpec) -> Profile | None:
+        """The profile that has timings of exactly this shape, at whatever degree."""
         profile = self._with_module(gpu.name, module)
-        tables = None if profile is None else getattr(profile, module)
-        table = None if tables is None else tables.find(model, tp)
-        return None if table is None else [table.at(tokens) for tokens in LATTICE]
+        tables: TokenTables | None = None if profile is None else getattr(profile, module)
+        return profile if tables is not None and tables.degrees(model) else None
+
+    def _calibrated(self, device: str | GpuSpec, module: str) -> bool:
+        """Whether a module was measured on the machine in question.
+
+        Then no floor applies: what the cluster file says of a device's speed may be a rough figure.
+        """
+        profile = self._with_module(device if isinstance(device, str) else device.name, module)
+        return profile is not None and profile.calibration is not None
 
     def _summed_curve(self, module: str, gpu: GpuSpec, model: ModelSpec, tp: int) -> list[float]:
         """Sum of the matrix products and elementwise kernels at each count of the lattice."""
@@ -177,7 +218,10 @@ class ProfileCost(MemoisedCost):
                                    new_tokens: int, context_tokens: int) -> float:
         bound = floor.prefill_attention_floor_s(gpu, model, query_heads, new_tokens, context_tokens)
         profile = self._with_module(gpu.name, "prefill_attention")
-        if profile is None or model.weight_bytes == 4:
+        calibrated = self._calibrated(gpu, "prefill_attention")
+        if calibrated:
+            bound = 0.0
+        if profile is None or (model.weight_bytes == 4 and not calibrated):
             return max(bound, self._roofline.prefill_attention_layer_s(gpu, model, query_heads, new_tokens,
                                                                        context_tokens))
         self._check_range(profile, "prefill_attention", keys=new_tokens + context_tokens)
@@ -211,7 +255,9 @@ class ProfileCost(MemoisedCost):
         nearest: DecodeClass = min(profile.decode_attention, key=lambda c: (
             abs(math.log(c.head_dim / model.head_dim)), abs(math.log(c.heads_per_group / r))))
         a = nearest.cost.a_s_per_head * (model.head_dim / nearest.head_dim) * (nearest.heads_per_group / r)
-        b = max(nearest.cost.b_s_per_byte, floor.decode_floor_s_per_byte(gpu, model))
+        b = nearest.cost.b_s_per_byte
+        if profile.calibration is None:
+            b = max(b, floor.decode_floor_s_per_byte(gpu, model))
         return replace(nearest.cost, a_s_per_head=a, b_s_per_byte=b)
 
     # -- links -----------------------------------------------------------------------------
@@ -222,6 +268,8 @@ class ProfileCost(MemoisedCost):
         found = None if table is None else table.messages.get(link.name)
         if found is None:
             return self._roofline.transfer(link)
+        if self._calibrated(LINKS_DEVICE, "transfer"):
+            return found
         return TransferCost(max(found.gamma_s_per_byte, 1.0 / link.bandwidth_bytes_per_s),
                             max(found.beta_s, link.latency_s))
 
@@ -231,6 +279,8 @@ class ProfileCost(MemoisedCost):
             profile = self._with_module(device, "all_reduce")
             if seconds is None and profile is not None and profile.all_reduce is not None:
                 seconds = profile.all_reduce.all_reduce_s(link.name, size_bytes, ranks)
+                if seconds is not None and profile.calibration is not None:
+                    return seconds
         if seconds is None:
             seconds = self._ring_s(link, size_bytes, ranks)
         return max(seconds, floor.all_reduce_floor_s(link, size_bytes, ranks))
@@ -244,9 +294,19 @@ class ProfileCost(MemoisedCost):
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
-        rows = [self._gpu_row(module, gpu, model) for gpu in gpus for module in GPU_MODULES]
+        rows = [self._gpu_row(module, gpu, model) for gpu in gpus for module in self._modules(gpu, model)]
         rows += [self._link_row(link) for link in links]
-        return [*rows, self._roofline.host.provenance()]
+        host = self._with_module(HOST_DEVICE, "host_overhead")
+        if host is None:
+            return [*rows, self._roofline.host.provenance()]
+        return [*rows, self._row("host_overhead", HOST_DEVICE, host)]
+
+    def _modules(self, gpu: GpuSpec, model: ModelSpec) -> tuple[str, ...]:
+        """Modules that durations on a card come from: whole layers where they were measured."""
+        if self._measured("dense_layer", gpu, model) is None or not self._calibrated(gpu, "dense_layer"):
+            return GPU_MODULES
+        more = ("head_packing",) if self._with_module(gpu.name, "head_packing") is not None else ()
+        return ("dense_layer", "head", *GPU_MODULES[2:], *more)
 
     def _gpu_row(self, module: str, gpu: GpuSpec, model: ModelSpec) -> ProvenanceRow:
         profile = self._with_module(gpu.name, module)
@@ -254,7 +314,8 @@ class ProfileCost(MemoisedCost):
             profile = self._with_module(LINKS_DEVICE, module)
             if profile is not None:
                 return replace(self._row(module, gpu.name, profile), kind="derived")
-        if profile is None or (model.weight_bytes == 4 and module in ("gemm", "prefill_attention")):
+        wide = model.weight_bytes == 4 and not self._calibrated(gpu, module)
+        if profile is None or (wide and module in ("gemm", "prefill_attention")):
             return self._roofline.gpu_row(module, gpu)
         return self._row(module, gpu.name, profile)
 

@@ -8,11 +8,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from hetis_sim.cost.fitted import ProfileCost
+from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.model import CostModel
-from hetis_sim.cost.profile import LINKS_DEVICE, Profile, parse_profile, read_profile
-from hetis_sim.cost.roofline import HostOverhead, RooflineCost, RooflineSettings
+from hetis_sim.cost.profile import NO_CARD, Profile, parse_profile, read_profile
+from hetis_sim.cost.roofline import RooflineCost, RooflineSettings
 from hetis_sim.spec.errors import SpecError
 from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.model import ModelSpec
 
 KINDS = ("profile", "roofline")
 
@@ -55,19 +57,21 @@ def read_shipped(device: str) -> Profile | None:
 
 def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (),
                     host: HostOverhead | None = None, roofline: RooflineSettings | None = None,
-                    gpus: Sequence[GpuSpec] | None = None) -> CostModel:
+                    gpus: Sequence[GpuSpec] | None = None, model: ModelSpec | None = None) -> CostModel:
     """The cost model ``kind``: ``profile`` (fitted, roofline where nothing is measured) or ``roofline``.
 
     Args:
         kind: ``profile`` or ``roofline``.
-        profiles: files of the user's, which go before the shipped profiles module by module.
+        profiles: files of the user's, or folders of them, which go before the shipped profiles module by
+            module. Of a folder, those of devices that are not among ``gpus`` are left out.
         host: host time of an iteration.
         roofline: shares of the datasheet peaks behind the profiles.
         gpus: the cards of the cluster; a user's profile for any other card is then an error.
+        model: what is to be served; a calibrated profile of other shapes or numbers is then an error.
 
     Raises:
-        SpecError: unknown kind, a faulty profile, two profiles of one device, or a profile made
-            for a card that is not among ``gpus``.
+        SpecError: unknown kind, a faulty profile, a profile made for a card that is not among ``gpus``
+            or for another model than ``model``, or calibrated profiles for some of the cards only.
     """
     if kind not in KINDS:
         raise SpecError("cost.kind", kind, f"one of {', '.join(KINDS)}")
@@ -77,14 +81,47 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
             raise SpecError("cost.profiles", [str(path) for path in profiles],
                             "empty with cost.kind=roofline")
         return behind
-    user = [read_profile(path) for path in profiles]
+    user = [profile for path in profiles for profile in _read(Path(path), gpus)]
     for profile in user:
-        if gpus is not None and profile.device != LINKS_DEVICE:
+        if gpus is not None and profile.device not in NO_CARD:
             _require_used(profile, gpus)
+        if model is not None:
+            profile.check_model(model)
+    if gpus is not None:
+        _require_all(user, gpus)
     return ProfileCost(ProfileShelf(user), behind)
+
+
+def _read(path: Path, gpus: Sequence[GpuSpec] | None) -> list[Profile]:
+    """The profiles of a file, or those of a folder that the cards have a use for.
+
+    Raises:
+        SpecError: a folder without any.
+    """
+    if not path.expanduser().is_dir():
+        return [read_profile(path.expanduser())]
+    found = [read_profile(file) for file in sorted(path.expanduser().glob("*.json"))]
+    devices = [profile.device for profile in found if profile.device not in NO_CARD]
+    names = set(devices) if gpus is None else {gpu.name for gpu in gpus}
+    if not names & set(devices):
+        raise SpecError("cost.profiles", str(path), f"a folder with a profile of {' or '.join(sorted(names))}"
+                        f" (it has {', '.join(devices) or 'none'})")
+    return [profile for profile in found if profile.device in names or profile.device in NO_CARD]
 
 
 def _require_used(profile: Profile, gpus: Sequence[GpuSpec]) -> None:
     """Refuse a profile that was made for another card than those at hand."""
     if all(profile.device != gpu.name for gpu in gpus):
         profile.check_device(gpus[0])
+
+
+def _require_all(user: Sequence[Profile], gpus: Sequence[GpuSpec]) -> None:
+    """Where some of the cards were calibrated, refuse others that nothing is known of but rough figures."""
+    calibrated = [profile.device for profile in user if profile.calibration is not None]
+    if not set(calibrated) & {gpu.name for gpu in gpus}:
+        return
+    shipped = shipped_devices()
+    for gpu in gpus:
+        if gpu.name not in shipped and all(profile.device != gpu.name for profile in user):
+            raise SpecError("cost.profiles", sorted(set(calibrated)), f"complete: there is no profile of "
+                            f"{gpu.name!r}, which is in the cluster; calibrate with it")

@@ -85,6 +85,9 @@ class MisjudgedCost(MemoisedCost):
     def host_overhead_s(self, sequences: int) -> float:
         return self.truth.host_overhead_s(sequences)
 
+    def head_packing(self, gpu: GpuSpec) -> TransferCost:
+        return self.truth.head_packing(gpu)
+
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
         return self.truth.provenance(gpus, model, links)

@@ -8,7 +8,7 @@ decode attention (tau), head transfer (rho), tensor-parallel collectives, host o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hetis_sim.spec.cluster import LinkSpec
@@ -54,6 +54,9 @@ class TransferCost:
         if size_bytes <= 0:
             return 0.0
         return self.gamma_s_per_byte * size_bytes + self.beta_s
+
+
+NO_PACKING = TransferCost(0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +130,19 @@ class CostModel(ABC):
     @abstractmethod
     def host_overhead_s(self, sequences: int) -> float:
         """Host time of one engine iteration that the devices wait for (scheduling, input, output)."""
+
+    def head_packing(self, gpu: GpuSpec) -> TransferCost:
+        """Processor time of a rank on ``gpu`` to address one attention worker in one layer.
+
+        Over the bytes that go out and come back: picking the rows and handing them over, and putting the
+        answers in their places. It lies on the rank's own path, whether or not it waits for the worker.
+        Nothing by default: kernels do it on the way.
+        """
+        return NO_PACKING
+
+    def ranges(self, gpu: GpuSpec, module: str) -> Mapping[str, tuple[float, float]]:
+        """What the durations of a module were fitted on: ends by quantity; empty where nothing was fitted."""
+        return {}
 
     @abstractmethod
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,

@@ -4,13 +4,15 @@ A profile is one JSON object:
 
     schema      1
     name        of the profile
-    device      the GPU it was made for (its name in the catalogue), or "links"
+    device      the device it was made for (its name in the catalogue or the cluster), "links" or "host"
     modules     by name, see below; a module that is absent falls back to the roofline
+    calibration of a profile that was measured on one machine: see :class:`Calibration`
+    sha256      with it: hash of everything else
 
 and each module
 
     model         form of the coefficients: tile_wave | curves | flash_blocks | linear | links |
-                  token_tables
+                  token_tables | per_iteration | per_message
     status        measured | derived
     coefficients  of that form
     range         {quantity: [least, largest]} that was fitted on
@@ -20,7 +22,9 @@ and each module
 
 Modules: gemm (tile_wave), elementwise (curves), prefill_attention (flash_blocks), decode_attention
 (linear), all_reduce and transfer (links), dense_layer and head (token_tables: one model shape
-measured whole; they go before gemm and elementwise where they match).
+measured whole; they go before gemm and elementwise where they match), host_overhead (per_iteration:
+what an iteration takes besides, of the device "host"), head_packing (per_message: processor time of a
+rank for one attention worker in one layer).
 """
 
 from __future__ import annotations
@@ -32,20 +36,27 @@ from pathlib import Path
 from typing import Any
 
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
+from hetis_sim.cost.calibration import FINGERPRINT, KEY, Calibration, check_fingerprint
 from hetis_sim.cost.curve import Curve
 from hetis_sim.cost.gemm import TileWaveGemm
+from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.links import LinkTable
+from hetis_sim.cost.model import TransferCost
 from hetis_sim.cost.parse import positive, positive_list
 from hetis_sim.cost.tables import TokenTables
 from hetis_sim.spec.errors import SpecError, require
 from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.model import ModelSpec
 
 SCHEMA = 1
 LINKS_DEVICE = "links"
+HOST_DEVICE = "host"
+NO_CARD = (LINKS_DEVICE, HOST_DEVICE)
 STATUSES = ("measured", "derived")
 MODELS = {"gemm": "tile_wave", "elementwise": "curves", "prefill_attention": "flash_blocks",
           "decode_attention": "linear", "all_reduce": "links", "transfer": "links",
-          "dense_layer": "token_tables", "head": "token_tables"}
+          "dense_layer": "token_tables", "head": "token_tables", "host_overhead": "per_iteration",
+          "head_packing": "per_message"}
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,9 @@ class Profile:
     transfer: LinkTable | None = None
     dense_layer: TokenTables | None = None
     head: TokenTables | None = None
+    host_overhead: HostOverhead | None = None
+    head_packing: TransferCost | None = None
+    calibration: Calibration | None = None
 
     def check_device(self, gpu: GpuSpec) -> None:
         """Raise :class:`SpecError` when this profile was made for another card than ``gpu``."""
@@ -82,6 +96,17 @@ class Profile:
             raise SpecError("profile.device", self.device,
                             f"{gpu.name!r}: profile {self.name!r} was made for {self.device!r} "
                             f"and cannot be used on {gpu.name!r}")
+
+    def check_model(self, model: ModelSpec) -> None:
+        """Raise :class:`SpecError` when a calibrated profile was measured for other models than ``model``."""
+        if self.calibration is None or self.device in NO_CARD:
+            return
+        self.calibration.check_model(model, self.name)
+        for module, tables in (("dense_layer", self.dense_layer), ("head", self.head)):
+            if tables is not None and not tables.degrees(model):
+                raise SpecError("model", model.name, f"one of the shapes that profile {self.name!r} of "
+                                f"{self.device!r} holds for {module} ({', '.join(self.calibration.models)}); "
+                                "calibrate with this model")
 
 
 def read_profile(path: str | Path) -> Profile:
@@ -120,7 +145,11 @@ def parse_profile(raw: Any, key: str = "profile") -> Profile:
         require(isinstance(coefficients, dict), f"{place}.coefficients", type(coefficients).__name__,
                 "an object")
         parts[module] = _coefficients(module, coefficients, f"{place}.coefficients")
-    return Profile(raw["name"], raw["device"], infos, **parts)
+    calibration = None
+    if KEY in raw or FINGERPRINT in raw:
+        check_fingerprint(raw, key)
+        calibration = Calibration.parse(raw.get(KEY), f"{key}: {KEY}")
+    return Profile(raw["name"], raw["device"], infos, calibration=calibration, **parts)
 
 
 def _coefficients(module: str, raw: dict[str, Any], key: str) -> Any:
@@ -138,6 +167,11 @@ def _coefficients(module: str, raw: dict[str, Any], key: str) -> Any:
         return tuple(form.parse(item, f"{key}.classes[{n}]") for n, item in enumerate(classes))
     if module in ("all_reduce", "transfer"):
         return LinkTable.parse(raw, key)
+    if module == "host_overhead":
+        return HostOverhead.parse(raw, key)
+    if module == "head_packing":
+        return TransferCost(positive(raw.get("gamma_s_per_byte"), f"{key}.gamma_s_per_byte", zero=True),
+                            positive(raw.get("beta_s"), f"{key}.beta_s", zero=True))
     return TokenTables.parse(raw, key)
 
 

@@ -7,37 +7,13 @@ from dataclasses import dataclass
 
 from hetis_sim.cost import work
 from hetis_sim.cost.floor import decode_floor_s_per_byte, matrix_flops_per_s
+from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import AttentionCost, ProvenanceRow, TransferCost
 from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.errors import require_finite
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class HostOverhead:
-    """Host time of one engine iteration; a setting of its own, never part of a kernel.
-
-    The defaults (2 ms and 20 us per sequence) are an assumption of ours for an engine of the
-    vLLM V1 kind; engines of 2023 took 40 to 65 ms, which a user sets here.
-    """
-
-    base_s: float = 2e-3
-    per_sequence_s: float = 2e-5
-
-    def __post_init__(self) -> None:
-        require_finite("cost.host_overhead.base_s", self.base_s, 0.0)
-        require_finite("cost.host_overhead.per_sequence_s", self.per_sequence_s, 0.0)
-
-    def seconds(self, sequences: int) -> float:
-        """Host time of an iteration over ``sequences``."""
-        return self.base_s + self.per_sequence_s * sequences
-
-    def provenance(self) -> ProvenanceRow:
-        """The row that says that this is a setting."""
-        return ProvenanceRow("host_overhead", "host", "setting", "", "configuration",
-                             note=f"{self.base_s:g} s + {self.per_sequence_s:g} s per sequence")
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,11 @@ class TokenTables:
         """The curve for exactly this shape and degree."""
         return self.curves.get((shape_key(model), tp))
 
+    def degrees(self, model: ModelSpec) -> list[int]:
+        """Tensor-parallel degrees that were measured of this shape."""
+        shape = shape_key(model)
+        return sorted(tp for found, tp in self.curves if found == shape)
+
     @classmethod
     def parse(cls, raw: Any, key: str) -> TokenTables:
         """Read ``{tables: [{shape: {...}, tp, tokens: [...], seconds: [...]}]}``."""

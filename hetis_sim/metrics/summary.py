@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,6 +107,9 @@ class Summary:
         intervals: how the intervals were made.
         incomplete: why the run was stopped before its end; empty for a whole run. Figures of an
             incomplete run are of what had ended by then, which favours the short.
+        outside_ranges: predictions outside what the cost model was fitted on: ``module``, ``device``,
+            ``quantity``, the range (``low``, ``high``), the extremes outside (``least``, ``most``), and in
+            how many ``iterations`` out of how many (``of_iterations``).
     """
 
     label: str
@@ -131,6 +134,7 @@ class Summary:
     counters: dict[str, float]
     intervals: str = METHOD
     incomplete: str = ""
+    outside_ranges: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for ``summary.json``; intervals become pairs."""
@@ -139,7 +143,8 @@ class Summary:
 
 def summarize(source: Recorder | Records, *, slo: Slo, trim: Trim | None = None, roles: Sequence[str] = (),
               label: str = "simulated", submitted: int | None = None,
-              horizon_s: float | None = None, incomplete: str = "") -> Summary:
+              horizon_s: float | None = None, incomplete: str = "",
+              outside_ranges: Sequence[Mapping[str, Any]] = ()) -> Summary:
     """Work out all figures of a run.
 
     Args:
@@ -151,6 +156,7 @@ def summarize(source: Recorder | Records, *, slo: Slo, trim: Trim | None = None,
         submitted: requests that entered, where some had not ended when the run was stopped.
         horizon_s: when it was stopped.
         incomplete: why it was stopped before its end, if it was.
+        outside_ranges: predictions outside what the cost model was fitted on.
 
     Raises:
         SpecError: fewer requests submitted than ended, or roles for another number of devices.
@@ -186,6 +192,7 @@ def summarize(source: Recorder | Records, *, slo: Slo, trim: Trim | None = None,
         saturation=growth,
         counters=dict(sorted(records.counters.items())),
         incomplete=incomplete,
+        outside_ranges=tuple(dict(mark) for mark in outside_ranges),
     )
 
 

@@ -34,8 +34,10 @@ def position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
     # Query, key and value go out and the output comes back: two messages a layer.
     wire_s = transfer.gamma_s_per_byte * wire_bytes * max(1, share)
     still, merged = range_wire_bytes(model)
+    packing = cost.head_packing(cluster.devices[sender].gpu)
     return PositionCost(a, b, attention.c_s, wire_s, 2 * transfer.beta_s, share, still * wire_s_per_byte,
-                        merged * wire_s_per_byte)
+                        merged * wire_s_per_byte, pack_s_per_group=packing.gamma_s_per_byte * wire_bytes,
+                        pack_fixed_s=packing.beta_s)
 
 
 def range_wire_bytes(model: ModelSpec) -> tuple[int, int]:

@@ -58,6 +58,9 @@ class PositionCost:
     range, ``merge_wire_s_per_group`` what a group of a remote tail takes longer. A rank merges the
     partial outputs of its groups after the slowest has come: ``merge_s_per_group`` for each that
     it reads or writes, and ``c_s`` once.
+
+    ``pack_fixed_s`` and ``pack_s_per_group`` are processor time of the rank itself for a remote position:
+    the whole stage waits for it, and no choice of heads hides it.
     """
 
     a_s_per_group: float
@@ -69,6 +72,8 @@ class PositionCost:
     still_wire_s_per_group: float = 0.0
     merge_wire_s_per_group: float = 0.0
     merge_s_per_group: float = 0.0
+    pack_s_per_group: float = 0.0
+    pack_fixed_s: float = 0.0
 
     def seconds(self, groups: float, group_tokens: float) -> float:
         """Completion time of the position's share; 0 when it has none."""

@@ -11,6 +11,7 @@ from hetis_sim.control.envelope import envelope_sum
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.step import Outcome, Step
 from hetis_sim.control.timing import InstanceTimer
+from hetis_sim.control.watch import StepWatch
 from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.network import Network, Wire
@@ -35,12 +36,14 @@ class Instance:
         news: called with what each verb of the controller has set off.
         horizon: the earliest time at which anything outside may happen.
         network: carries the transfers that stream with steps.
+        watch: told of every step that has ended.
     """
 
     def __init__(self, clock: Clock, controller: Controller, engine: Engine, timer: InstanceTimer,
                  recorder: Recorder, news: Callable[[Outcome], None], horizon: Callable[[], float],
-                 network: Network) -> None:
+                 network: Network, watch: StepWatch) -> None:
         self._clock = clock
+        self._watch = watch
         self._controller = controller
         self._engine = engine
         self._timer = timer
@@ -218,6 +221,7 @@ class Instance:
                  fixed.total_hop_s * count)
         # What is left is time spent waiting for a stage; rounding must not make it negative.
         waiting = max(0.0, run.ready_s - run.begun_s - sum(parts))
+        self._watch.note(step, timing.lines, run.first_n, count)
         self._recorder.step(self._engine.index, step.lane, step.kind, run.begun_s, run.ready_s, count,
                             step.decoding, step.prefill_tokens, step.decoding * count, *parts, waiting)
 

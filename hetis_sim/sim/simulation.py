@@ -15,7 +15,9 @@ from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.control.state import RequestState, Status
 from hetis_sim.control.step import NOTHING, Outcome, Transfer
 from hetis_sim.control.timing import InstanceTimer
+from hetis_sim.control.watch import StepWatch
 from hetis_sim.cost.model import CostModel
+from hetis_sim.cost.outside import RangeWatch
 from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.memory import unit_bytes
@@ -56,7 +58,8 @@ class Simulation:
     """Runs a plan on a workload.
 
     With ``debug`` the invariants are checked after every event. ``progress`` is told the
-    number of ended requests now and then.
+    number of ended requests now and then. ``watch`` holds what the steps of instances asked the cost model
+    for outside the ranges that it was fitted on.
     """
 
     def __init__(self, given: SimulationInput, progress: Callable[[int], None] | None = None) -> None:
@@ -71,6 +74,7 @@ class Simulation:
         self._unit_bytes = unit_bytes(given.model, given.settings.limits)
         self.recorder = self._make_recorder()
         self.network = self.make_network()
+        self.watch = RangeWatch(given.cost)
         self.instances = self._make_instances()
         self._changes = -1
         self.arrivals = self.make_arrivals()
@@ -94,7 +98,7 @@ class Simulation:
     def make_instance(self, engine: Engine, timer: InstanceTimer) -> Instance:
         """The driver of one replica."""
         return Instance(self.clock, self._lanes, engine, timer, self.recorder, self._news, self._horizon,
-                        self.network)
+                        self.network, StepWatch(self.watch, self.given.cluster, engine.plan))
 
     def make_arrivals(self) -> Arrivals:
         """What submits the requests."""

@@ -18,7 +18,7 @@ from scipy.sparse.csgraph import maximum_flow
 from support import TINY
 
 from hetis_sim.cost import RooflineCost
-from hetis_sim.cost.roofline import HostOverhead
+from hetis_sim.cost.host import HostOverhead
 from hetis_sim.policies.base import EngineLimits, PlanningProblem
 from hetis_sim.policies.check import check_policy
 from hetis_sim.policies.helix.chain import chain

@@ -15,9 +15,10 @@ from support_study import reached
 
 from hetis_sim.config import RunConfig, compose
 from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.load import load_cost_model
 from hetis_sim.cost.model import AttentionCost, CostModel
-from hetis_sim.cost.roofline import HostOverhead, RooflineSettings
+from hetis_sim.cost.roofline import RooflineSettings
 from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.policies.base import EngineLimits
 from hetis_sim.policies.registry import policy_names
