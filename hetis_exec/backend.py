@@ -19,8 +19,23 @@ Tensor = Any
 Units = Any
 """Unit numbers of a pool, an integer array of NumPy."""
 
+Spots = Any
+"""Where tokens lie in a pool, in every layer, as kernels see it."""
+
 Asked = Sequence[tuple[int, int]]
 """(request id, position) of tokens that are to be sampled."""
+
+
+class CacheTable(Protocol):
+    """Where the cache of one KV group of one request lies.
+
+    Attributes:
+        units: shape (layers, blocks).
+        slot: a number that kernels may give it for as long as it is open; -1 at first.
+    """
+
+    units: Units
+    slot: int
 
 
 class Shard(Protocol):
@@ -68,22 +83,31 @@ class Kernels(Protocol):
     def index(self, *axes: Sequence[int]) -> tuple[Tensor, ...]:
         """An index that picks, or writes to, one place for each of the numbers."""
 
+    def pack(self, tensors: Sequence[Tensor]) -> list[Array]:
+        """Arrays for one message: as :meth:`to_wire`, but the device is waited for only once."""
+
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Room for as much."""
 
-    def clear(self, units: Units) -> None:
-        """Units are free: what they hold is of no use any more."""
+    def synchronize(self) -> None:
+        """Wait until the device has done all that it has been asked to do."""
 
-    def write(self, units: Units, offsets: Units, keys: Tensor, values: Tensor) -> None:
-        """Store tokens, each at an offset in a unit; shapes (tokens,) and (tokens, d)."""
+    def clear(self, table: CacheTable) -> None:
+        """A table is closed: what its units hold is of no use any more."""
+
+    def spots(self, units: Units, offsets: Units) -> Spots:
+        """Where tokens are to be stored: units (layers, tokens), and offsets in them, shape (tokens,)."""
+
+    def write(self, spots: Spots, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store tokens of one of the layers; keys and values have shape (tokens, d)."""
 
     def read(self, units: Units) -> tuple[Tensor, Tensor]:
         """Copies of keys and values; units (..., blocks) give (..., blocks * block_tokens, d)."""
 
-    def plan(self, tables: Sequence[Units], positions: Sequence[int]) -> Any:
+    def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> Any:
         """Decode attention to come in every layer.
 
-        For each row a table (layers, blocks), and the position of its new token.
+        For each row its table, and the position of its new token.
         """
 
     def decode(self, plan: Any, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -118,8 +142,8 @@ class Backend(Protocol):
             HetisError: they cannot, or not with so much cache.
         """
 
-    def kernels(self, capacity_units: int, block_tokens: int) -> Kernels:
-        """Memory and kernels of one worker."""
+    def kernels(self, device: int, capacity_units: int, block_tokens: int) -> Kernels:
+        """Memory and kernels of one worker, for a device of the cluster."""
 
-    def shard(self, plan: InstancePlan, stage: int, rank: int) -> Shard:
-        """The weights of one rank."""
+    def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> Shard:
+        """The weights of one rank, on a device of the cluster."""

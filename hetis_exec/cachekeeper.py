@@ -164,19 +164,22 @@ class CacheKeeper:
     def _read_layers(self, op: Send | Park, first: int, last: int, layers: slice) -> tuple[Array, Array]:
         """Keys and values of layers, shapes (layers, groups, tokens, head_dim)."""
         k, v = self.pool.read_layers(op.request_id, op.stage, op.groups, first, last, layers)
-        return self.pool.kernels.to_wire(k), self.pool.kernels.to_wire(v)
+        keys, values = self.pool.kernels.pack((k, v))
+        return keys, values
 
     def _store(self, data: CacheData) -> None:
         """Write a piece of cache, unless its table has been closed meanwhile, and count it."""
         keys, values = self.pool.kernels.from_wire(data.keys), self.pool.kernels.from_wire(data.values)
-        for n, g in enumerate(data.groups):
-            key = TableKey(data.request_id, data.stage, g)
-            table = self.pool.tables.get(key)
-            if table is None or table.tag != data.tag:
-                continue
-            for m, layer in enumerate(data.layers):
-                self.pool.write(key, layer, data.start, keys[m, n], values[m, n])
-            table.ready = table.ready or data.final
+        found = {n: TableKey(data.request_id, data.stage, g) for n, g in enumerate(data.groups)}
+        tables = self.pool.tables
+        found = {n: key for n, key in found.items() if key in tables and tables[key].tag == data.tag}
+        if found:
+            here = list(found)
+            spots = self.pool.spots(list(found.values()), data.start, keys.shape[2], data.layers)
+            for m in range(len(data.layers)):
+                self.pool.write_groups(spots, m, keys[m, here], values[m, here])
+        for key in found.values():
+            tables[key].ready = tables[key].ready or data.final
         if not data.final:
             self._count(data.tag, -1)
 
@@ -196,7 +199,7 @@ class CacheKeeper:
         """
         tables, positions = [], []
         for request_id, position, groups in items:
-            tables += [self.pool.table(TableKey(request_id, stage, g)).units for g in groups]
+            tables += [self.pool.table(TableKey(request_id, stage, g)) for g in groups]
             positions += [position] * len(groups)
         return self.pool.kernels.plan(tables, positions)
 

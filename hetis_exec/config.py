@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from hetis_exec.models.architecture import ELEMENT_BYTES
+from hetis_exec.models.architecture import ELEMENT_BYTES, ELEMENT_TYPES
 from hetis_sim.config import RunConfig, compose, register
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
@@ -34,6 +35,10 @@ class ExecutorConfig:
 
     Attributes:
         workers: ``processes`` or ``threads``.
+        devices: ``auto``, ``cpu``, ``cuda``, or a torch device for each device of the cluster; see
+            :func:`hetis_exec.devices.find_places`.
+        dtype: of weights, activations and cache: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see
+            :func:`hetis_exec.devices.find_type`.
         threads: of torch, in each process.
         seed: of prompts, of sampling, and of weights where no folder is given.
         temperature, top_p: of sampling; temperature 0 takes the likeliest token.
@@ -43,6 +48,8 @@ class ExecutorConfig:
     """
 
     workers: str = "processes"
+    devices: Any = "auto"
+    dtype: str = "auto"
     threads: int = 1
     seed: int = 0
     temperature: float = 0.0
@@ -53,6 +60,8 @@ class ExecutorConfig:
 
     def __post_init__(self) -> None:
         require(self.workers in WORKERS, "executor.workers", self.workers, f"one of {', '.join(WORKERS)}")
+        types = ("auto", *ELEMENT_TYPES)
+        require(self.dtype in types, "executor.dtype", self.dtype, f"one of {', '.join(types)}")
         require_int("executor.threads", self.threads, 1, 1024)
         require_int("executor.seed", self.seed, 0, 1 << 62)
         require_finite("executor.timeout_s", self.timeout_s, 0.0, open_low=True)
@@ -70,9 +79,9 @@ class ExecutionConfig(RunConfig):
     model: ExecModelConfig = field(default_factory=ExecModelConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
-    def for_control(self) -> RunConfig:
-        """The same, as the control plane is to see it: with the folder's model, in this backend's types."""
-        model = replace(self.model, weight_bytes=ELEMENT_BYTES, kv_bytes=ELEMENT_BYTES)
+    def for_control(self, element_bytes: int = ELEMENT_BYTES) -> RunConfig:
+        """The same, as the control plane is to see it: with the folder's model, in the run's type."""
+        model = replace(self.model, weight_bytes=element_bytes, kv_bytes=element_bytes)
         if self.model.path is not None:
             model.config = str(Path(self.model.path).expanduser())
         return replace(self, model=model)

@@ -57,10 +57,10 @@ def worker_specs(engine: Engine, backend: Backend, timeout_s: float) -> list[Wor
 def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
     """Make a worker."""
     pool = KvPool(spec.capacity_units, spec.block_tokens,
-                  spec.backend.kernels(spec.capacity_units, spec.block_tokens))
+                  spec.backend.kernels(spec.device, spec.capacity_units, spec.block_tokens))
     if spec.stage < 0:
         return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s)
-    shard = spec.backend.shard(spec.plan, spec.stage, spec.rank)
+    shard = spec.backend.shard(spec.device, spec.plan, spec.stage, spec.rank)
     place = Rank(spec.plan, spec.stage, spec.rank)
     return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard)
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis_exec.backend import Kernels, Tensor
+from hetis_exec.backend import Kernels, Spots, Tensor
 from hetis_exec.errors import CacheError
 
 
@@ -33,11 +33,13 @@ class Table:
     Attributes:
         tag: marks the data that is meant for this table; later ones of the same key differ.
         ready: False while tokens that attention needs are still on their way.
+        slot: see :class:`hetis_exec.backend.CacheTable`.
     """
 
     units: NDArray[np.int64]
     tag: int
     ready: bool = True
+    slot: int = -1
 
 
 class KvPool:
@@ -87,11 +89,11 @@ class KvPool:
 
     def close(self, key: TableKey) -> None:
         """Free a table."""
-        units = self.table(key).units.ravel()
+        table = self.table(key)
         del self.tables[key]
         self.version += 1
-        self.kernels.clear(units)
-        self._free.extend(units[::-1].tolist())
+        self.kernels.clear(table)
+        self._free.extend(table.units.ravel()[::-1].tolist())
 
     def table(self, key: TableKey) -> Table:
         """The table of a key.
@@ -120,9 +122,24 @@ class KvPool:
 
     def write(self, key: TableKey, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store tokens from position ``start`` on; shapes (tokens, head_dim)."""
-        positions = np.arange(start, start + len(keys))
-        units = self.table(key).units[layer][positions // self.block_tokens]
-        self.kernels.write(units, positions % self.block_tokens, keys, values)
+        self.write_groups(self.spots((key,), start, len(keys), (layer,)), 0, keys, values)
+
+    def spots(self, keys: Sequence[TableKey], start: int, tokens: int,
+              layers: Sequence[int] | None = None) -> Spots:
+        """Where tokens from position ``start`` on are stored in the tables of several keys.
+
+        ``layers`` picks some of the layers; those of the result are counted from 0.
+        """
+        blocks, offsets = np.divmod(np.arange(start, start + tokens), self.block_tokens)
+        units = np.concatenate([self.table(key).units[:, blocks] for key in keys], axis=1)
+        if layers is not None:
+            units = units[list(layers)]
+        return self.kernels.spots(units, np.tile(offsets, len(keys)))
+
+    def write_groups(self, spots: Spots, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Store tokens, one key's after the other's; shapes (..., head_dim)."""
+        self.kernels.write(spots, layer, keys.reshape(-1, keys.shape[-1]),
+                           values.reshape(-1, values.shape[-1]))
 
     def read(self, request_id: int, stage: int, groups: Sequence[int], layer: int, first: int,
              last: int) -> tuple[Tensor, Tensor]:

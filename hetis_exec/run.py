@@ -12,13 +12,14 @@ from hetis_exec.config import ExecutionConfig
 from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError, ReplayError
-from hetis_exec.models.architecture import Architecture, made_up, read_architecture
+from hetis_exec.models.architecture import ELEMENT_TYPES, Architecture, made_up, read_architecture
 from hetis_exec.processes import ProcessCrew
 from hetis_exec.replay import replay
 from hetis_sim.metrics import Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
 from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.run import Prepared, prepare
 from hetis_sim.spec.errors import HetisError, SpecError
+from hetis_sim.spec.parse import cluster_from_mapping
 from traces import OpenWorkload
 
 CREWS: dict[str, Callable[[Sequence[WorkerSpec]], Crew]] = {"threads": ThreadCrew, "processes": ProcessCrew}
@@ -63,6 +64,7 @@ def prepare_execution(config: ExecutionConfig) -> Execution:
         HetisError: the combination cannot run; the text says why.
     """
     try:
+        from hetis_exec.devices import find_places, find_type
         from hetis_exec.models.sampling import Sampling
         from hetis_exec.torch_backend import TorchBackend
     except ModuleNotFoundError as error:
@@ -71,14 +73,16 @@ def prepare_execution(config: ExecutionConfig) -> Execution:
     settings = config.executor
     folder = None if config.model.path is None else Path(config.model.path).expanduser()
     architecture = _architecture(config, folder)
-    prepared = prepare(config.for_control())
+    places = find_places(settings.devices, cluster_from_mapping(config.cluster))
+    dtype = find_type(settings.dtype, places)
+    prepared = prepare(config.for_control(ELEMENT_TYPES[dtype]))
     if not isinstance(prepared.workload, OpenWorkload):
         raise SpecError("workload.arrivals", config.workload.arrivals, "an open workload: arrivals in time")
-    architecture = made_up(prepared.model) if architecture is None else replace(architecture,
-                                                                                spec=prepared.model)
+    architecture = (made_up(prepared.model, ELEMENT_TYPES[dtype]) if architecture is None
+                    else replace(architecture, spec=prepared.model))
     backend = TorchBackend(architecture, folder, settings.seed,
                            Sampling(settings.temperature, settings.top_p, settings.seed),
-                           threads=settings.threads)
+                           threads=settings.threads, places=places, dtype=dtype)
     given = ExecutorInput(prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan,
                           prepared.workload.requests(), prepared.settings, settings.seed, settings.timeout_s,
                           log_decisions=settings.check or settings.record or config.sim.log_decisions,

@@ -1,4 +1,4 @@
-"""The backend for real models: torch, on the CPU, in float32."""
+"""The backend for real models: torch, on CPUs and CUDA devices."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from hetis_exec.devices import CPU, free_bytes, torch_type
 from hetis_exec.kernels.cpu import CpuKernels
-from hetis_exec.models.architecture import ELEMENT_BYTES, Architecture
+from hetis_exec.models.architecture import ELEMENT_TYPES, Architecture
 from hetis_exec.models.decoder import DecoderShard, Part
 from hetis_exec.models.names import model_names, tensor_shapes
 from hetis_exec.models.sampling import Sampling
@@ -31,6 +32,8 @@ class TorchBackend:
         folder: of the weights; None draws them from ``seed``.
         poison: see :class:`CpuKernels`.
         threads: of each worker; of all workers together where they are threads of one process.
+        places: a torch device for every device of the cluster; none means that all are the CPU.
+        dtype: of weights, activations and cache.
     """
 
     architecture: Architecture
@@ -40,55 +43,74 @@ class TorchBackend:
     poison: float | None = None
     threads: int = 1
     start_s: float = 180.0
+    places: tuple[str, ...] = ()
+    dtype: str = "float32"
+
+    def place(self, device: int) -> str:
+        """The torch device of a device of the cluster."""
+        return self.places[device] if self.places else CPU
 
     @property
     def modules(self) -> tuple[str, ...]:
         """What is worth importing once for all worker processes."""
         return (__name__,)
 
-    def weights(self) -> Weights:
-        """The tensors of the model.
+    def weights(self, place: str = CPU) -> Weights:
+        """The tensors of the model, on a torch device.
 
         Raises:
             SpecError: the folder does not hold them.
         """
         shapes = tensor_shapes(self.architecture)
+        dtype, device = torch_type(self.dtype), torch.device(place)
         if self.folder is None:
-            return RandomWeights(shapes, self.seed)
+            return RandomWeights(shapes, self.seed, dtype, device)
         # A tied head may be written down a second time.
         head = f"{model_names(self.architecture).head}.weight"
-        return FolderWeights(self.folder, shapes, (head,))
+        return FolderWeights(self.folder, shapes, (head,), dtype, device)
 
     def check(self, engines: Sequence[Engine]) -> None:
-        """Look whether weights can be had, and whether weights and caches fit in this host's memory.
+        """Look whether weights can be had, and whether weights and caches fit where they are to be.
 
         Raises:
             HetisError: they do not.
         """
         self.weights()
+        for place, need in sorted(self.need_bytes(engines).items()):
+            free = free_memory_bytes() if place == CPU else free_bytes(place)
+            if free is not None and need > free:
+                where = "this host" if place == CPU else place
+                raise InfeasibleError(f"weights and caches of the workers there take {need / GIB:.1f} GiB, "
+                                      f"{where} has {free / GIB:.1f} GiB free; use a smaller model, or a "
+                                      "cluster with less memory")
+
+    def need_bytes(self, engines: Sequence[Engine]) -> dict[str, int]:
+        """Weights and caches of all workers on each torch device."""
         spec = self.architecture.spec
-        need = 0
+        need: dict[str, int] = {}
         for engine in engines:
             stages = engine.plan.stages
-            unit_bytes = 2 * ELEMENT_BYTES * engine.settings.limits.block_tokens * spec.head_dim
-            need += unit_bytes * sum(engine.capacity_units.values())
-            need += sum(stage_weight_bytes(spec, stage, rank, s == 0, s == len(stages) - 1)
-                        for s, stage in enumerate(stages) for rank in range(stage.tp))
-        free = free_memory_bytes()
-        if free is not None and need > free:
-            raise InfeasibleError(f"weights and caches of all workers take {need / GIB:.1f} GiB, this host "
-                                  f"has {free / GIB:.1f} GiB free; use a smaller model, or a cluster with "
-                                  "less memory")
+            unit_bytes = (2 * ELEMENT_TYPES[self.dtype] * engine.settings.limits.block_tokens * spec.head_dim)
+            parts = [(device, unit_bytes * units) for device, units in engine.capacity_units.items()]
+            parts += [(device, stage_weight_bytes(spec, stage, rank, s == 0, s == len(stages) - 1))
+                      for s, stage in enumerate(stages) for rank, device in enumerate(stage.devices)]
+            for device, size_bytes in parts:
+                place = self.place(device)
+                need[place] = need.get(place, 0) + size_bytes
+        return need
 
-    def kernels(self, capacity_units: int, block_tokens: int) -> CpuKernels:
+    def kernels(self, device: int, capacity_units: int, block_tokens: int) -> CpuKernels:
         """Memory and kernels of one worker."""
         torch.set_num_threads(self.threads)
-        return CpuKernels(capacity_units, block_tokens, self.architecture.spec.head_dim, self.poison)
+        return CpuKernels(capacity_units, block_tokens, self.architecture.spec.head_dim, self.poison,
+                          dtype=torch_type(self.dtype))
 
-    def shard(self, plan: InstancePlan, stage: int, rank: int) -> DecoderShard:
+    def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> DecoderShard:
         """The weights of one rank."""
-        return DecoderShard(self.architecture, self.weights(),
-                            part_of(plan, stage, rank, self.architecture.spec.ffn_hidden), self.sampling)
+        place = self.place(device)
+        return DecoderShard(self.architecture, self.weights(place),
+                            part_of(plan, stage, rank, self.architecture.spec.ffn_hidden), self.sampling,
+                            torch.device(place))
 
 
 def part_of(plan: InstancePlan, stage: int, rank: int, ffn_hidden: int) -> Part:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hetis_exec.backend import CacheTable
 from hetis_exec.messages import Array
 from hetis_exec.toy_model import ToyModel, ToyShard, softmax
 from hetis_sim.control.engine import Engine
@@ -53,11 +54,11 @@ class ToyBackend:
                 raise InfeasibleError(f"a worker would take {size_bytes} bytes of this host for its cache, "
                                       f"at most {POOL_BYTES_MAX} are allowed; use devices with less memory")
 
-    def kernels(self, capacity_units: int, block_tokens: int) -> ToyKernels:
-        """Memory and kernels of one worker."""
+    def kernels(self, device: int, capacity_units: int, block_tokens: int) -> ToyKernels:
+        """Memory and kernels of one worker; all devices are this host's cores."""
         return ToyKernels(capacity_units, block_tokens, self.model.head_dim)
 
-    def shard(self, plan: InstancePlan, stage: int, rank: int) -> ToyShard:
+    def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> ToyShard:
         """The weights of one rank."""
         return ToyShard(ToyModel(self.model, self.seed), plan, stage, rank)
 
@@ -66,7 +67,7 @@ class ToyBackend:
 class ToyDecode:
     """Tables and positions of decode attention to come."""
 
-    tables: Sequence[Units]
+    tables: Sequence[CacheTable]
     positions: Sequence[int]
 
 
@@ -93,27 +94,38 @@ class ToyKernels:
     def empty_like(self, tensor: Array) -> Array:
         return np.empty_like(tensor)
 
-    def clear(self, units: Units) -> None:
-        self._keys[units] = np.nan
-        self._values[units] = np.nan
+    def pack(self, tensors: Sequence[Array]) -> list[Array]:
+        return list(tensors)
 
-    def write(self, units: Units, offsets: Units, keys: Array, values: Array) -> None:
-        self._keys[units, offsets] = keys
-        self._values[units, offsets] = values
+    def synchronize(self) -> None:
+        """Nothing is ever left to be done."""
+
+    def clear(self, table: CacheTable) -> None:
+        self._keys[table.units] = np.nan
+        self._values[table.units] = np.nan
+
+    def spots(self, units: Units, offsets: Units) -> tuple[Units, Units]:
+        return units, offsets
+
+    def write(self, spots: tuple[Units, Units], layer: int, keys: Array, values: Array) -> None:
+        units, offsets = spots
+        self._keys[units[layer], offsets] = keys
+        self._values[units[layer], offsets] = values
 
     def read(self, units: Units) -> tuple[Array, Array]:
         shape = (*units.shape[:-1], units.shape[-1] * self._block_tokens, self._keys.shape[-1])
         return self._keys[units].reshape(shape), self._values[units].reshape(shape)
 
-    def plan(self, tables: Sequence[Units], positions: Sequence[int]) -> ToyDecode:
+    def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> ToyDecode:
         return ToyDecode(tables, positions)
 
     def decode(self, plan: ToyDecode, layer: int, queries: Array, keys: Array, values: Array) -> Array:
         out = np.empty_like(queries)
-        for n, (units, position) in enumerate(zip(plan.tables, plan.positions, strict=True)):
+        for n, (table, position) in enumerate(zip(plan.tables, plan.positions, strict=True)):
             block, offset = divmod(position, self._block_tokens)
-            self.write(units[layer, block:block + 1], np.array([offset]), keys[n], values[n])
-            k, v = self.read(units[layer, :block + 1])
+            units = table.units[layer, :block + 1]
+            self._keys[units[-1], offset], self._values[units[-1], offset] = keys[n], values[n]
+            k, v = self.read(units)
             out[n] = softmax(queries[n] @ k[:position + 1].T / np.sqrt(k.shape[-1])) @ v[:position + 1]
         return out
 

@@ -9,13 +9,18 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="real models need the extra exec")
 transformers = pytest.importorskip("transformers", reason="what real models generate is told by transformers")
 
 from hetis_exec.driver import ExecutorInput  # noqa: E402
-from hetis_exec.models.architecture import read_architecture  # noqa: E402
+from hetis_exec.kernels.cpu import CpuKernels  # noqa: E402
+from hetis_exec.models.architecture import Architecture, read_architecture  # noqa: E402
+from hetis_exec.models.decoder import DecoderShard, Part  # noqa: E402
+from hetis_exec.models.sampling import Sampling  # noqa: E402
+from hetis_exec.models.weights import Weights  # noqa: E402
 from hetis_exec.torch_backend import TorchBackend  # noqa: E402
 
 POISON = 1e4
@@ -101,3 +106,35 @@ def wrong(name: str, what: ExecutorInput, tokens: Mapping[int, Sequence[int]]) -
     return [request.request_id for request in what.requests
             if len(tokens[request.request_id]) != request.output_tokens
             or not is_greedy(name, what.prompt(request).tolist(), tokens[request.request_id])]
+
+
+# -- modules without workers -------------------------------------------------------------------------------
+
+TEXT = np.arange(2, 70, 3) % 89
+
+Owned = Sequence[Sequence[int]]
+
+
+def shards(architecture: Architecture, weights: Weights, owned: Owned) -> list[DecoderShard]:
+    """One rank for each list of KV groups, over all layers."""
+    spec, number = architecture.spec, len(owned)
+    bounds = [spec.ffn_hidden * n // number for n in range(number + 1)]
+    parts = [Part(range(spec.layers), tuple(groups), slice(*bounds[n:n + 2]), n == 0, True, n == 0)
+             for n, groups in enumerate(owned)]
+    return [DecoderShard(architecture, weights, part, Sampling()) for part in parts]
+
+
+def logits(ranks: Sequence[DecoderShard], head_dim: int, dtype: torch.dtype = torch.float32) -> Any:
+    """Of a text, in one pass, as ranks that sum up their parts."""
+    kernels = CpuKernels(1, 4, head_dim, dtype=dtype)
+    prepared = ranks[0].prepare(np.arange(len(TEXT)))
+    hidden = ranks[0].embed(TEXT, prepared)
+
+    def attention(rank: DecoderShard, layer: int) -> Any:
+        q, k, v = rank.qkv(layer, hidden, prepared)
+        return rank.project(layer, kernels.causal(q, k.swapaxes(0, 1), v.swapaxes(0, 1)))
+
+    for layer in range(ranks[0].layers):
+        hidden = hidden + sum(attention(rank, layer) for rank in ranks)
+        hidden = hidden + sum(rank.mlp(layer, hidden) for rank in ranks)
+    return ranks[0].logits(hidden)

@@ -18,6 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
+from hetis_exec.backend import CacheTable
+from hetis_exec.kernels.wire import array_of, tensor_of
 from hetis_exec.messages import Array
 
 CHUNK_BYTES = 4 << 20
@@ -67,29 +69,34 @@ class CpuKernels:
             keys and for values. Its memory is taken as it is written to.
         poison: written over what is freed, so that tests find out who reads it.
         chunk_bytes: keys and values that are gathered at a time.
+        dtype: of queries, keys and values.
     """
 
     def __init__(self, capacity_units: int, block_tokens: int, head_dim: int, poison: float | None = None,
-                 chunk_bytes: int = CHUNK_BYTES) -> None:
+                 chunk_bytes: int = CHUNK_BYTES, dtype: torch.dtype = torch.float32) -> None:
         self._block_tokens = block_tokens
         self._head_dim = head_dim
         self._poison = poison
-        self._block_bytes = 2 * 4 * block_tokens * head_dim
+        self._dtype = dtype
+        self._block_bytes = 2 * dtype.itemsize * block_tokens * head_dim
         self._chunk_bytes = chunk_bytes
-        shape = (max(1, capacity_units), block_tokens, head_dim)
+        shape = (max(1, capacity_units), block_tokens, head_dim * dtype.itemsize)
         # Zeros, because masked places are read as well: 0 times nan would be nan. Those of NumPy cost
         # nothing until they are written to.
-        self._keys, self._values = (torch.from_numpy(np.zeros(shape, dtype=np.float32)) for _ in range(2))
+        self._keys, self._values = (torch.from_numpy(np.zeros(shape, dtype=np.uint8)).view(dtype)
+                                    for _ in range(2))
         self._buffers = torch.empty(0), torch.empty(0)
 
     # -- arrays --------------------------------------------------------------------------------------
 
     def from_wire(self, array: Array) -> torch.Tensor:
-        return torch.from_numpy(array)
+        return tensor_of(array)
 
     def to_wire(self, tensor: torch.Tensor) -> Array:
-        array: Array = tensor.numpy()
-        return array
+        return array_of(tensor)
+
+    def pack(self, tensors: Sequence[torch.Tensor]) -> list[Array]:
+        return [array_of(tensor) for tensor in tensors]
 
     def index(self, *axes: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.tensor(axis, dtype=torch.int64) for axis in axes)
@@ -97,16 +104,22 @@ class CpuKernels:
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
+    def synchronize(self) -> None:
+        """A processor has done what it was asked to do when the call returns."""
+
     # -- cache ---------------------------------------------------------------------------------------
 
-    def clear(self, units: Units) -> None:
+    def clear(self, table: CacheTable) -> None:
         if self._poison is not None:
-            at = torch.from_numpy(units)
+            at = torch.from_numpy(table.units)
             self._keys[at] = self._poison
             self._values[at] = self._poison
 
-    def write(self, units: Units, offsets: Units, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._store(torch.from_numpy(units * self._block_tokens + offsets), keys, values)
+    def spots(self, units: Units, offsets: Units) -> torch.Tensor:
+        return torch.from_numpy(units * self._block_tokens + offsets)
+
+    def write(self, spots: torch.Tensor, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self._store(spots[layer], keys, values)
 
     def _store(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._keys.view(-1, self._head_dim).index_copy_(0, slots, keys)
@@ -118,17 +131,17 @@ class CpuKernels:
 
     # -- decode attention ----------------------------------------------------------------------------
 
-    def plan(self, tables: Sequence[Units], positions: Sequence[int]) -> DecodePlan:
-        at = np.array(positions)
+    def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
+        units, at = [table.units for table in tables], np.array(positions)
         where, offsets = np.divmod(at, self._block_tokens)
-        newest = np.stack([table[:, n] for table, n in zip(tables, where.tolist(), strict=True)], axis=1)
+        newest = np.stack([unit[:, n] for unit, n in zip(units, where.tolist(), strict=True)], axis=1)
         order: list[int] = np.argsort(-at, kind="stable").tolist()
         sorted_already = order == list(range(len(order)))
         return DecodePlan(
             slots=torch.from_numpy(newest * self._block_tokens + offsets),
             order=None if sorted_already else torch.tensor(order),
             inverse=None if sorted_already else torch.from_numpy(np.argsort(order)),
-            chunks=self._chunks([tables[n] for n in order], at[order]))
+            chunks=self._chunks([units[n] for n in order], at[order]))
 
     def _chunks(self, tables: Sequence[Units], positions: Units) -> list[Chunk]:
         """Rows from the longest to the shortest, in pieces of at most chunk_bytes, one row at least."""
@@ -149,7 +162,8 @@ class CpuKernels:
         mask: torch.Tensor | None = None
         if int(tokens[-1]) < longest:
             beyond = torch.arange(longest) >= torch.from_numpy(tokens)[:, None]
-            mask = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
+            mask = torch.zeros(beyond.shape, dtype=self._dtype)
+            mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
         return Chunk(rows, torch.from_numpy(units.reshape(len(units), -1)), blocks, longest, mask)
 
     def decode(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
@@ -171,8 +185,8 @@ class CpuKernels:
         width = self._block_tokens * self._head_dim
         if len(self._buffers[which]) < len(units) * width:
             # Pieces of a batch grow by a block at a time: leave room for some more.
-            size = max(len(units) * width * 5 // 4, self._chunk_bytes // 8)
-            self._buffers = torch.empty(size), torch.empty(size)
+            size = max(len(units) * width * 5 // 4, self._chunk_bytes // (2 * self._dtype.itemsize))
+            self._buffers = torch.empty(size, dtype=self._dtype), torch.empty(size, dtype=self._dtype)
         gathered = self._buffers[which][:len(units) * width].view(len(units), width)
         torch.index_select(pool.view(len(pool), width), 0, units, out=gathered)
         return gathered.view(rows, 1, -1, self._head_dim)[:, :, :tokens]

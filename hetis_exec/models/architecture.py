@@ -18,8 +18,12 @@ FAMILIES = (*ROTARY, "opt")
 OPT_OFFSET = 2
 """Rows of OPT's position embedding that are meant for padding."""
 
-ELEMENT_BYTES = 4
-"""Weights, activations and cache are float32: CPUs compute attention in it faster than in bfloat16."""
+ELEMENT_TYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Types of weights, activations and cache, one for a whole run, with the bytes of an element."""
+
+ELEMENT_BYTES = ELEMENT_TYPES["float32"]
+"""Of the type that is used where nothing else is asked for: CPUs compute attention faster in float32
+than in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +77,13 @@ class Architecture:
                 "biases and LayerNorm (OPT)")
 
 
-def made_up(spec: ModelSpec) -> Architecture:
+def made_up(spec: ModelSpec, element_bytes: int = ELEMENT_BYTES) -> Architecture:
     """An architecture of the given sizes, for random weights.
 
     Raises:
         SpecError: it would be neither a rotary decoder like Llama nor one like OPT.
     """
-    spec = replace(spec, weight_bytes=ELEMENT_BYTES, kv_bytes=ELEMENT_BYTES)
+    spec = replace(spec, weight_bytes=element_bytes, kv_bytes=element_bytes)
     if spec.learned_positions:
         return Architecture(spec, True, 1e-5, "relu", None, True,
                             spec.learned_positions - spec.context_limit_tokens)

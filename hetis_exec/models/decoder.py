@@ -15,7 +15,7 @@ from hetis_exec.messages import Tokens
 from hetis_exec.models.architecture import Architecture, Rope
 from hetis_exec.models.names import layer_names, model_names
 from hetis_exec.models.sampling import Sampling
-from hetis_exec.models.weights import Weights
+from hetis_exec.models.weights import CPU, Weights
 
 Pair = tuple[torch.Tensor, torch.Tensor | None]
 """Weight and bias."""
@@ -65,12 +65,14 @@ class Prepared(NamedTuple):
 class DecoderShard:
     """See :class:`hetis_exec.backend.Shard`."""
 
-    def __init__(self, architecture: Architecture, weights: Weights, part: Part, sampling: Sampling) -> None:
+    def __init__(self, architecture: Architecture, weights: Weights, part: Part, sampling: Sampling,
+                 device: torch.device = CPU) -> None:
         self.groups = part.groups
         self.layers = len(part.layers)
         self._architecture = architecture
         self._spec = architecture.spec
         self._sampling = sampling
+        self._device = device
         self._activation = ACTIVATIONS[architecture.activation]
         loader = Loader(architecture, weights, part)
         self._layers = [loader.layer(number) for number in part.layers]
@@ -79,12 +81,15 @@ class DecoderShard:
         self._embedding = loader.weight(names.embedding) if part.first else None
         self._positions = loader.weight(names.positions) if part.first and names.positions else None
         self._final_norm = loader.pair(names.final_norm) if part.last else None
-        self._head = loader.weight(head) if part.last else None
+        self._head: torch.Tensor | None = None
+        if part.last:
+            shared = self._embedding if self._spec.tied_embeddings else None
+            self._head = loader.weight(head) if shared is None else shared
         self._inv_freq = None if architecture.rope is None else inverse_frequencies(
-            architecture.rope, self._spec.head_dim)
+            architecture.rope, self._spec.head_dim).to(device)
 
     def prepare(self, positions: Tokens) -> Prepared:
-        at = torch.from_numpy(positions)
+        at = on_device(positions, self._device)
         if self._inv_freq is None:
             return Prepared(at, None, None)
         angles = at[:, None].float() * self._inv_freq
@@ -92,7 +97,7 @@ class DecoderShard:
 
     def embed(self, tokens: Tokens, prepared: Prepared) -> torch.Tensor:
         assert self._embedding is not None
-        hidden = functional.embedding(torch.from_numpy(tokens), self._embedding)
+        hidden = functional.embedding(on_device(tokens, self._device), self._embedding)
         if self._positions is not None:
             rows = prepared.positions + self._architecture.position_offset
             hidden = hidden + functional.embedding(rows, self._positions)
@@ -130,10 +135,10 @@ class DecoderShard:
         return self._sampling.choose(self.logits(hidden), asked)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Shape (rows, vocab)."""
+        """Shape (rows, vocab), in float32."""
         assert self._head is not None
         assert self._final_norm is not None
-        return functional.linear(self._norm(hidden, self._final_norm), self._head)
+        return functional.linear(self._norm(hidden, self._final_norm), self._head).float()
 
     def _norm(self, x: torch.Tensor, weights: Pair) -> torch.Tensor:
         shape, epsilon = (self._spec.hidden,), self._architecture.norm_epsilon
@@ -204,10 +209,18 @@ class Loader:
         return self.bias(module, wanted and self._part.lead)
 
 
+def on_device(array: Tokens, device: torch.device) -> torch.Tensor:
+    """Numbers of the host on a device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding; halves of the last axis are rotated against each other."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    """Rotary position embedding, in float32; halves of the last axis are rotated against each other."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:

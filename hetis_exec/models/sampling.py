@@ -35,17 +35,16 @@ class Sampling:
     def choose(self, logits: torch.Tensor, asked: Asked) -> Tokens:
         """One token for each row of logits, shape (rows, vocab)."""
         if self.temperature == 0.0:
-            likeliest: Tokens = logits.argmax(dim=-1).numpy()
+            likeliest: Tokens = logits.argmax(dim=-1).cpu().numpy()
             return likeliest
         chances, tokens = torch.softmax(logits.double() / self.temperature, dim=-1).sort(descending=True,
                                                                                         stable=True)
-        reached = chances.cumsum(dim=-1).numpy()
-        return np.array([tokens[n, self._drawn(reached[n], place)].item() for n, place in enumerate(asked)],
-                        dtype=np.int64)
+        drawn: Tokens = tokens.gather(1, self._ranks(chances.cumsum(dim=-1), asked)).cpu().numpy()[:, 0]
+        return drawn
 
-    def _drawn(self, reached: np.ndarray, place: tuple[int, int]) -> int:
-        """Rank of the token that is drawn, by the cumulated probabilities of the ranks."""
-        kept = 1 + int(np.searchsorted(reached, min(self.top_p, reached[-1])))
-        number = np.random.default_rng([self.seed, *place]).random()
-        reached = reached[:kept]
-        return int(np.searchsorted(reached, number * reached[-1], side="right"))
+    def _ranks(self, reached: torch.Tensor, asked: Asked) -> torch.Tensor:
+        """Rank of the token that is drawn in each row, shape (rows, 1), by the cumulated probabilities."""
+        numbers = torch.tensor([[np.random.default_rng([self.seed, *place]).random()] for place in asked],
+                               dtype=torch.float64).to(reached.device)
+        last = torch.searchsorted(reached, reached[:, -1:].clamp(max=self.top_p))
+        return torch.searchsorted(reached, numbers * reached.gather(1, last), right=True).minimum(last)

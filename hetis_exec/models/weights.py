@@ -24,31 +24,40 @@ NAMES_SHOWN = 5
 NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 
 
+CPU = torch.device("cpu")
+
+
 class Weights(Protocol):
     """The tensors of a model, by name."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in float32."""
+        """One tensor, of the type and on the device that were asked for."""
 
 
 class RandomWeights:
     """Weights drawn from a seed, each tensor by its name alone: the same however the model is split.
 
-    Matrices have variance 1 / columns, norms lie around 1, biases around 0.
+    Matrices have variance 1 / columns, norms lie around 1, biases around 0. A CUDA device draws for
+    itself, and other numbers than a CPU does.
     """
 
-    def __init__(self, shapes: Shapes, seed: int) -> None:
+    def __init__(self, shapes: Shapes, seed: int, dtype: torch.dtype = torch.float32,
+                 device: torch.device = CPU) -> None:
         self._shapes = shapes
         self._seed = seed
+        self._dtype = dtype
+        self._device = device
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor."""
         shape = self._shapes[name]
-        stream = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
-        drawn = torch.randn(shape, generator=stream)
+        stream = torch.Generator(self._device).manual_seed(zlib.crc32(f"{self._seed}:{name}".encode()))
+        drawn = torch.randn(shape, generator=stream, device=self._device)
         if len(shape) == 2:
-            return drawn / math.sqrt(shape[1])
-        return 0.1 * drawn + (1.0 if "norm" in name and name.endswith(".weight") else 0.0)
+            drawn = drawn.div_(math.sqrt(shape[1]))
+        else:
+            drawn = 0.1 * drawn + (1.0 if "norm" in name and name.endswith(".weight") else 0.0)
+        return drawn.to(self._dtype)
 
 
 class FolderWeights:
@@ -59,7 +68,10 @@ class FolderWeights:
             expected, of another shape, or not floating-point numbers.
     """
 
-    def __init__(self, folder: str | Path, shapes: Shapes, optional: Collection[str] = ()) -> None:
+    def __init__(self, folder: str | Path, shapes: Shapes, optional: Collection[str] = (),
+                 dtype: torch.dtype = torch.float32, device: torch.device = CPU) -> None:
+        self._dtype = dtype
+        self._device = device
         self._folder = Path(folder).expanduser()
         self._files = [_open(path) for path in _files(self._folder)]
         self._where: dict[str, Any] = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
@@ -68,7 +80,7 @@ class FolderWeights:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor."""
         found: torch.Tensor = self._where[name].get_tensor(name)
-        return found.to(torch.float32)
+        return found.to(self._device, self._dtype)
 
     def _check(self, shapes: Shapes, optional: Collection[str]) -> None:
         known = {*shapes, *optional}

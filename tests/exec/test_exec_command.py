@@ -103,6 +103,10 @@ def config_of(values: dict[str, object]) -> ExecutionConfig:
 @pytest.mark.parametrize(("more", "message"), [
     (["model.path=/nowhere"], "model.path='/nowhere'"),
     (["executor.workers=fibres"], "executor.workers='fibres'"),
+    (["executor.dtype=int8"], "executor.dtype='int8'.*bfloat16"),
+    (["executor.devices=gpu"], "executor.devices='gpu'"),
+    (["executor.devices=[cpu,cpu]"], r"executor.devices=\['cpu', 'cpu'\].*4 torch devices"),
+    (["executor.devices=[cpu,cpu,cpu,tpu:0]"], r"executor.devices\[3\]='tpu:0'"),
     (["executor.timeout_s=0"], "executor.timeout_s=0.0"),
     (["executor.timeot_s=1"], "did you mean timeout_s"),
     (["executor.temperature=-1"], "executor.temperature=-1.0"),

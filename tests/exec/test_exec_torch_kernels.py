@@ -58,7 +58,7 @@ class World:
 
     def decode(self, layer: int, queries: torch.Tensor) -> torch.Tensor:
         """All rows at once, with the last key and value of each as the new token's."""
-        tables = [self.pool.table(TableKey(request, 0, g)).units for request, g in self.rows]
+        tables = [self.pool.table(TableKey(request, 0, g)) for request, g in self.rows]
         plan = self.kernels.plan(tables, [self.lengths[request] for request, _ in self.rows])
         new = [torch.stack([data[request][layer, g, -1] for request, g in self.rows])
                for data in (self.keys, self.values)]

@@ -10,47 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exec_models import MODELS, backend, folder, reference, torch
+from exec_models import MODELS, TEXT, Owned, backend, folder, logits, reference, shards, torch
 
-from hetis_exec.kernels.cpu import CpuKernels
-from hetis_exec.models.architecture import Architecture, made_up, read_architecture
-from hetis_exec.models.decoder import DecoderShard, Part
+from hetis_exec.models.architecture import made_up, read_architecture
 from hetis_exec.models.names import tensor_shapes
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import RandomWeights, Weights
 from hetis_exec.torch_backend import TorchBackend
 from hetis_sim.spec.architectures import MODELS as CATALOGUE
 from hetis_sim.spec.errors import SpecError
-
-TEXT = np.arange(2, 70, 3) % 89
-
-
-Owned = Sequence[Sequence[int]]
-
-
-def shards(architecture: Architecture, weights: Weights, owned: Owned) -> list[DecoderShard]:
-    """One rank for each list of KV groups, over all layers."""
-    spec, number = architecture.spec, len(owned)
-    bounds = [spec.ffn_hidden * n // number for n in range(number + 1)]
-    parts = [Part(range(spec.layers), tuple(groups), slice(*bounds[n:n + 2]), n == 0, True, n == 0)
-             for n, groups in enumerate(owned)]
-    return [DecoderShard(architecture, weights, part, Sampling()) for part in parts]
-
-
-def logits(ranks: Sequence[DecoderShard], head_dim: int) -> Any:
-    """Of a text, in one pass, as ranks that sum up their parts."""
-    kernels = CpuKernels(1, 4, head_dim)
-    prepared = ranks[0].prepare(np.arange(len(TEXT)))
-    hidden = ranks[0].embed(TEXT, prepared)
-
-    def attention(rank: DecoderShard, layer: int) -> Any:
-        q, k, v = rank.qkv(layer, hidden, prepared)
-        return rank.project(layer, kernels.causal(q, k.swapaxes(0, 1), v.swapaxes(0, 1)))
-
-    for layer in range(ranks[0].layers):
-        hidden = hidden + sum(attention(rank, layer) for rank in ranks)
-        hidden = hidden + sum(rank.mlp(layer, hidden) for rank in ranks)
-    return ranks[0].logits(hidden)
 
 
 @pytest.mark.parametrize("name", MODELS)
