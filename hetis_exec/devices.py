@@ -76,7 +76,7 @@ def torch_type(name: str) -> torch.dtype:
 
 def cuda_devices() -> int:
     """CUDA devices of this host that torch can use. Does not make a context on any of them."""
-    return torch.cuda.device_count() if torch.backends.cuda.is_built() else 0
+    return torch.cuda.device_count()
 
 
 def free_bytes(card: str) -> int:
@@ -92,7 +92,7 @@ def _is_card(gpu: GpuSpec) -> bool:
 
 def _need_cuda(wish: str) -> None:
     if not cuda_devices():
-        why = ("torch finds none on this host" if torch.backends.cuda.is_built()
+        why = ("torch finds none on this host" if torch.version.cuda
                else f"torch {torch.__version__} is built without CUDA")
         raise SpecError("executor.devices", wish, f"cpu or auto: there is no CUDA device ({why})")
 
