@@ -141,7 +141,7 @@ class Measurements:
         finished = state.status == Status.FINISHED
         self.recorder.request(
             request_id=request.request_id, arrival_s=request.arrival_s, prompt_tokens=request.prompt_tokens,
-            output_tokens=request.output_tokens, status="finished" if finished else "rejected",
+            output_tokens=state.output_tokens, status="finished" if finished else "rejected",
             reason=state.reason, instance=state.instance, first_scheduled_s=state.first_scheduled_s,
             first_token_s=state.first_token_s, finish_s=state.finish_s,
             preemptions=state.preemptions, moves=state.moves, moved_bytes=state.moved_bytes,

@@ -13,7 +13,7 @@ from hetis_sim.control.controller import Controller
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.invariants import check_controller
 from hetis_sim.control.placement import PlacementShape
-from hetis_sim.control.state import RequestState, Status
+from hetis_sim.control.state import Ending, RequestState, Status
 from hetis_sim.control.step import Outcome, Step, Transfer
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.policies.view import RequestView
@@ -34,6 +34,8 @@ class SeamDriver:
         tokens: tokens made by each request, those of iterations under way included.
         steps: steps under way, each with the requests that decode in it.
         transfers: transfers under way.
+        told: requests that were told to end early, and why.
+        ended: requests that the controller has said to have ended.
     """
 
     def __init__(self, scenario: Scenario,
@@ -43,6 +45,8 @@ class SeamDriver:
         self.tokens: dict[int, int] = {}
         self.steps: list[tuple[Step, list[RequestState]]] = []
         self.transfers: list[Transfer] = []
+        self.told: dict[int, str] = {}
+        self.ended: set[int] = set()
         policy = SpyPolicy(scenario.decider(), self.saw)
         timers = [InstanceTimer(given.cluster, TINY, given.cost, plan) for plan in given.plan.instances]
         self.controller = make(given.cluster, TINY, policy, given.plan, timers, given.settings)
@@ -115,15 +119,26 @@ class SeamDriver:
         transfer = self.transfers.pop(index)
         self.news(self.controller.arrived(transfer, self.now_s))
 
+    def finish(self, request_id: int, reason: Ending) -> None:
+        """End a request early, wherever it is."""
+        self.told[request_id] = reason
+        self.news(self.controller.finish(request_id, reason, self.now_s))
+
     def news(self, outcome: Outcome) -> None:
-        """Requests end with exactly the tokens they asked for."""
+        """Requests end once, with exactly the tokens they asked for unless they are told to end."""
         self.transfers += outcome.transfers
+        for state in (*outcome.finished, *outcome.rejected):
+            assert state.request_id not in self.ended
+            self.ended.add(state.request_id)
         for state in outcome.finished:
             assert state.status == Status.FINISHED
-            assert self.tokens[state.request_id] == state.request.output_tokens
+            made, told = self.tokens[state.request_id], self.told.get(state.request_id)
+            assert made == state.request.output_tokens or (told == "stop" and made > 0)
         for state in outcome.rejected:
             assert state.status == Status.REJECTED
             assert state.reason
+            assert state.reason in (self.told.get(state.request_id), "preemption_limit")
+            assert self.told.get(state.request_id) != "stop" or not self.tokens[state.request_id]
 
     def _count(self, members: list[RequestState], iterations: int) -> None:
         for state in members:

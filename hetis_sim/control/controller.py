@@ -13,8 +13,8 @@ from hetis_sim.control.engine import Engine
 from hetis_sim.control.handoff import Handoffs
 from hetis_sim.control.ledger import KvLedger
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.state import RequestState, rejected, stations
-from hetis_sim.control.step import Outcome, Step, Transfer
+from hetis_sim.control.state import Ending, RequestState, Status, known_request, rejected, stations
+from hetis_sim.control.step import NOTHING, Outcome, Step, Transfer
 from hetis_sim.control.swap import HostMemory
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.policies.base import Policy
@@ -119,6 +119,23 @@ class Controller:
             self._handoffs.land(state)
         return self._carry_on(outcome)
 
+    def finish(self, request_id: int, reason: Ending, now_s: float) -> Outcome:
+        """End a request before it has all the tokens it was submitted for.
+
+        It ends at once, or, while a step computes it, when that step is reported complete; the token of
+        that step counts. With reason ``stop`` it counts as finished, given that it has a token; with
+        ``aborted`` as rejected. One that has ended already stays as it is.
+
+        Raises:
+            SpecError: no such request or reason.
+        """
+        state = known_request(self.states, request_id, reason)
+        if state.status >= Status.FINISHED:
+            return NOTHING
+        engine = self.engines[state.instance]
+        engine.finish(state, reason, now_s, self._handoffs.forget(state))
+        return self._carry_on(engine.take_news())
+
     def news(self, instance: int) -> Outcome:
         """What :meth:`next_step` or :meth:`submit` has set off."""
         return self._carry_on(self.engines[instance].take_news())
@@ -129,7 +146,7 @@ class Controller:
             return outcome
         more = Outcome(outcome.finished, outcome.rejected, outcome.gaps_s, list(outcome.transfers),
                        touched=list(outcome.touched))
-        for state in outcome.finished:
+        for state in (*outcome.finished, *outcome.rejected):
             if state.landing is not None:
                 more.touched.append(state.landing.instance)
                 self._handoffs.cancel(state)

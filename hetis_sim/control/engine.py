@@ -5,8 +5,8 @@ attention workers stream to them (:mod:`.admission`); once its cache is in place
 every iteration gives it a token; after its last token it leaves. Whatever cannot be carried on
 with the cache at hand is relieved, preempted or made to wait (:mod:`.pressure`).
 
-Drivers call the four public verbs: :meth:`submit`, :meth:`next_step`, :meth:`complete` and
-:meth:`arrived`. No clock is read here: times are handed in.
+Drivers call the public verbs: :meth:`submit`, :meth:`next_step`, :meth:`complete`, :meth:`arrived` and
+:meth:`finish`. No clock is read here: times are handed in.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from operator import sub
 from hetis_sim.control.admission import Admission
 from hetis_sim.control.books import CacheBooks
 from hetis_sim.control.decisions import DecisionLog
+from hetis_sim.control.ending import Endings
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.loads import Loads
 from hetis_sim.control.pressure import Pressure
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.state import HeldCache, RequestState, Status
+from hetis_sim.control.state import Ending, HeldCache, RequestState, Status
 from hetis_sim.control.step import NOTHING, Chunk, Outcome, Step, StepKind, Transfer
 from hetis_sim.control.swap import HostMemory
 from hetis_sim.control.timing import InstanceTimer
@@ -73,6 +74,7 @@ class Engine:
         self.changes = 0
         self.admission = Admission(self)
         self.pressure = Pressure(self, host_memory)
+        self._endings = Endings(self)
         self.bytes_per_group_token = model.kv_bytes_per_token_per_layer_per_group
 
     # -- the verbs of the seam ---------------------------------------------------------
@@ -146,6 +148,7 @@ class Engine:
             for state in lane.pop_finished():
                 self.books.end(state)
                 self._finish(state, now_s)
+            self._endings.step_over(step, now_s)
         for chunk in step.chunks:
             self._complete_chunk(chunk, lane, now_s)
         return self.take_news()
@@ -167,6 +170,14 @@ class Engine:
                 state.in_flight_transfers -= 1
                 self._join_when_ready(state)
         return self.take_news()
+
+    def finish(self, state: RequestState, reason: Ending, now_s: float, queued: bool) -> None:
+        """End a request early: now, or with the iteration under way.
+
+        ``queued``: it has been prefilled here and waits for its way to another instance.
+        """
+        self.sync()
+        self._endings.end(state, reason, now_s, queued)
 
     # -- state that policies and drivers may look at -------------------------------------
 
@@ -232,19 +243,15 @@ class Engine:
     def _complete_chunk(self, chunk: Chunk, lane: Lane, now_s: float) -> None:
         state = chunk.state
         state.prefilled_tokens += chunk.new_tokens
-        if not chunk.last:
-            return
-        state.generated_base += 1
-        if state.generated_base > 1:
-            self.news.gaps_s.append(now_s - state.last_token_s)
-        state.last_token_s = now_s
-        if state.first_token_s != state.first_token_s:
-            state.first_token_s = now_s
-        state.status = Status.TRANSFER
-        if state.generated_base >= state.request.output_tokens:
+        if chunk.last:
+            self._count_token(state, now_s)
+        if state.ending or state.generated_base >= state.request.output_tokens:
             lane.prefilling -= 1
+            lane.forget(state)
             self.books.release(state)
-            self._finish(state, now_s)
+            self._endings.over(state, now_s)
+            return
+        if not chunk.last:
             return
         if self.plan.role == "prefill":
             lane.prefilling -= 1
@@ -252,6 +259,16 @@ class Engine:
             self.news.prefilled.append(state)
             return
         self._join_when_ready(state)
+
+    def _count_token(self, state: RequestState, now_s: float) -> None:
+        """A prompt's last piece has given a token."""
+        state.generated_base += 1
+        if state.generated_base > 1:
+            self.news.gaps_s.append(now_s - state.last_token_s)
+        state.last_token_s = now_s
+        if state.first_token_s != state.first_token_s:
+            state.first_token_s = now_s
+        state.status = Status.TRANSFER
 
     def release(self, state: RequestState) -> None:
         """Let go of a request that goes on elsewhere."""
@@ -390,8 +407,5 @@ class Engine:
         self.news.rejected.append(state)
 
     def _finish(self, state: RequestState, now_s: float) -> None:
-        del self.active[state.request_id]
-        state.status = Status.FINISHED
-        state.finish_s = state.last_token_s = now_s
-        self.news.finished.append(state)
-        self.membership_changed()
+        state.last_token_s = now_s
+        self._endings.over(state, now_s)

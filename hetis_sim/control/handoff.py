@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from hetis_sim.control.placement import match
-from hetis_sim.control.state import Landing, RequestState
+from hetis_sim.control.state import Landing, RequestState, Status
 from hetis_sim.control.step import Flow, Transfer
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.plan import InstancePlan
@@ -146,6 +146,14 @@ class Handoffs:
         assert state.landing is not None
         state.landing.arrived = True
         return state.generated_base > 0 and state.prefilled_tokens >= state.context_tokens
+
+    def forget(self, state: RequestState) -> bool:
+        """Strike a request that ends off the queue; whether it has been prefilled and was to go elsewhere."""
+        if state in self._waiting:
+            self._waiting.remove(state)
+            self._refused_at = -1  # that was for whoever stood first before
+            return True
+        return state.status == Status.TRANSFER and state.landing is not None
 
     def cancel(self, state: RequestState) -> None:
         """A request has ended before its handoff did."""

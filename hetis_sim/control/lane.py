@@ -99,6 +99,12 @@ class Lane:
         state.cached_tokens = self.cached_tokens(state)
         state.generated_base += self.issued - state.joined_at
 
+    def forget(self, state: RequestState) -> None:
+        """Strike a request that ends off the lists of those to be seen to at the next boundary or step."""
+        for waiting in (self.joins, self.switches, self.partial):
+            if state in waiting:
+                waiting.remove(state)
+
     def swap_shape(self, state: RequestState, shape: PlacementShape) -> None:
         """Account for a member under another placement."""
         assert state.shape is not None

@@ -242,6 +242,14 @@ class Pressure:
         if not self._somebody_runs():
             self._engine.blocked = False
 
+    def forget(self, state: RequestState) -> None:
+        """Give up a preempted request's cache, in host memory or on its way there."""
+        if self._freeing.pop(state.request_id, None) is not None:
+            self._engine.books.release(state)
+        else:
+            self.swapped.remove(state)
+        self.swapped_in(state)
+
     def swap_in(self, lane: Lane) -> None:
         """Bring back swapped requests, first out first in, as far as the policy places them."""
         engine = self._engine
@@ -274,7 +282,7 @@ class Pressure:
         return books.ledger.fits(enumerate(need))
 
     def swapped_in(self, state: RequestState) -> None:
-        """The copy has arrived: the hosts' memory is free."""
+        """The copy has arrived, or nobody wants it any more: the hosts' memory is free."""
         if state.swap is not None:
             self._host_memory.give(state.swap.host_bytes)
             state.swap = None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Literal
 
 from hetis_sim.control.placement import PlacementShape
 from hetis_sim.control.step import Transfer
 from hetis_sim.policies.view import RequestView
+from hetis_sim.spec.errors import require
 from hetis_sim.spec.request import Request
 
 
@@ -23,6 +25,12 @@ class Status(IntEnum):
     SWAPPED = 4
     FINISHED = 5
     REJECTED = 6
+
+
+Ending = Literal["stop", "aborted"]
+"""Why a request ends early: its text is complete, or nobody waits for it any more."""
+
+ENDINGS: tuple[Ending, ...] = ("stop", "aborted")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +93,7 @@ class RequestState:
         whole: its prompt has to be computed in one piece.
         swap: its cache in host memory, if any.
         landing: its handoff to another instance, if one is under way.
+        ending: why it ends, or has ended, before it has all its tokens.
     """
 
     request: Request
@@ -105,6 +114,7 @@ class RequestState:
     whole: bool = False
     swap: SwappedCache | None = None
     landing: Landing | None = None
+    ending: Ending | None = None
     first_scheduled_s: float = math.nan
     first_token_s: float = math.nan
     finish_s: float = math.nan
@@ -120,6 +130,11 @@ class RequestState:
         """Id of the request."""
         return self.request.request_id
 
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that a finished request has made; those asked for of any other."""
+        return self.generated_base if self.status == Status.FINISHED else self.request.output_tokens
+
     def view(self, generated: int, movable: bool = False) -> RequestView:
         """What a policy may see of it."""
         request = self.request
@@ -134,6 +149,32 @@ def rejected(state: RequestState, reason: str, now_s: float) -> RequestState:
     """Turn a request away that holds no cache."""
     state.status, state.reason, state.finish_s = Status.REJECTED, reason, now_s
     return state
+
+
+def close(state: RequestState, now_s: float) -> bool:
+    """Give a request that holds nothing any more its last station; whether it counts as finished.
+
+    It does with all its tokens, or with a complete text. One that was given up, or that has no token yet,
+    counts among the rejected.
+    """
+    whole = state.generated_base >= state.request.output_tokens
+    if state.ending is None or whole or (state.ending == "stop" and state.generated_base > 0):
+        state.status, state.finish_s = Status.FINISHED, now_s
+        state.reason = "stop" if state.ending == "stop" else ""
+        return True
+    rejected(state, state.ending, now_s)
+    return False
+
+
+def known_request(states: Mapping[int, RequestState], request_id: int, reason: str) -> RequestState:
+    """The request that is to end.
+
+    Raises:
+        SpecError: there is none of this id, or it cannot end for this reason.
+    """
+    require(reason in ENDINGS, "reason", reason, f"one of {', '.join(ENDINGS)}")
+    require(request_id in states, "request_id", request_id, "that of a request that has been submitted")
+    return states[request_id]
 
 
 def stations(states: Collection[RequestState], running: int, waiting: int) -> dict[str, int]:

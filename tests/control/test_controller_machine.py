@@ -8,11 +8,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from support_driver import SeamDriver
 from support_runs import Scenario, scenarios
 
+from hetis_sim.control.state import Ending, Status
+
 INDEX = st.integers(0, 1000)
 
 
 class ControllerMachine(RuleBasedStateMachine):
-    """Arrivals, questions for steps, iterations, ends of steps and of transfers, interleaved at will."""
+    """Arrivals, questions for steps, iterations, early and other ends, interleaved at will."""
 
     driver: SeamDriver
 
@@ -48,6 +50,20 @@ class ControllerMachine(RuleBasedStateMachine):
     @rule(index=INDEX)
     def arrive(self, index: int) -> None:
         self.driver.arrive(index % len(self.driver.transfers))
+
+    @precondition(lambda self: self.driver.tokens)
+    @rule(index=INDEX, reason=st.sampled_from(["stop", "aborted"]))
+    def finish(self, index: int, reason: Ending) -> None:
+        """Wherever a request is, it ends soon: at once, or when the step that computes it does."""
+        driver = self.driver
+        request_id = index % len(driver.tokens)
+        state = driver.controller.states[request_id]
+        computed = any(state in members or any(chunk.state is state for chunk in step.chunks)
+                       for step, members in driver.steps)
+        driver.finish(request_id, reason)
+        assert (state.status >= Status.FINISHED) != (computed and request_id not in driver.ended)
+        for step, members in driver.steps:
+            assert state not in members or step.limit == step.issued
 
     @rule(gap_s=st.sampled_from([0.0, 0.1, 3.0]))
     def wait(self, gap_s: float) -> None:

@@ -10,8 +10,8 @@ from hetis_sim.control.mesh.engine import MeshEngine
 from hetis_sim.control.mesh.timing import MeshTimer
 from hetis_sim.control.mesh.walk import Message, NodeStep
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.state import RequestState, rejected, stations
-from hetis_sim.control.step import Outcome
+from hetis_sim.control.state import Ending, RequestState, Status, known_request, rejected, stations
+from hetis_sim.control.step import NOTHING, Outcome
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.memory import mesh_cache_units
 from hetis_sim.policies.plan import Plan
@@ -70,6 +70,18 @@ class MeshController:
     def arrived(self, message: Message, now_s: float) -> Outcome:
         """Report that a message is there."""
         return self.engine.arrived(message, now_s)
+
+    def finish(self, request_id: int, reason: Ending, now_s: float) -> Outcome:
+        """End a request early, as in :class:`Controller`: one that is on its way ends with its round.
+
+        Raises:
+            SpecError: no such request or reason.
+        """
+        state = known_request(self.states, request_id, reason)
+        if state.status >= Status.FINISHED:
+            return NOTHING
+        self.engine.finish(state, reason, now_s)
+        return self.engine.take_news()
 
     def news(self, instance: int) -> Outcome:
         """What :meth:`next_step` or :meth:`submit` has set off."""

@@ -23,7 +23,7 @@ from hetis_sim.control.mesh.routing import Routing
 from hetis_sim.control.mesh.timing import MeshTimer
 from hetis_sim.control.mesh.walk import Message, NodeStep, Path, Walk
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.control.state import RequestState, Status, rejected
+from hetis_sim.control.state import Ending, RequestState, Status, close, rejected
 from hetis_sim.control.step import NOTHING, Outcome, StepKind
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.plan import SINK, SOURCE
@@ -135,6 +135,24 @@ class MeshEngine:
         self._look_at(message.target)
         return NOTHING
 
+    def finish(self, state: RequestState, reason: Ending, now_s: float) -> None:
+        """End a request early: now if it waits, else when its round is over."""
+        view = self.routing.view(len(self.active), len(self.waiting))
+        self.log.record("finish", view, [state.view(state.generated_base)], reason)
+        state.ending = reason
+        walk = self.active.get(state.request_id)
+        if walk is None:
+            self.waiting.remove(state)
+            self.blocked = False
+        elif walk in self.stalled:
+            self._leave(walk)
+        else:
+            return
+        self._close(state, now_s)
+        self._news.touched.append(0)
+        if self.stalled:
+            self._launch(self._retry(now_s))
+
     def take_news(self) -> Outcome:
         """What has happened since the last call."""
         news = self._news
@@ -222,7 +240,7 @@ class MeshEngine:
                 state.first_token_s = now_s
             state.last_token_s = now_s
             state.status = Status.DECODE
-            if state.generated_base >= state.request.output_tokens:
+            if state.ending or state.generated_base >= state.request.output_tokens:
                 self._finish(walk, now_s)
             elif walk.doomed:
                 self._preempt(walk, now_s)
@@ -297,8 +315,10 @@ class MeshEngine:
 
     def _finish(self, walk: Walk, now_s: float) -> None:
         self._leave(walk)
-        walk.state.status, walk.state.finish_s = Status.FINISHED, now_s
-        self._news.finished.append(walk.state)
+        self._close(walk.state, now_s)
+
+    def _close(self, state: RequestState, now_s: float) -> None:
+        (self._news.finished if close(state, now_s) else self._news.rejected).append(state)
 
     def _leave(self, walk: Walk) -> None:
         if walk in self.stalled:
