@@ -32,26 +32,32 @@ def flying(kind: str) -> Condition:
 
 
 def both(*conditions: Condition) -> Condition:
+    """Several at once."""
     return lambda driver, state: all(condition(driver, state) for condition in conditions)
 
 
 def status(*wanted: Status) -> Condition:
+    """A request at one of these stations."""
     return lambda driver, state: state.status in wanted
 
 
 def idle(driver: SeamDriver, state: RequestState) -> bool:
+    """No step computes anything of it."""
     return not computed(driver, state)
 
 
 def parked(driver: SeamDriver, state: RequestState) -> bool:
+    """Its cache is in host memory."""
     return any(state in engine.pressure.swapped for engine in driver.engines)
 
 
 def joining(driver: SeamDriver, state: RequestState) -> bool:
+    """Its cache is complete, and its lane's step goes on without it."""
     return any(state in lane.joins for engine in driver.engines for lane in engine.lanes)
 
 
 def switching(driver: SeamDriver, state: RequestState) -> bool:
+    """Moved heads have arrived."""
     return any(state in lane.switches for engine in driver.engines for lane in engine.lanes)
 
 
