@@ -132,8 +132,9 @@ class RequestState:
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that a finished request has made; those asked for of any other."""
-        return self.generated_base if self.status == Status.FINISHED else self.request.output_tokens
+        """Tokens of a request whose text was complete early; those asked for of any other."""
+        early = self.status == Status.FINISHED and self.ending is not None
+        return self.generated_base if early else self.request.output_tokens
 
     def view(self, generated: int, movable: bool = False) -> RequestView:
         """What a policy may see of it."""
