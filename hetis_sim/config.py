@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.cost.host import HostOverhead
 from hetis_sim.policies.base import EngineLimits
 from hetis_sim.spec.errors import HetisError, SpecError, require
 from hetis_sim.spec.parse import ClusterConfig, ModelConfig
@@ -42,13 +43,21 @@ class SchedulerConfig:
     rebalance_interval: int = 32
     preemptions_max: int = 100
     moves_max: int = 1
+    cache_tokens: int = 0
+    joint_attention: bool = False
+    async_scheduling: bool = False
+    prompt_patience: int = 0
+    mesh_message_s: float = 0.0
+    mesh_poll_s: float = 0.0
 
     def settings(self) -> SchedulerSettings:
         """The checked settings."""
         limits = EngineLimits(self.block_tokens, self.max_batch_requests, self.max_batch_tokens,
-                              self.memory_utilization)
+                              self.memory_utilization, self.cache_tokens)
         return SchedulerSettings(limits, self.chunked_prefill, self.chunk_tokens, self.collapse,
-                                 self.rebalance_interval, self.preemptions_max, self.moves_max)
+                                 self.rebalance_interval, self.preemptions_max, self.moves_max,
+                                 self.joint_attention, self.async_scheduling, self.prompt_patience,
+                                 self.mesh_message_s, self.mesh_poll_s)
 
 
 @dataclass
@@ -60,6 +69,10 @@ class CostConfig:
         profiles: further profile files, or folders of them, which go before the shipped ones.
         host_base_s, host_per_sequence_s: host time of one iteration; an assumption of ours, which a profile
             with measured host time replaces.
+        host_launch_s_per_layer: host time to queue the kernels of a layer, which runs ahead of the devices;
+            0 with CUDA graphs.
+        host_overlap: the host schedules an iteration while the one before it computes.
+        cache_copies: times that an engine whose cache is not paged copies all of it in an iteration.
         policy_error: every coefficient that policies plan and dispatch by is wrong by this share, up or
             down at random, while durations stay what they are; see :class:`MisjudgedCost`.
         policy_error_seed: of the directions.
@@ -69,8 +82,16 @@ class CostConfig:
     profiles: list[str] = field(default_factory=list)
     host_base_s: float = 2e-3
     host_per_sequence_s: float = 2e-5
+    host_launch_s_per_layer: float = 0.0
+    host_overlap: bool = False
+    cache_copies: float = 0.0
     policy_error: float = 0.0
     policy_error_seed: int = 0
+
+    def host(self) -> HostOverhead:
+        """The checked host time."""
+        return HostOverhead(self.host_base_s, self.host_per_sequence_s, self.host_launch_s_per_layer,
+                            self.host_overlap)
 
 
 @dataclass

@@ -13,7 +13,6 @@ from hetis_sim.control.controller import Controller
 from hetis_sim.control.make import make_controller
 from hetis_sim.control.mesh.controller import MeshController
 from hetis_sim.control.settings import SchedulerSettings
-from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.load import load_cost_model
 from hetis_sim.cost.misjudged import MisjudgedCost
 from hetis_sim.cost.model import CostModel, ProvenanceRow
@@ -128,8 +127,8 @@ def prepare(config: RunConfig) -> Prepared:
     Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction)
     policy = make_policy(config.policy)
     cost = load_cost_model(config.cost.kind, profiles=config.cost.profiles,
-                           host=HostOverhead(config.cost.host_base_s, config.cost.host_per_sequence_s),
-                           gpus=[device.gpu for device in cluster.devices], model=model)
+                           host=config.cost.host(), gpus=[device.gpu for device in cluster.devices],
+                           model=model, cache_copies=config.cost.cache_copies)
     workload = build_workload(config.workload, model.context_limit_tokens)
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
     believed = None

@@ -285,6 +285,24 @@ def test_closed_loop_runs_repeat_and_describe_themselves() -> None:
     assert (before["closed"], before["n"]) == (True, 1000)
 
 
+def test_closed_loop_with_a_common_queue(trace: str) -> None:
+    """Whoever asks gets the next row, and users begin one after the other."""
+    settings = {"table": None, "path": trace, "users": 3, "requests": 8, "stagger_s": 0.5}
+    rows = [(r.prompt_tokens, r.output_tokens) for r in closed(**settings).begin().initial()]
+    run = closed(**settings, common_queue=True).begin()
+    first = run.initial()
+    assert [r.arrival_s for r in first] == [0.0, 0.5, 1.0]
+    assert [(r.prompt_tokens, r.output_tokens) for r in first] == rows
+    later = [run.next_request(2, 4.0), run.next_request(2, 5.0), run.next_request(0, 6.0)]
+    own = closed(**settings).begin()
+    own.initial()
+    expected = [own.next_request(user, 4.0) for user in (0, 1, 2)]
+    assert [(r.prompt_tokens, r.output_tokens) for r in later if r] == [
+        (r.prompt_tokens, r.output_tokens) for r in expected if r]
+    with pytest.raises(SpecError, match=r"workload\.common_queue"):
+        closed(**settings, common_queue=True, think_time_s=1.0)
+
+
 def test_closed_loop_over_a_trace(trace: str) -> None:
     """A trace is gone round again by the users of a closed loop."""
     run = closed(table=None, path=trace, users=2, requests=8).begin()

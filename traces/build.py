@@ -183,6 +183,7 @@ def _closed(config: WorkloadConfig, trace: TraceTable | None, limits: Limits) ->
     return ClosedLoopWorkload(
         config.name, config.path or str(config.table), config.seed, users=config.users,
         request_limit=config.requests, duration_s=config.duration_s, pool=pool, trace=trace,
+        stagger_s=config.stagger_s, common_queue=config.common_queue,
         counts=limits.counts, notes=_notes(trace))
 
 

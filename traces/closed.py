@@ -51,10 +51,12 @@ class ClosedLoopWorkload(Workload):
 
     The k-th request of user u has the lengths and the think time of index ``u + k N`` of
     two endless random rows (a trace is gone round again and again), so a user asks for
-    the same under every policy, however fast it answers.
+    the same under every policy, however fast it answers. With ``common_queue`` the k-th request of all has
+    index k.
 
     Attributes:
         users: N.
+        stagger_s: user u begins u times as much later.
         request_limit: requests over all users, ``None`` for no limit.
         duration_s: no request is issued at this time or later, ``None`` for no limit.
     """
@@ -66,6 +68,8 @@ class ClosedLoopWorkload(Workload):
     duration_s: float | None = field(kw_only=True)
     pool: Pool = field(kw_only=True, repr=False)
     trace: TraceTable | None = field(default=None, kw_only=True, repr=False)
+    stagger_s: float = field(default=0.0, kw_only=True)
+    common_queue: bool = field(default=False, kw_only=True)
 
     def begin(self) -> ClosedLoopRun:
         """A new run from the start; two runs of equal answers are equal."""
@@ -103,7 +107,8 @@ class ClosedLoopRun:
         """
         workload = self._workload
         workload.pool.reach(workload.users)
-        think_s = workload.pool.think_times_s[: workload.users]
+        users = workload.users
+        think_s = workload.pool.think_times_s[:users] + workload.stagger_s * np.arange(users)
         order = np.argsort(think_s, kind="stable").tolist()
         issued = (self._issue(user, float(think_s[user])) for user in order)
         return [request for request in issued if request is not None]
@@ -115,9 +120,15 @@ class ClosedLoopRun:
         """
         require(0 <= user < self._workload.users, "user", user, f"in [0, {self._workload.users})")
         require(math.isfinite(now_s) and now_s >= 0, "now_s", now_s, "finite and >= 0 seconds")
-        index = user + self._asked[user] * self._workload.users
+        index = self._index(user)
         self._workload.pool.reach(index + 1)
         return self._issue(user, now_s + float(self._workload.pool.think_times_s[index]))
+
+    def _index(self, user: int) -> int:
+        """Row of the user's next request."""
+        if self._workload.common_queue:
+            return self.issued
+        return user + self._asked[user] * self._workload.users
 
     def _issue(self, user: int, arrival_s: float) -> Request | None:
         workload, lengths = self._workload, self._workload.pool.lengths
@@ -125,7 +136,7 @@ class ClosedLoopRun:
             return None
         if workload.duration_s is not None and arrival_s >= workload.duration_s:
             return None
-        index = user + self._asked[user] * workload.users
+        index = self._index(user)
         prompt = int(lengths.prompt_tokens[index])
         prefix: tuple[int, ...] = ()
         if workload.trace is not None and lengths.rows is not None:

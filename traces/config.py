@@ -39,6 +39,10 @@ class WorkloadConfig:
         users: users of a closed loop, each with one request at a time.
         think_time_s: mean time from an answer to the user's next request.
         think: its law, ``exponential`` or ``constant``.
+        stagger_s: time between the first requests of one user and the next of a closed loop.
+        common_queue: users of a closed loop take the next row of lengths whoever asks, as a client does that
+            keeps so many requests in flight; otherwise each user has rows of its own, the same under every
+            policy.
         seed: of all random streams.
         prompt_scale, output_scale: factors on the lengths, rounded, at least 1 token.
         prompt_tokens_min ... output_tokens_max: the range of lengths after scaling.
@@ -77,6 +81,8 @@ class WorkloadConfig:
     users: int = 32
     think_time_s: float = 0.0
     think: str = "exponential"
+    stagger_s: float = 0.0
+    common_queue: bool = False
     seed: int = 0
     prompt_scale: float = 1.0
     output_scale: float = 1.0
@@ -132,6 +138,9 @@ class WorkloadConfig:
         require_finite("workload.off_share", self.off_share, 0.0, 1.0 - 1e-9)
         require_int("workload.users", self.users, 1)
         require_finite("workload.think_time_s", self.think_time_s, 0.0, 1e9)
+        require_finite("workload.stagger_s", self.stagger_s, 0.0, 1e9)
+        if self.common_queue and self.think_time_s:
+            raise SpecError("workload.common_queue", True, "false with a think time, which is that of a user")
         require_one("workload.think", self.think, ("exponential", "constant"))
 
     def _check_rate(self) -> None:

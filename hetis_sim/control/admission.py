@@ -34,6 +34,8 @@ class Admission:
         batch: list[RequestState] = []
         tokens = 0
         for state in engine.waiting:
+            if not engine.sees(state, lane):
+                return []
             tokens += state.context_tokens
             full = len(batch) + lane.load >= share
             if full or (batch and tokens > limits.max_batch_tokens):
@@ -99,6 +101,8 @@ class Admission:
         while (budget > 0 and engine.waiting and not engine.blocked
                and lane.load < engine.settings.limits.max_batch_requests):
             state = engine.waiting[0]
+            if not engine.sees(state, lane):
+                break
             if not self._admit([state], lane, now_s, budget):
                 break
             lane.partial.append(state)

@@ -45,6 +45,7 @@ class Engine:
         landings: cache held for requests that are still prefilled elsewhere, by id.
         guests: ids of requests for which the instance does what its role does not say.
         changes: counts changes of membership.
+        steps_made: counts steps.
     """
 
     def __init__(self, index: int, model: ModelSpec, policy: Policy, timer: InstanceTimer,
@@ -72,6 +73,7 @@ class Engine:
         self.landings: dict[int, HeldCache] = {}
         self.guests: set[int] = set()
         self.changes = 0
+        self.steps_made = 0
         self.admission = Admission(self)
         self.pressure = Pressure(self, host_memory)
         self._endings = Endings(self)
@@ -84,6 +86,8 @@ class Engine:
         self.sync()
         state.instance = self.index
         state.context_tokens = state.request.prompt_tokens
+        if self.settings.async_scheduling and any(lane.step is not None for lane in self.lanes):
+            state.unseen_before = self.steps_made + 1
         self.waiting.append(state)
         self.waiting_tokens += state.context_tokens
 
@@ -101,7 +105,15 @@ class Engine:
             step = self._first_step(now_s)
         if len(self.lanes) > 1:
             self.cap_open_steps()
+        self.steps_made += step is not None
         return step
+
+    def sees(self, state: RequestState, lane: Lane) -> bool:
+        """Whether a waiting request was there when the step that a lane begins was put together.
+
+        An empty step takes no time, so that nobody waits for one.
+        """
+        return state.unseen_before <= self.steps_made or not lane.has_work
 
     def _first_step(self, now_s: float) -> Step | None:
         ready = [lane for lane in self.lanes if lane.step is None]
@@ -126,8 +138,21 @@ class Engine:
             self.pressure.swap_in(lane)
         if self.settings.chunked_prefill:
             return self._mixed_step(lane, now_s)
-        chunks = self.admission.whole_prompts(lane, now_s) if self.admits else []
-        return self._step_with(chunks, lane, 0) if chunks else self._decode_step(lane, now_s)
+        chunks = self.admission.whole_prompts(lane, now_s) if self.admits and self._heeds(lane, now_s) else []
+        if not chunks:
+            return self._decode_step(lane, now_s)
+        lane.prompted_at, lane.prompts_begun_s = lane.issued, now_s
+        return self._step_with(chunks, lane, 0)
+
+    def _heeds(self, lane: Lane, now_s: float) -> bool:
+        """Whether prompts that wait may hold up a lane's decoding by now."""
+        patience, running = self.settings.prompt_patience, len(lane.members)
+        if not patience or running <= 1:
+            return True
+        if now_s < lane.patient_until_s:
+            return False
+        since = 1 + lane.issued - lane.prompted_at
+        return len(self.waiting) >= max(1, running * (patience - since) // patience)
 
     @property
     def admits(self) -> bool:
@@ -144,6 +169,9 @@ class Engine:
         lane = self.lanes[step.lane]
         lane.step = None
         lane.ready_at_s = now_s
+        if self.settings.prompt_patience and step.kind == StepKind.PREFILL:
+            # Decoding gets at least half as long as the prompts took.
+            lane.patient_until_s = now_s + (now_s - lane.prompts_begun_s) / 2
         if step.decoding:
             for state in lane.pop_finished():
                 self.books.end(state)

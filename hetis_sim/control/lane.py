@@ -35,6 +35,8 @@ class Lane:
         fresh: members that have had no token in this lane yet; the driver empties it.
         offset_sum: sum of the members' offsets.
         rebalance_at: iterations issued at which the policy is asked again.
+        prompted_at, prompts_begun_s: iterations issued when prompts were last computed, and when they began.
+        patient_until_s: no prompts before this time while anybody decodes.
         version: changes with membership.
     """
 
@@ -56,6 +58,8 @@ class Lane:
         self.offset_sum = 0
         self.version = 0
         self.rebalance_at = 0
+        self.prompted_at = 0
+        self.prompts_begun_s = self.patient_until_s = 0.0
         self._block_tokens = block_tokens
         devices = len(cycle_units)
         self._crossing: list[list[int]] = [[0] * devices for _ in range(block_tokens)]

@@ -30,5 +30,6 @@ def make_controller(cluster: ClusterSpec, model: ModelSpec, cost: CostModel, pol
     if plan.mesh is not None:
         timer = MeshTimer(cluster, model, cost, plan.mesh)
         return MeshController(cluster, model, policy, plan, timer, settings, log)
-    timers = [InstanceTimer(cluster, model, cost, instance, believed) for instance in plan.instances]
+    timers = [InstanceTimer(cluster, model, cost, instance, believed, settings.joint_attention)
+              for instance in plan.instances]
     return Controller(cluster, model, policy, plan, timers, settings, log)

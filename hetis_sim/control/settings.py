@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from hetis_sim.policies.base import EngineLimits
-from hetis_sim.spec.errors import require
+from hetis_sim.spec.errors import require, require_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,17 @@ class SchedulerSettings:
         rebalance_interval: iterations of a micro-batch between two questions to the policy.
         preemptions_max: a request that loses its cache more often is rejected.
         moves_max: moves of heads under way at once in one instance.
+        joint_attention: requests that decode in a mixed step share one attention kernel with its prompts,
+            which takes longer than one of their own; see :meth:`CostModel.mixed_attention`.
+        async_scheduling: a step is put together while the one before it runs (vLLM's asynchronous
+            scheduling). So who arrives while the instance is busy is first seen one step later.
+        prompt_patience: iterations that decoding requests have for themselves before a single prompt may
+            hold them up, where whole prompts go first; 0 for none. After n of them since the last
+            prompts, those that wait are prefilled once they are at least
+            ``running * (patience - n) / patience``, as in IBM's fork of TGI (``max_waiting_tokens``).
+        mesh_message_s: in a mesh, host time in which a node hands over the results of one request; 0 for all
+            of a batch at once.
+        mesh_poll_s: in a mesh, time between two looks of an idle node for arrivals; 0 for at once.
     """
 
     limits: EngineLimits = field(default_factory=EngineLimits)
@@ -30,13 +41,26 @@ class SchedulerSettings:
     rebalance_interval: int = 32
     preemptions_max: int = 100
     moves_max: int = 1
+    joint_attention: bool = False
+    async_scheduling: bool = False
+    prompt_patience: int = 0
+    mesh_message_s: float = 0.0
+    mesh_poll_s: float = 0.0
 
     def __post_init__(self) -> None:
         for key in ("chunk_tokens", "rebalance_interval", "preemptions_max"):
             require(getattr(self, key) >= 1, f"scheduler.{key}", getattr(self, key), ">= 1")
         require(self.moves_max >= 0, "scheduler.moves_max", self.moves_max, ">= 0")
+        for key in ("mesh_message_s", "mesh_poll_s"):
+            require_finite(f"scheduler.{key}", getattr(self, key), 0.0, 1.0)
+        require(self.prompt_patience >= 0, "scheduler.prompt_patience", self.prompt_patience, ">= 0")
+        require(not (self.prompt_patience and self.chunked_prefill), "scheduler.prompt_patience",
+                self.prompt_patience, "0 with scheduler.chunked_prefill=true, where prompts hold nobody up")
+        require(not self.joint_attention or self.chunked_prefill, "scheduler.joint_attention",
+                self.joint_attention, "false unless scheduler.chunked_prefill=true mixes the two")
         limits = self.limits
         for key in ("block_tokens", "max_batch_requests", "max_batch_tokens"):
             require(getattr(limits, key) >= 1, f"scheduler.{key}", getattr(limits, key), ">= 1")
+        require(limits.cache_tokens >= 0, "scheduler.cache_tokens", limits.cache_tokens, ">= 0")
         require(0 < limits.memory_utilization <= 1, "scheduler.memory_utilization",
                 limits.memory_utilization, "in (0, 1]")

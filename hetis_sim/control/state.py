@@ -94,6 +94,7 @@ class RequestState:
         swap: its cache in host memory, if any.
         landing: its handoff to another instance, if one is under way.
         ending: why it ends, or has ended, before it has all its tokens.
+        unseen_before: steps that its instance makes before it is looked at (asynchronous scheduling).
     """
 
     request: Request
@@ -115,6 +116,7 @@ class RequestState:
     swap: SwappedCache | None = None
     landing: Landing | None = None
     ending: Ending | None = None
+    unseen_before: int = 0
     first_scheduled_s: float = math.nan
     first_token_s: float = math.nan
     finish_s: float = math.nan

@@ -16,7 +16,7 @@ from hetis_sim.control.loads import Loads
 from hetis_sim.control.ranges import ranged_lines
 from hetis_sim.control.step import Chunk, Step
 from hetis_sim.cost.model import CostModel, TransferCost
-from hetis_sim.policies.costs import position_costs
+from hetis_sim.policies.costs import mixed_cost, position_costs
 from hetis_sim.policies.plan import InstancePlan, Position
 from hetis_sim.spec.cluster import ClusterSpec, LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
@@ -53,11 +53,13 @@ class FixedParts(NamedTuple):
 
     Attributes:
         busy_s, hop_s: per stage: time that it is occupied, and the way to the next one.
+        least_s: per stage: what it takes at least beside ``host_s``, for the host is busy for so long.
         host_s, dense_s, collective_s, total_hop_s: sums over the stages.
     """
 
     busy_s: tuple[float, ...]
     hop_s: tuple[float, ...]
+    least_s: tuple[float, ...]
     host_s: float
     dense_s: float
     collective_s: float
@@ -78,6 +80,11 @@ class StepTiming(NamedTuple):
     prefill_s: float
     lines: DecodeLines
     stages: tuple[tuple[float, tuple[Line, ...], float], ...]
+
+    @property
+    def host_beside(self) -> bool:
+        """Whether some of the host's time runs beside the devices."""
+        return any(self.fixed.least_s)
 
 
 class _StageFacts(NamedTuple):
@@ -101,6 +108,9 @@ def dense_share(model: ModelSpec, owned: int, tp: int) -> float:
     return 1.0 + projections * (owned * tp / model.kv_heads - 1.0)
 
 
+_LineFacts = tuple[int, bool, int, float, float, float, float, float, bool]
+"""Position, whether it is remote, layers, costs a, b and c of a group, and those of its wire."""
+
 _WorkFacts = tuple[int, int, float, float, float]
 """Position of an attention worker, layers, and its costs a, b and c of a group."""
 
@@ -113,6 +123,10 @@ class InstanceTimer:
     bound of first-in first-out service, so that sharing is never taken to be free (ours).
     The average is taken whenever the membership of the lane in question changes.
 
+    Args:
+        believed: durations that the policy goes by where they are not those of ``cost``.
+        joint: requests that decode in a mixed step share a kernel with its prompts.
+
     Attributes:
         plan: the instance.
         costs: decode-attention costs of its positions.
@@ -124,7 +138,7 @@ class InstanceTimer:
     """
 
     def __init__(self, cluster: ClusterSpec, model: ModelSpec, cost: CostModel, plan: InstancePlan,
-                 believed: CostModel | None = None) -> None:
+                 believed: CostModel | None = None, joint: bool = False) -> None:
         self.plan = plan
         self.costs = position_costs(cluster, model, cost, plan)
         self.believed_costs = self.costs
@@ -145,6 +159,8 @@ class InstanceTimer:
                               for worker in self._worker_positions]
         self._stage_positions = [[self._line_facts(plan.positions[p]) for p in indices]
                                  for indices in plan.stage_positions]
+        self._mixed_positions = [[self._line_facts(plan.positions[p], mixed=True) for p in indices]
+                                 for indices in plan.stage_positions] if joint else None
         self._no_waits = [0.0] * len(self.costs)
         heads = model.heads_per_group
         output = heads * model.head_dim * model.activation_bytes
@@ -153,8 +169,10 @@ class InstanceTimer:
         self.still_bytes_per_group = (output, partial)
         self.merged_bytes_per_group = (0, partial - output)
 
-    def _line_facts(self, p: Position) -> tuple[int, bool, int, float, float, float, float, float, bool]:
+    def _line_facts(self, p: Position, mixed: bool = False) -> _LineFacts:
         cost = self.costs[p.index]
+        if mixed and not p.remote:
+            cost = mixed_cost(self._cluster, self._model, self._cost, p, cost)
         return (p.index, p.remote, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s,
                 cost.wire_s_per_group / max(1, cost.wire_sharers), cost.wire_fixed_s, cost.wire_sharers > 0)
 
@@ -170,7 +188,9 @@ class InstanceTimer:
             parts = [self._stage_parts(s, tokens, sequences) for s in range(len(self.plan.stages))]
             host, dense, collective, hop = (tuple(column) for column in zip(*parts, strict=True))
             busy = tuple(sum(part[:3]) for part in parts)
-            found = FixedParts(busy, hop, sum(host), sum(dense), sum(collective), sum(hop))
+            least = tuple(self._cost.host_beside_s(sequences, stage.layers, s == 0)
+                          for s, stage in enumerate(self._stages))
+            found = FixedParts(busy, hop, least, sum(host), sum(dense), sum(collective), sum(hop))
             self._fixed[key] = found
         return found
 
@@ -209,10 +229,10 @@ class InstanceTimer:
         fixed = self.fixed_parts(step.prefill_tokens + step.decoding, max(1, sampled))
         attention = [self._prefill_attention_s(stage, step.chunks) for stage in self._stages]
         idle = DecodeLines((NO_LINES,) * len(attention), ())
-        lines = self.lines(lane, loads) if step.decoding else idle
+        lines = self._mixed_lines(lane, loads) if step.decoding else idle
         stages = tuple([(busy + own, stage.both, hop) for busy, own, stage, hop
                         in zip(fixed.busy_s, attention, lines.stages, fixed.hop_s, strict=True)])
-        return StepTiming(fixed, sum(attention), lines, stages)
+        return self._held(StepTiming(fixed, sum(attention), lines, stages))
 
     def decode(self, lane: Lane, loads: Loads) -> StepTiming:
         """Iterations of the lane's decode batch, until its membership changes."""
@@ -223,9 +243,21 @@ class InstanceTimer:
             lines = self.lines(lane, loads)
             stages = tuple([(busy, stage.both, hop) for busy, stage, hop
                             in zip(fixed.busy_s, lines.stages, fixed.hop_s, strict=True)])
-            timing = StepTiming(fixed, 0.0, lines, stages)
+            timing = self._held(StepTiming(fixed, 0.0, lines, stages))
             self._decodes[lane.index] = (lane.version, timing)
         return timing
+
+    @staticmethod
+    def _held(timing: StepTiming) -> StepTiming:
+        """A step none of whose stages is shorter than what its host does beside it."""
+        if not timing.host_beside:
+            return timing
+        fixed, stages = timing.fixed, []
+        for s, (busy, lines, hop) in enumerate(timing.stages):
+            host = fixed.host_s if s == 0 else 0.0
+            more = fixed.least_s[s] - (busy - host)
+            stages.append((busy, (*lines, (more, 0.0)) if more > 0.0 else lines, hop))
+        return timing._replace(stages=tuple(stages))
 
     def _prefill_attention_s(self, stage: _StageFacts, chunks: Sequence[Chunk]) -> float:
         """Seconds of the slowest rank; equal ranks are asked for once."""
@@ -233,6 +265,13 @@ class InstanceTimer:
         return stage.layers * max([
             sum([attention_s(gpu, model, heads, chunk.new_tokens, chunk.context_tokens) for chunk in chunks])
             for gpu, heads in stage.ranks])
+
+    def _mixed_lines(self, lane: Lane, loads: Loads) -> DecodeLines:
+        """Decode-attention lines of an iteration that computes prompts as well."""
+        if self._mixed_positions is None or lane.ranged:
+            # Ranges of tokens have kernels of their own everywhere.
+            return self.lines(lane, loads)
+        return self._make_lines(lane, loads, self._mixed_positions)
 
     def lines(self, lane: Lane, loads: Loads) -> DecodeLines:
         """Decode-attention lines of a lane; worked out anew when its membership has changed."""
@@ -242,13 +281,14 @@ class InstanceTimer:
             self._lines[lane.index] = (lane.version, lines)
         return lines
 
-    def _make_lines(self, lane: Lane, loads: Loads) -> DecodeLines:
+    def _make_lines(self, lane: Lane, loads: Loads,
+                    positions: Sequence[Sequence[_LineFacts]] | None = None) -> DecodeLines:
         # Plain loops: at a few dozen positions, arrays cost more than they save.
         groups, base = lane.groups.tolist(), lane.base.tolist()
         remote = any(map(groups.__getitem__, self._remote_positions))
         waits = self._waits(loads) if remote and len(self.plan.stages) > 1 else self._no_waits
         stages: list[StageLines] = []
-        for stage in self._stage_positions:
+        for stage in positions or self._stage_positions:
             lines: tuple[dict[Line, None], dict[Line, None]] = ({}, {})
             # What leaves through the stage's network interface, for whichever worker.
             sent = sum([groups[p] for p, _, _, _, _, _, _, _, shared in stage if shared]) if remote else 0

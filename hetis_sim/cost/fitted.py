@@ -6,12 +6,14 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
 from hetis_sim.cost import floor, work
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
+from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import NO_PACKING, AttentionCost, ProvenanceRow, TransferCost
 from hetis_sim.cost.profile import HOST_DEVICE, LINKS_DEVICE, Profile
@@ -80,10 +82,19 @@ class ProfileCost(MemoisedCost):
         return tuple(self._warnings)
 
     def host_overhead_s(self, sequences: int) -> float:
-        profile = self._with_module(HOST_DEVICE, "host_overhead")
+        return self._host.waited_s(sequences)
+
+    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
+        return self._host.beside_s(sequences, layers, leads)
+
+    @cached_property
+    def _host(self) -> HostOverhead:
+        """That of the settings, with measured times where there are any."""
+        given, profile = self._roofline.host, self._with_module(HOST_DEVICE, "host_overhead")
         if profile is None or profile.host_overhead is None:
-            return self._roofline.host_overhead_s(sequences)
-        return profile.host_overhead.seconds(sequences)
+            return given
+        measured = profile.host_overhead
+        return replace(given, base_s=measured.base_s, per_sequence_s=measured.per_sequence_s)
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         profile = self._with_module(gpu.name, "head_packing")

@@ -12,7 +12,7 @@ from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.model import CostModel
 from hetis_sim.cost.profile import NO_CARD, Profile, parse_profile, read_profile
 from hetis_sim.cost.roofline import RooflineCost, RooflineSettings
-from hetis_sim.spec.errors import SpecError
+from hetis_sim.spec.errors import SpecError, require_finite
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
@@ -57,7 +57,8 @@ def read_shipped(device: str) -> Profile | None:
 
 def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (),
                     host: HostOverhead | None = None, roofline: RooflineSettings | None = None,
-                    gpus: Sequence[GpuSpec] | None = None, model: ModelSpec | None = None) -> CostModel:
+                    gpus: Sequence[GpuSpec] | None = None, model: ModelSpec | None = None,
+                    cache_copies: float = 0.0) -> CostModel:
     """The cost model ``kind``: ``profile`` (fitted, roofline where nothing is measured) or ``roofline``.
 
     Args:
@@ -66,6 +67,7 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
             module. Of a folder, those of devices that are not among ``gpus`` are left out.
         host: host time of an iteration.
         roofline: shares of the datasheet peaks behind the profiles.
+        cache_copies: times that the whole cache is copied in an iteration; see :class:`MemoisedCost`.
         gpus: the cards of the cluster; a user's profile for any other card is then an error.
         model: what is to be served; a calibrated profile of other shapes or numbers is then an error.
 
@@ -75,11 +77,13 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
     """
     if kind not in KINDS:
         raise SpecError("cost.kind", kind, f"one of {', '.join(KINDS)}")
+    require_finite("cost.cache_copies", cache_copies, 0.0, 100.0)
     behind = RooflineCost(roofline, host)
     if kind == "roofline":
         if profiles:
             raise SpecError("cost.profiles", [str(path) for path in profiles],
                             "empty with cost.kind=roofline")
+        behind.cache_copies = cache_copies
         return behind
     user = [profile for path in profiles for profile in _read(Path(path), gpus)]
     for profile in user:
@@ -89,7 +93,9 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
             profile.check_model(model)
     if gpus is not None:
         _require_all(user, gpus)
-    return ProfileCost(ProfileShelf(user), behind)
+    found = ProfileCost(ProfileShelf(user), behind)
+    found.cache_copies = cache_copies
+    return found
 
 
 def _read(path: Path, gpus: Sequence[GpuSpec] | None) -> list[Profile]:

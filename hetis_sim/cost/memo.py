@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 from hetis_sim.cost.model import AttentionCost, CostModel, TransferCost
 from hetis_sim.spec.cluster import LinkSpec
@@ -20,7 +21,13 @@ class MemoisedCost(CostModel):
     Keys hold the identity of the spec objects, because hashing a dataclass of twenty fields
     costs more than the look-up; ``_alive`` keeps those objects so that an identity is never
     reused. Arguments are validated once, on a miss.
+
+    Attributes:
+        cache_copies: times that an engine whose cache is not paged copies all of it in an iteration, read
+            and written at the rate of decode attention (ours).
     """
+
+    cache_copies = 0.0
 
     def __init__(self) -> None:
         self._alive: dict[int, object] = {}
@@ -69,7 +76,10 @@ class MemoisedCost(CostModel):
         found = self._decode.get(key)
         if found is None:
             self._admit(gpu, model)
-            found = self._decode[key] = self._decode_attention(gpu, model)
+            found = self._decode_attention(gpu, model)
+            if self.cache_copies:
+                found = replace(found, b_s_per_byte=found.b_s_per_byte * (1.0 + 2.0 * self.cache_copies))
+            self._decode[key] = found
         return found
 
     def transfer(self, link: LinkSpec) -> TransferCost:

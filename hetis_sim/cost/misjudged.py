@@ -88,6 +88,9 @@ class MisjudgedCost(MemoisedCost):
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         return self.truth.head_packing(gpu)
 
+    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
+        return self.truth.host_beside_s(sequences, layers, leads)
+
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
         return self.truth.provenance(gpus, model, links)

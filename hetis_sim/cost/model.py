@@ -15,6 +15,15 @@ from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
+TILE_ROWS, TILE_ROWS_PAGED = 128, 64
+"""Query rows of a tile of FlashAttention: of version 3, and of version 2 over a paged cache."""
+
+PACKING_CAPABILITIES = (9,)
+"""Major compute capabilities on which the heads of a KV group share a tile."""
+
+TILE_REQUESTS, TILE_CONTEXTS = 32, (512, 2048)
+"""Requests and contexts between which the cost of a tile is taken: enough to fill any card."""
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionCost:
@@ -143,6 +152,32 @@ class CostModel(ABC):
     def ranges(self, gpu: GpuSpec, module: str) -> Mapping[str, tuple[float, float]]:
         """What the durations of a module were fitted on: ends by quantity; empty where nothing was fitted."""
         return {}
+
+    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
+        """Host time that runs beside the devices; an iteration of a stage takes the longer of the two.
+
+        ``layers`` are those of the stage, and ``leads`` says whether the host schedules the iteration there.
+        """
+        return 0.0
+
+    def mixed_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        """Decode attention where one kernel computes it together with pieces of prompts.
+
+        Such a kernel gives every query head of a decoding request a tile of rows, one of which it needs.
+        vLLM calls FlashAttention so for batches of both kinds. FlashAttention 2 has 64 rows a tile over a
+        paged cache. FlashAttention 3, which is used on Hopper, has 128 and packs the heads of a KV group into
+        one tile. A tile is charged as half of 128 rows of a prompt (ours).
+        """
+        alone = self.decode_attention(gpu, model)
+        heads = TILE_REQUESTS * model.query_heads
+        short, long = TILE_CONTEXTS
+        rise = (self.prefill_attention_layer_s(gpu, model, heads, TILE_ROWS, long)
+                - self.prefill_attention_layer_s(gpu, model, heads, TILE_ROWS, short))
+        group_s = rise / ((long - short) * TILE_REQUESTS * model.kv_heads)
+        packed = gpu.compute_capability[0] in PACKING_CAPABILITIES
+        group_s *= 1.0 / model.heads_per_group if packed else TILE_ROWS_PAGED / TILE_ROWS
+        per_byte = group_s / model.kv_bytes_per_token_per_layer_per_group
+        return AttentionCost(alone.a_s_per_head, max(alone.b_s_per_byte, per_byte), alone.c_s)
 
     @abstractmethod
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,

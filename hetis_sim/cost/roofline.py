@@ -70,7 +70,10 @@ class RooflineCost(MemoisedCost):
         return self.stream_s(gpu, size_bytes) + self.settings.kernel_s
 
     def host_overhead_s(self, sequences: int) -> float:
-        return self.host.seconds(sequences)
+        return self.host.waited_s(sequences)
+
+    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
+        return self.host.beside_s(sequences, layers, leads)
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:

@@ -27,12 +27,15 @@ class EngineLimits:
         max_batch_requests: running requests in one micro-batch.
         max_batch_tokens: tokens of one prefill step.
         memory_utilization: share of device memory that the engine may use.
+        cache_tokens: tokens that the cache of an instance holds, whatever its memory; 0 for as many as
+            memory allows. A measured number of blocks times their size (vLLM: ``num_gpu_blocks_override``).
     """
 
     block_tokens: int = 16
     max_batch_requests: int = 256
     max_batch_tokens: int = 4096
     memory_utilization: float = 0.9
+    cache_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hetis_sim.cost.model import CostModel
 from hetis_sim.policies.plan import InstancePlan, Position
 from hetis_sim.policies.view import PositionCost
@@ -38,6 +40,16 @@ def position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
     return PositionCost(a, b, attention.c_s, wire_s, 2 * transfer.beta_s, share, still * wire_s_per_byte,
                         merged * wire_s_per_byte, pack_s_per_group=packing.gamma_s_per_byte * wire_bytes,
                         pack_fixed_s=packing.beta_s)
+
+
+def mixed_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel, position: Position,
+               alone: PositionCost) -> PositionCost:
+    """Cost of a rank whose decoding requests share a kernel with prompts, in seconds per layer."""
+    attention = cost.mixed_attention(cluster.devices[position.device].gpu, model)
+    return replace(alone, a_s_per_group=attention.a_s_per_head * model.heads_per_group,
+                   b_s_per_group_token=(attention.b_s_per_byte
+                                        * model.kv_bytes_per_token_per_layer_per_group),
+                   c_s=attention.c_s)
 
 
 def range_wire_bytes(model: ModelSpec) -> tuple[int, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from hetis_sim.policies.base import EngineLimits
 from hetis_sim.policies.plan import InstancePlan, MeshPlan, StagePlan
 from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.errors import InfeasibleError
+from hetis_sim.spec.gpu import GB
 from hetis_sim.spec.model import ModelSpec
 
 RUNTIME_BYTES = 512 * 1024**2
@@ -60,23 +62,49 @@ def stage_cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimi
             for rank, device in enumerate(stage.devices)}
 
 
+def _cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits, stage: StagePlan,
+                 first: bool, last: bool) -> dict[int, int]:
+    """What the configuration gives to each rank of a stage, or else what is left."""
+    if not limits.cache_tokens:
+        return stage_cache_bytes(cluster, model, limits, stage, first, last)
+    found: dict[int, int] = {}
+    for rank, device in enumerate(stage.devices):
+        units = limits.cache_tokens // limits.block_tokens * stage.owned_groups[rank] * stage.layers
+        found[device] = units * unit_bytes(model, limits)
+        room = cluster.devices[device].gpu.memory_bytes - stage_weight_bytes(model, stage, rank, first, last)
+        if found[device] > room:
+            raise InfeasibleError(f"scheduler.cache_tokens={limits.cache_tokens} take "
+                                  f"{found[device] / GB:.1f} GB on device {device}, beside whose weights "
+                                  f"{max(0, room) / GB:.1f} GB are left; give fewer, or 0 for as many as "
+                                  "memory allows")
+    return found
+
+
 def mesh_cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
                      mesh: MeshPlan) -> dict[int, int]:
-    """Bytes left for cache on each device of a mesh; negative where weights do not fit."""
+    """Bytes left for cache on each device of a mesh; negative where weights do not fit.
+
+    Raises:
+        InfeasibleError: as :func:`cache_bytes` does.
+    """
     left: dict[int, int] = {}
     for node in mesh.nodes:
-        left |= stage_cache_bytes(cluster, model, limits, node, node.first_layer == 0,
-                                  node.end_layer == model.layers)
+        left |= _cache_bytes(cluster, model, limits, node, node.first_layer == 0,
+                             node.end_layer == model.layers)
     return left
 
 
 def cache_bytes(cluster: ClusterSpec, model: ModelSpec, limits: EngineLimits,
                 instance: InstancePlan) -> dict[int, int]:
-    """Bytes left for cache on each device of an instance; negative where weights do not fit."""
+    """Bytes left for cache on each device of an instance; negative where weights do not fit.
+
+    Raises:
+        InfeasibleError: ``limits.cache_tokens`` do not fit beside the weights.
+    """
     left: dict[int, int] = {}
     last_stage = len(instance.stages) - 1
     for s, stage in enumerate(instance.stages):
-        left |= stage_cache_bytes(cluster, model, limits, stage, s == 0, s == last_stage)
+        left |= _cache_bytes(cluster, model, limits, stage, s == 0, s == last_stage)
     for device in instance.attention_workers:
         budget = cluster.devices[device].gpu.memory_bytes * limits.memory_utilization
         left[device] = int(budget) - RUNTIME_BYTES - attention_worker_reserve_bytes(model, limits)

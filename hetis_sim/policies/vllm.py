@@ -14,6 +14,7 @@ from hetis_sim.policies.plan import Plan
 from hetis_sim.policies.shape import InstanceShape, instance_shape
 from hetis_sim.spec.errors import InfeasibleError, require
 from hetis_sim.spec.gpu import GB
+from hetis_sim.spec.lookup import require_int
 
 Group = tuple[int, ...]
 
@@ -24,11 +25,17 @@ class VllmSettings:
 
     Attributes:
         preemption: ``recompute`` or ``swap``.
+        tp, pp, dp: degrees of tensor and pipeline parallelism, and replicas at most; 0 for the best.
     """
 
     preemption: str = "recompute"
+    tp: int = 0
+    pp: int = 0
+    dp: int = 0
 
     def __post_init__(self) -> None:
+        for key in ("tp", "pp", "dp"):
+            require_int(f"policy.{key}", getattr(self, key), 0, 1 << 10)
         require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
                 "one of recompute, swap")
 
@@ -77,7 +84,12 @@ class VllmPolicy(Policy):
             InfeasibleError: the model fits on the GPUs of no single kind.
         """
         started = time.perf_counter()
-        found = sorted(_candidates(problem), key=lambda c: -c.value)
+        settings = self.settings
+        found = sorted(_candidates(problem, settings), key=lambda c: -c.value)
+        if not found and (settings.tp or settings.pp):
+            raise InfeasibleError(f"policy.tp={settings.tp} and policy.pp={settings.pp} (0: any) give no "
+                                  f"layout of {problem.model.name} on GPUs of one kind in "
+                                  f"{problem.cluster.name}; leave them at 0 to see what fits")
         if not found:
             raise InfeasibleError(_does_not_fit(problem))
         best = found[0]
@@ -98,19 +110,21 @@ def even_layers(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
-def _candidates(problem: PlanningProblem) -> Iterator[Candidate]:
+def _candidates(problem: PlanningProblem, settings: VllmSettings) -> Iterator[Candidate]:
     model, estimator = problem.model, Estimator(problem)
     for name in problem.cluster.gpu_counts:
         hosts = _hosts(problem, name)
         for tp in range(1, max(map(len, hosts)) + 1):
-            if model.kv_heads % tp or model.query_heads % tp:
+            if model.kv_heads % tp or model.query_heads % tp or settings.tp not in (0, tp):
                 continue
             groups = [host[start:start + tp] for host in hosts for start in range(0, len(host) - tp + 1, tp)]
             for depth in range(1, min(len(groups), model.layers) + 1):
+                if settings.pp not in (0, depth):
+                    continue
                 first = instance_shape(problem, groups[:depth])
                 estimate = estimator.best(first, even_layers(model.layers, depth))
                 if estimate is not None:
-                    count = len(groups) // depth
+                    count = min(len(groups) // depth, settings.dp or len(groups))
                     cuts = [groups[i * depth:(i + 1) * depth] for i in range(count)]
                     yield Candidate(name, tuple(instance_shape(problem, cut) for cut in cuts), estimate)
 

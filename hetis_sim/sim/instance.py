@@ -217,7 +217,12 @@ class Instance:
             for n, (start, slope) in enumerate(timing.lines.workers):
                 if start:
                     self.worker_busy_s[n] += count * (start + slope * middle)
-        parts = (fixed.host_s * count, fixed.dense_s * count, fixed.collective_s * count, local, exposed,
+        host_s = fixed.host_s * count
+        if timing.host_beside:
+            for (_, held, _), lines in zip(timing.stages, timing.lines.stages, strict=True):
+                host_s += (envelope_sum(held, run.first_n, count)
+                           - envelope_sum(lines.both, run.first_n, count))
+        parts = (host_s, fixed.dense_s * count, fixed.collective_s * count, local, exposed,
                  fixed.total_hop_s * count)
         # What is left is time spent waiting for a stage; rounding must not make it negative.
         waiting = max(0.0, run.ready_s - run.begun_s - sum(parts))

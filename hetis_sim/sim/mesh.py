@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from hetis_sim.control.mesh.controller import MeshController
@@ -44,6 +44,10 @@ class Mesh:
     the same network: token ids to it and from it take the time of a message, but no wire of a
     node (they are a few bytes). In a cluster of one host they take no time (ours).
 
+    Where the settings say so, requests of a batch leave one by one (``mesh_message_s``), and an idle node
+    looks for arrivals at intervals (``mesh_poll_s``). Then it begins with whoever is there by then, so that
+    requests which went through one node together may part at the next.
+
     Args:
         news: called with what each verb of the controller has set off.
     """
@@ -65,6 +69,9 @@ class Mesh:
         self._tracks: list[list[int]] = [[] for _ in range(count)]
         self._tracks_used = [0] * count
         self._alarm_s = math.inf
+        settings = controller.engine.settings
+        self._message_s, self._poll_s = settings.mesh_message_s, settings.mesh_poll_s
+        self._unseen: list[list[Message]] = [[] for _ in range(count)]
 
     def ring(self) -> None:
         """Something has changed: look again, after everything else that happens now."""
@@ -98,11 +105,18 @@ class Mesh:
         self.ring()
 
     def _carry_out(self, outcome: Outcome, run: _NodeRun | None) -> None:
+        messages = outcome.messages if not self._message_s else _one_by_one(outcome.messages)
         if run is not None:
-            run.messages = len(outcome.messages)
-        for message in outcome.messages:
-            self._send(message, run)
+            run.messages = len(messages)
+        for place, message in enumerate(messages):
+            self._send_after(place * self._message_s, message, run)
         self._news(outcome)
+
+    def _send_after(self, delay_s: float, message: Message, run: _NodeRun | None) -> None:
+        if not delay_s:
+            self._send(message, run)
+            return
+        self._clock.call(self._clock.now + delay_s, lambda: self._send(message, run), priority=1)
 
     def _send(self, message: Message, run: _NodeRun | None) -> None:
         if message.source == SOURCE or message.target == SINK:
@@ -119,6 +133,27 @@ class Mesh:
             run.hop_s = hop_s
             if not run.messages:
                 self._record(run)
+        now, target = self._clock.now, message.target
+        if self._poll_s and target != SINK and self._free_s[target] <= now:
+            self._see_later(message, now)
+            return
+        self._take_in(message)
+
+    def _see_later(self, message: Message, now: float) -> None:
+        """Keep a message until an idle node looks the next time."""
+        unseen, idle_s = self._unseen[message.target], self._free_s[message.target]
+        unseen.append(message)
+        if len(unseen) == 1:
+            looks = math.ceil((now - idle_s) / self._poll_s)
+            self._clock.call(idle_s + looks * self._poll_s, lambda: self._look(unseen), priority=1)
+
+    def _look(self, unseen: list[Message]) -> None:
+        messages = unseen.copy()
+        unseen.clear()
+        for message in messages:
+            self._take_in(message)
+
+    def _take_in(self, message: Message) -> None:
         self._carry_out(self._controller.arrived(message, self._clock.now), None)
         self.ring()
 
@@ -143,3 +178,18 @@ class Mesh:
     def foreground(self) -> dict[Wire, float]:
         """Decode puts no head traffic on wires here."""
         return {}
+
+
+def _one_by_one(messages: Sequence[Message]) -> list[Message]:
+    """The same with a message for every request."""
+    found: list[Message] = []
+    for message in messages:
+        if len(message.walks) == 1:
+            found.append(message)
+            continue
+        per_token = message.size_bytes / message.tokens
+        single = message.tokens == len(message.walks)
+        for walk in message.walks:
+            tokens = 1 if single else walk.tokens
+            found.append(Message(message.source, message.target, [walk], tokens, per_token * tokens))
+    return found

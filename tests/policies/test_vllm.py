@@ -6,8 +6,8 @@ import pytest
 from policy_worlds import cluster, paper, problem
 
 from hetis_sim.policies.check import check_plan
-from hetis_sim.policies.vllm import VllmPolicy, even_layers
-from hetis_sim.spec.errors import InfeasibleError
+from hetis_sim.policies.vllm import VllmPolicy, VllmSettings, even_layers
+from hetis_sim.spec.errors import InfeasibleError, SpecError
 
 
 @pytest.mark.parametrize("name", ["llama2-70b", "llama2-13b", "opt-30b"])
@@ -50,3 +50,17 @@ def test_a_model_too_large_for_any_single_kind_is_refused() -> None:
     """With what each kind offers."""
     with pytest.raises(InfeasibleError, match=r"needs 138\.0 GB .*1 x a100-80gb offer .*4 x rtx3090 offer"):
         VllmPolicy().plan(problem(cluster(("a100-80gb", 1), ("rtx3090", 4))))
+
+
+def test_a_user_may_choose_the_degrees() -> None:
+    """All three, or some of them; a choice that does not fit names what was chosen."""
+    spec = cluster(("a100-80gb", 8))
+    for settings, shape in ((VllmSettings(tp=2, pp=2, dp=1), (1, 2, 2)),
+                            (VllmSettings(tp=4, pp=1), (2, 1, 4))):
+        plan = VllmPolicy(settings).plan(problem(spec, "llama2-13b"))
+        found = (len(plan.instances), len(plan.instances[0].stages), plan.instances[0].stages[0].tp)
+        assert found == shape
+    with pytest.raises(InfeasibleError, match=r"policy\.tp=3 and policy\.pp=1"):
+        VllmPolicy(VllmSettings(tp=3, pp=1)).plan(problem(spec, "llama2-13b"))
+    with pytest.raises(SpecError, match=r"policy\.tp"):
+        VllmSettings(tp=-1)

@@ -71,7 +71,10 @@ class NodeTimer:
                                            self._decode_s(segment.tokens, segment.context_tokens))
         if self._last:
             dense += self._head_s(len(step.walks))
-        return NodeParts(self._cost.host_overhead_s(len(step.walks)), dense, collective, attention)
+        host = self._cost.host_overhead_s(len(step.walks))
+        beside = self._cost.host_beside_s(len(step.walks), self.node.layers, True)
+        return NodeParts(host + max(0.0, beside - dense - collective - attention), dense, collective,
+                         attention)
 
     def _segments(self, step: NodeStep) -> Iterable[Segment]:
         if not self._partial:

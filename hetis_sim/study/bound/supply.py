@@ -208,7 +208,12 @@ class SupplyMaker:
 
 
 def usable_bytes(gpu: GpuSpec, model: ModelSpec, limits: EngineLimits) -> float:
-    """Memory of one device that weights and cache may take, in the role that leaves the most."""
+    """Memory of one device that weights and cache may take, in the role that leaves the most.
+
+    All of it where the configuration says what the cache holds.
+    """
+    if limits.cache_tokens:
+        return float(gpu.memory_bytes)
     narrowest = activation_bytes(model, limits, model.kv_heads, False)
     reserve = min(narrowest, attention_worker_reserve_bytes(model, limits))
     return max(0.0, gpu.memory_bytes * limits.memory_utilization - RUNTIME_BYTES - reserve)
