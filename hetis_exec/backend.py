@@ -6,7 +6,7 @@ NumPy arrays; a worker turns them into its backend's arrays and back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, Protocol
 
 from hetis_exec.messages import Array, Tokens
@@ -135,8 +135,11 @@ class Backend(Protocol):
     def start_s(self) -> float:
         """How long workers may take to start."""
 
-    def check(self, engines: Sequence[Engine]) -> None:
+    def check(self, engines: Sequence[Engine], here: Container[int] | None = None) -> None:
         """Look whether workers of this kind can serve.
+
+        Args:
+            here: devices whose workers are to live on this host; None for all.
 
         Raises:
             HetisError: they cannot, or not with so much cache.

@@ -1,7 +1,7 @@
 """The command line of measured runs.
 
-``replay`` serves a workload with a model on workers of this host, and takes the words of
-``python -m hetis_sim run`` (Hydra overrides); ``toy`` runs a small trace on a toy model.
+``replay`` serves a workload with a model on workers of this host, or of many where torchrun starts it, and
+takes the words of ``python -m hetis_sim run`` (Hydra overrides); ``toy`` runs a small trace on a toy model.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from pathlib import Path
 
 from hetis_exec.config import MAIN, ExecutionConfig, register_execution
 from hetis_exec.crew import ThreadCrew
+from hetis_exec.crews import report_failure, serve_rank
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
+from hetis_exec.launch import Launch, launched
 from hetis_exec.processes import ProcessCrew
 from hetis_exec.replay import replay
-from hetis_exec.run import Measured, execute, prepare_execution, write_measured
+from hetis_exec.run import Execution, Measured, execute, prepare_execution, write_measured
 from hetis_exec.toy import ToyTrace, toy_input
 from hetis_sim.metrics import print_summary, roles_of_plan, summarize
 from hetis_sim.policies.registry import policy_names
@@ -61,25 +63,55 @@ def _parser() -> argparse.ArgumentParser:
 
 def _replay(words: list[str]) -> int:
     """Serve a workload; exits with status 2 on bad input, 1 if the run has failed."""
-    from hetis_sim.cli import with_hydra
+    from hetis_sim.cli import EXIT_BAD_INPUT, with_hydra
 
     register_execution()
+    try:
+        launch = launched()
+    except HetisError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    if launch is not None and launch.rank:
+        # The run folder is the driver's.
+        words = [*words, "hydra.run.dir=.", "hydra.output_subdir=null"]
     failed: list[bool] = []
 
     def task(config: object) -> None:
         assert isinstance(config, ExecutionConfig)
-        failed.append(_serve(config))
+        failed.append(_failed(config, launch))
 
     with_hydra(task, words, MAIN, ExecutionConfig)
     return 1 if any(failed) else 0
 
 
-def _serve(config: ExecutionConfig) -> bool:
+def _failed(config: ExecutionConfig, launch: Launch | None) -> bool:
+    """Do what this process is to do of a run; whether it has failed."""
+    if launch is None:
+        return _serve(prepare_execution(config))
+    try:
+        _refuse_sweep()
+        execution = prepare_execution(config, launch)
+        if launch.rank:
+            return not serve_rank(config, execution.given, launch)
+        return _serve(execution)
+    except HetisError as error:
+        report_failure(launch, str(error))
+        raise
+
+
+def _refuse_sweep() -> None:
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        raise HetisError("ranks of a launcher serve one run: start one torchrun for each job of a sweep")
+
+
+def _serve(execution: Execution) -> bool:
     """Run, write and print; whether the run has failed."""
     from hydra.core.hydra_config import HydraConfig
 
-    execution = prepare_execution(config)
-    with progress_bar(config, execution.prepared) as progress:
+    with progress_bar(execution.config, execution.prepared) as progress:
         measured = execute(execution, progress)
     folder = write_measured(measured, Path(HydraConfig.get().runtime.output_dir))
     print_figures(measured.summary, execution.prepared, _notes(measured), folder, "measured")
@@ -92,7 +124,11 @@ def _notes(measured: Measured) -> list[str]:
     given = measured.execution.given
     weights = "random weights" if measured.execution.config.model.path is None else "weights of its folder"
     devices = sum(len(instance.devices) for instance in given.plan.instances)
-    notes = [f"{weights}, {devices} workers on {os.cpu_count()} cores of this host"]
+    launch = measured.execution.launch
+    where = f"{os.cpu_count()} cores of this host"
+    if launch is not None and not launch.one_host:
+        where = f"the nodes of {launch.world_size} ranks"
+    notes = [f"{weights}, {devices} workers on {where}"]
     if measured.checked is not None:
         notes.append(SAME_DECISIONS.format(measured.checked))
     return notes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hetis_exec.models.architecture import ELEMENT_BYTES, ELEMENT_TYPES
+from hetis_exec.shaping import NetworkConfig
 from hetis_sim.config import RunConfig, compose, register
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
@@ -14,7 +15,8 @@ from hetis_sim.spec.parse import ModelConfig
 
 SCHEMA = "executor_schema"
 MAIN = "executor"
-WORKERS = ("processes", "threads")
+WORKERS = ("auto", "processes", "threads", "distributed")
+EAGER_KIB_MAX = 1 << 20
 
 
 @dataclass
@@ -34,7 +36,10 @@ class ExecutorConfig:
     """How workers run.
 
     Attributes:
-        workers: ``processes`` or ``threads``.
+        workers: ``processes`` of this host joined by pipes, ``threads`` of one process, or ``distributed``:
+            ranks joined by TCP and torch.distributed, which this process starts on this host unless
+            torchrun or its like has started them. ``auto`` is ``distributed`` where that is so, else
+            ``processes``.
         devices: ``auto``, ``cpu``, ``cuda``, or a torch device for each device of the cluster; see
             :func:`hetis_exec.devices.find_places`.
         dtype: of weights, activations and cache: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see
@@ -43,11 +48,14 @@ class ExecutorConfig:
         seed: of prompts, of sampling, and of weights where no folder is given.
         temperature, top_p: of sampling; temperature 0 takes the likeliest token.
         timeout_s: a worker that shows no sign of life for so long is lost.
+        eager_kib: where workers are distributed, arrays of a message up to this size travel in its frame,
+            larger ones over torch.distributed.
+        network: slow links to emulate between workers of one host.
         check: repeat the run in the simulator with the measured times, and compare all decisions.
         record: also write ``record.json``, from which the run can be replayed.
     """
 
-    workers: str = "processes"
+    workers: str = "auto"
     devices: Any = "auto"
     dtype: str = "auto"
     threads: int = 1
@@ -55,6 +63,8 @@ class ExecutorConfig:
     temperature: float = 0.0
     top_p: float = 1.0
     timeout_s: float = 60.0
+    eager_kib: float = 64.0
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     check: bool = True
     record: bool = False
 
@@ -64,6 +74,7 @@ class ExecutorConfig:
         require(self.dtype in types, "executor.dtype", self.dtype, f"one of {', '.join(types)}")
         require_int("executor.threads", self.threads, 1, 1024)
         require_int("executor.seed", self.seed, 0, 1 << 62)
+        require_finite("executor.eager_kib", self.eager_kib, 0.0, EAGER_KIB_MAX)
         require_finite("executor.timeout_s", self.timeout_s, 0.0, open_low=True)
 
 

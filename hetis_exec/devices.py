@@ -20,11 +20,14 @@ BFLOAT16_FROM = (8, 0)
 CPU = "cpu"
 
 
-def find_places(wish: Any, cluster: ClusterSpec) -> tuple[str, ...]:
+def find_places(wish: Any, cluster: ClusterSpec, here: range | None = None) -> tuple[str, ...]:
     """The torch device of every device of a cluster.
 
     ``auto`` puts cards on the CUDA devices of this host in turn, if there are any, and all else on the
     CPU; ``cpu`` and ``cuda`` put everything there; a list names a torch device for each.
+
+    Args:
+        here: devices that are on this host, if not all are. What is said of the others is of no meaning.
 
     Raises:
         SpecError: another wish, or one for CUDA devices that are not there.
@@ -42,13 +45,16 @@ def find_places(wish: Any, cluster: ClusterSpec) -> tuple[str, ...]:
         else:
             raise SpecError("executor.devices", wish, "auto, cpu, cuda, or a list with a torch device for "
                             "each device of the cluster")
-        return tuple(f"cuda:{sum(chosen[:n]) % cards}" if here else CPU for n, here in enumerate(chosen))
+        own = range(number) if here is None else here
+        return tuple(f"cuda:{sum(chosen[own.start:n]) % cards}" if card and n in own else CPU
+                     for n, card in enumerate(chosen))
     if not isinstance(wish, Sequence):
         raise SpecError("executor.devices", wish, "auto, cpu, cuda, or a list")
     if len(wish) != number:
         raise SpecError("executor.devices", list(wish), f"a list of {number} torch devices, one for each "
                         f"device of the cluster {cluster.name}")
-    return tuple(_named(f"executor.devices[{n}]", place) for n, place in enumerate(wish))
+    return tuple(_named(f"executor.devices[{n}]", place) if here is None or n in here else CPU
+                 for n, place in enumerate(wish))
 
 
 def find_type(wish: str, places: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -57,6 +57,7 @@ class ExecutorInput:
         timeout_s: a worker that shows no sign of life for so long is lost.
         debug: check the invariants of the control plane after every event.
         backend: what workers compute with; the toy by default.
+        here: devices whose workers live on this host; None for all.
     """
 
     cluster: ClusterSpec
@@ -71,6 +72,7 @@ class ExecutorInput:
     log_decisions: bool = False
     debug: bool = False
     backend: Backend | None = None
+    here: Container[int] | None = None
 
     def __post_init__(self) -> None:
         require_finite("executor.timeout_s", self.timeout_s, 0.0, open_low=True)
@@ -153,7 +155,7 @@ class Executor:
         self.controller = given.controller()
         engines = self.controller.engines
         self._backend = given.backend or ToyBackend(given.model, given.seed)
-        self._backend.check(engines)
+        self._backend.check(engines, given.here)
         self.record = RunRecord(decisions=self.controller.log.lines)
         self.crew = make_crew([spec for engine in engines
                                for spec in worker_specs(engine, self._backend, 2 * given.timeout_s)])

@@ -6,7 +6,6 @@ import multiprocessing
 import signal
 import time
 import traceback
-from collections import deque
 from collections.abc import Sequence
 from itertools import combinations
 from multiprocessing.connection import Connection, wait
@@ -15,7 +14,8 @@ from threading import Thread
 
 from hetis_exec.crew import STOP_AT_ONCE_S, STOP_S, WorkerSpec, build_worker
 from hetis_exec.messages import DRIVER, Failed, Message, Stop
-from hetis_exec.transport import Endpoint
+from hetis_exec.shaping import Shaper, Shapes
+from hetis_exec.transport import Endpoint, Inbox
 
 
 class PipeEndpoint:
@@ -26,11 +26,12 @@ class PipeEndpoint:
     that is gone, the party is told to stop.
     """
 
-    def __init__(self, address: int, pipes: dict[int, Connection]) -> None:
+    def __init__(self, address: int, pipes: dict[int, Connection], shapes: Shapes | None = None) -> None:
         self._address = address
         self._pipes = pipes
-        self._own: deque[Message] = deque()
-        self._outbox: SimpleQueue[tuple[int, Message] | None] = SimpleQueue()
+        self._inbox = Inbox()
+        self._shaper = Shaper(address, shapes or {})
+        self._outbox: SimpleQueue[tuple[int, float, Message] | None] = SimpleQueue()
         self._open = list(pipes.values())
         self._writer = Thread(target=self._write, name=f"outbox-{address}", daemon=True)
         self._writer.start()
@@ -38,35 +39,38 @@ class PipeEndpoint:
     def send(self, target: int, message: Message) -> None:
         """Have a message written."""
         if target == self._address:
-            self._own.append(message)
+            self._inbox.put(message)
         else:
-            self._outbox.put((target, message))
+            self._outbox.put((target, self._shaper.due_s(target, message), message))
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message from anyone, within the time."""
-        if self._own:
-            return self._own.popleft()
         deadline_s = time.monotonic() + timeout_s
-        while True:
-            left_s = max(0.0, deadline_s - time.monotonic())
+        while (message := self._inbox.get(0.0)) is None:
+            now_s = time.monotonic()
+            left_s = max(0.0, min(deadline_s, self._inbox.next_due_s) - now_s)
             if not self._open:
                 time.sleep(left_s)
-                return None
-            ready = wait(self._open, left_s)
-            if not ready:
-                return None
-            pipe = ready[0]
-            assert isinstance(pipe, Connection)
-            # Whoever has just been heard goes to the end of the line.
-            self._open.remove(pipe)
-            try:
-                message: Message = pipe.recv()
-            except (EOFError, OSError):
-                if pipe is self._pipes.get(DRIVER):
+            elif ready := wait(self._open, left_s):
+                assert isinstance(ready[0], Connection)
+                if not self._take_in(ready[0]):
                     return Stop(at_once=True)
                 continue
-            self._open.append(pipe)
-            return message
+            if now_s + left_s >= deadline_s:
+                return self._inbox.get(0.0)
+        return message
+
+    def _take_in(self, pipe: Connection) -> bool:
+        """Take in one message; False if the driver is gone."""
+        # Whoever has just been heard goes to the end of the line.
+        self._open.remove(pipe)
+        try:
+            due_s, message = pipe.recv()
+        except (EOFError, OSError):
+            return pipe is not self._pipes.get(DRIVER)
+        self._open.append(pipe)
+        self._inbox.put(message, due_s)
+        return True
 
     def close(self) -> None:
         """Write what is left."""
@@ -75,17 +79,17 @@ class PipeEndpoint:
 
     def _write(self) -> None:
         while (item := self._outbox.get()) is not None:
-            target, message = item
+            target, due_s, message = item
             try:
-                self._pipes[target].send(message)
+                self._pipes[target].send((due_s, message))
             except OSError:
                 continue
 
 
-def _work(spec: WorkerSpec, pipes: dict[int, Connection]) -> None:
+def _work(spec: WorkerSpec, pipes: dict[int, Connection], shapes: Shapes) -> None:
     """Life of a worker process. Interrupts from the keyboard are the driver's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    endpoint = PipeEndpoint(spec.device, pipes)
+    endpoint = PipeEndpoint(spec.device, pipes, shapes)
     try:
         worker = build_worker(spec, endpoint)
     except Exception:  # noqa: BLE001 - the driver is told, and raises
@@ -96,13 +100,13 @@ def _work(spec: WorkerSpec, pipes: dict[int, Connection]) -> None:
 
 
 class ProcessCrew:
-    """Workers as processes. They end with this one.
+    """Workers as processes. They end with this one. ``shapes`` are links to emulate.
 
     Attributes:
         processes: by device.
     """
 
-    def __init__(self, specs: Sequence[WorkerSpec]) -> None:
+    def __init__(self, specs: Sequence[WorkerSpec], shapes: Shapes | None = None) -> None:
         # Workers are forked from a server that has imported what they need: torch takes seconds.
         context = multiprocessing.get_context("forkserver")
         modules = {name for spec in specs for name in spec.backend.modules}
@@ -112,9 +116,9 @@ class ProcessCrew:
             pipes[a][b], pipes[b][a] = context.Pipe()
         self.endpoint: Endpoint = PipeEndpoint(DRIVER, pipes[DRIVER])
         self._pipes = {spec.device: pipes[spec.device] for spec in specs}
-        self.processes = {spec.device: context.Process(target=_work, args=(spec, pipes[spec.device]),
-                                                       name=f"worker-{spec.device}", daemon=True)
-                          for spec in specs}
+        self.processes = {
+            spec.device: context.Process(target=_work, args=(spec, pipes[spec.device], shapes or {}),
+                                         name=f"worker-{spec.device}", daemon=True) for spec in specs}
 
     def start(self) -> None:
         """Start the processes; from then on their ends of the pipes are theirs alone."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
 from hetis_exec.config import ExecutionConfig
-from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec
+from hetis_exec.crews import crew_maker
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError, ReplayError
+from hetis_exec.launch import Launch, check_place
 from hetis_exec.models.architecture import ELEMENT_TYPES, Architecture, made_up, read_architecture
-from hetis_exec.processes import ProcessCrew
 from hetis_exec.replay import replay
 from hetis_sim.metrics import Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
 from hetis_sim.metrics.manifest import value_sha256
@@ -22,7 +22,6 @@ from hetis_sim.spec.errors import HetisError, SpecError
 from hetis_sim.spec.parse import cluster_from_mapping
 from traces import OpenWorkload
 
-CREWS: dict[str, Callable[[Sequence[WorkerSpec]], Crew]] = {"threads": ThreadCrew, "processes": ProcessCrew}
 RECORD = "record.json"
 
 
@@ -34,11 +33,13 @@ class Execution:
         config: as the user gave it.
         prepared: what the control plane decides with.
         given: what is to be executed.
+        launch: what the launcher of ranks has said, if there is one.
     """
 
     config: ExecutionConfig
     prepared: Prepared
     given: ExecutorInput
+    launch: Launch | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Measured:
     error: ExecutorError | None = None
 
 
-def prepare_execution(config: ExecutionConfig) -> Execution:
+def prepare_execution(config: ExecutionConfig, launch: Launch | None = None) -> Execution:
     """Check a configuration; everything but the run itself.
 
     Raises:
@@ -70,10 +71,13 @@ def prepare_execution(config: ExecutionConfig) -> Execution:
     except ModuleNotFoundError as error:
         raise HetisError(f"{error.name} is not installed: real models need the extra exec "
                          "(pip install 'hetis-sim[exec]')") from error
+    if launch is not None:
+        check_place(launch, cluster_from_mapping(config.cluster))
     settings = config.executor
     folder = None if config.model.path is None else Path(config.model.path).expanduser()
     architecture = _architecture(config, folder)
-    places = find_places(settings.devices, cluster_from_mapping(config.cluster))
+    here = None if launch is None else launch.ranks_here
+    places = find_places(settings.devices, cluster_from_mapping(config.cluster), here)
     dtype = find_type(settings.dtype, places)
     prepared = prepare(config.for_control(ELEMENT_TYPES[dtype]))
     if not isinstance(prepared.workload, OpenWorkload):
@@ -86,8 +90,9 @@ def prepare_execution(config: ExecutionConfig) -> Execution:
     given = ExecutorInput(prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan,
                           prepared.workload.requests(), prepared.settings, settings.seed, settings.timeout_s,
                           log_decisions=settings.check or settings.record or config.sim.log_decisions,
-                          debug=config.sim.debug, backend=backend)
-    return Execution(config, prepared, given)
+                          debug=config.sim.debug, backend=backend,
+                          here=here)
+    return Execution(config, prepared, given, launch)
 
 
 def _architecture(config: ExecutionConfig, folder: Path | None) -> Architecture | None:
@@ -108,7 +113,8 @@ def execute(execution: Execution, progress: Callable[[int], None] | None = None)
     Raises:
         HetisError: the combination cannot run.
     """
-    executor = Executor(execution.given, CREWS[execution.config.executor.workers], progress)
+    make_crew = crew_maker(execution.config, execution.given, execution.launch)
+    executor = Executor(execution.given, make_crew, progress)
     try:
         result = executor.run()
     except ExecutorError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,14 +69,14 @@ class TorchBackend:
         head = f"{model_names(self.architecture).head}.weight"
         return FolderWeights(self.folder, shapes, (head,), dtype, device)
 
-    def check(self, engines: Sequence[Engine]) -> None:
+    def check(self, engines: Sequence[Engine], here: Container[int] | None = None) -> None:
         """Look whether weights can be had, and whether weights and caches fit where they are to be.
 
         Raises:
             HetisError: they do not.
         """
         self.weights()
-        for place, need in sorted(self.need_bytes(engines).items()):
+        for place, need in sorted(self.need_bytes(engines, here).items()):
             free = free_memory_bytes() if place == CPU else free_bytes(place)
             if free is not None and need > free:
                 where = "this host" if place == CPU else place
@@ -84,8 +84,8 @@ class TorchBackend:
                                       f"{where} has {free / GIB:.1f} GiB free; use a smaller model, or a "
                                       "cluster with less memory")
 
-    def need_bytes(self, engines: Sequence[Engine]) -> dict[str, int]:
-        """Weights and caches of all workers on each torch device."""
+    def need_bytes(self, engines: Sequence[Engine], here: Container[int] | None = None) -> dict[str, int]:
+        """Weights and caches of all workers, or of those here, on each torch device."""
         spec = self.architecture.spec
         need: dict[str, int] = {}
         for engine in engines:
@@ -95,6 +95,8 @@ class TorchBackend:
             parts += [(device, stage_weight_bytes(spec, stage, rank, s == 0, s == len(stages) - 1))
                       for s, stage in enumerate(stages) for rank, device in enumerate(stage.devices)]
             for device, size_bytes in parts:
+                if here is not None and device not in here:
+                    continue
                 place = self.place(device)
                 need[place] = need.get(place, 0) + size_bytes
         return need

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class ToyBackend:
     def __post_init__(self) -> None:
         ToyModel(self.model, self.seed)
 
-    def check(self, engines: Sequence[Engine]) -> None:
+    def check(self, engines: Sequence[Engine], here: Container[int] | None = None) -> None:
         """Look whether the pools fit in the memory that a worker may take.
 
         Raises:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
 
@@ -14,6 +14,7 @@ import pytest
 from exec_toys import MODEL, Fixed, expected_tokens, given, pipeline, run, workload
 from support_policies import WanderPolicy
 
+from hetis_exec.crew import Crew, WorkerSpec
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError, WorkerError
 from hetis_exec.instance import InstanceDriver
@@ -131,29 +132,57 @@ def test_a_driver_that_forgets_a_step_comes_to_a_halt(monkeypatch: pytest.Monkey
         run(what())
 
 
-def test_processes_serve_and_replay_like_threads() -> None:
+def distributed(specs: Sequence[WorkerSpec]) -> Crew:
+    """Ranks of this host; all arrays go over torch.distributed."""
+    pytest.importorskip("torch", reason="workers over torch.distributed need the extra exec")
+    from hetis_exec.distributed import DistributedCrew, NetSettings
+
+    return DistributedCrew(specs, NetSettings(eager_bytes=0))
+
+
+CREWS = pytest.mark.parametrize("make_crew", [ProcessCrew, distributed])
+
+
+@CREWS
+def test_processes_serve_and_replay_like_threads(make_crew: Callable[..., Crew]) -> None:
     """Nothing is shared between workers but messages."""
     given_ = what(workload(8, output=(4, 8), gap_s=0.0))
-    executor = Executor(given_, ProcessCrew)
+    executor = Executor(given_, make_crew)
     result = executor.run()
     assert result.tokens == expected_tokens(given_)
     assert {process.exitcode for process in executor.crew.processes.values()} == {0}
     replay(given_, result.record)
 
 
-def test_a_killed_process_ends_the_run_and_leaves_no_orphans() -> None:
+@CREWS
+def test_a_killed_process_ends_the_run_and_leaves_no_orphans(make_crew: Callable[..., Crew]) -> None:
     """kill -9 of a worker is an error within seconds; the other processes are gone with it."""
 
     def kill(ended: int) -> None:
         if ended == 2:
             os.kill(executor.crew.processes[2].pid, signal.SIGKILL)
 
-    executor = Executor(what(), ProcessCrew, progress=kill)
+    executor = Executor(what(), make_crew, progress=kill)
     error = fail(executor)
     assert error.device == 2
     assert "exit code -9" in str(error)
     assert not any(process.is_alive() for process in executor.crew.processes.values())
     assert not [p for p in multiprocessing.active_children() if p.name.startswith("worker-")]
+
+
+@CREWS
+def test_a_process_that_hangs_is_given_up(make_crew: Callable[..., Crew]) -> None:
+    """SIGSTOP: its connections stay open, and nothing comes from it; it is killed with the others."""
+
+    def hang(ended: int) -> None:
+        if ended == 2:
+            os.kill(executor.crew.processes[2].pid, signal.SIGSTOP)
+
+    executor = Executor(what(timeout_s=1.5), make_crew, progress=hang)
+    error = fail(executor)
+    assert error.device == 2
+    assert "no sign of life for 1.5 s" in str(error)
+    assert not any(process.is_alive() for process in executor.crew.processes.values())
 
 
 def test_what_a_worker_says_after_the_last_request_counts(monkeypatch: pytest.MonkeyPatch) -> None:
