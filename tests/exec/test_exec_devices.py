@@ -47,6 +47,8 @@ def test_cards_take_turns_on_cuda_devices(cards: Any) -> None:
     assert find_places("cuda", MIXED) == ("cuda:0", "cuda:1", "cuda:0", "cuda:1")
     assert find_places("cpu", MIXED) == ("cpu",) * 4
     assert find_places(["cuda", "cpu", "cuda:1", "cuda:1"], MIXED) == ("cuda:0", "cpu", "cuda:1", "cuda:1")
+    assert find_places("auto", MIXED, range(1, 4)) == ("cpu", "cuda:0", "cpu", "cuda:1")
+    assert find_places(["cuda:7", "cpu", "cpu", "cuda:1"], MIXED, range(1, 4)) == ("cpu",) * 3 + ("cuda:1",)
     cards()
     assert find_places("auto", MIXED) == ("cpu",) * 4
 
