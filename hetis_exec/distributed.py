@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import signal
 import time
 import traceback
@@ -100,7 +101,8 @@ def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
     meeting = join_meeting(place)
     driver = meeting.look_up(DRIVER_KEY, DRIVER_FIELDS)
     token = bytes.fromhex(driver["token"])
-    endpoint = NetworkEndpoint(seat.device, seat.settings.eager_bytes, seat.settings.shapes)
+    endpoint = NetworkEndpoint(seat.device, seat.settings.eager_bytes, seat.settings.shapes,
+                               orphaned=lambda: os._exit(1))
     hello = Hello(seat.device, DRIVER, Channel.CONTROL)
     endpoint.add(DRIVER, Channel.CONTROL, connect((driver["host"], driver["port"]), token, hello))
     failed = False

@@ -7,9 +7,9 @@ follow over a wire (:mod:`hetis_exec.net.wires`), once their frame has told the 
 
 from __future__ import annotations
 
-import os
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from threading import Condition, Thread, Timer
@@ -66,6 +66,7 @@ class NetworkEndpoint:
     Args:
         eager_bytes: arrays of a message up to so many bytes ride in its frame.
         shapes: links to emulate.
+        orphaned: called some time after a worker's driver is gone, should the worker not have ended by then.
 
     Attributes:
         lost: peers whose connection has ended without a goodbye, in that order: how, and when on the
@@ -73,11 +74,13 @@ class NetworkEndpoint:
         stopped: whether this party has been told to stop.
     """
 
-    def __init__(self, address: int, eager_bytes: int = EAGER_BYTES, shapes: Shapes | None = None) -> None:
+    def __init__(self, address: int, eager_bytes: int = EAGER_BYTES, shapes: Shapes | None = None,
+                 orphaned: Callable[[], object] | None = None) -> None:
         self.address = address
         self.lost: dict[int, tuple[str, float]] = {}
         self.stopped = False
         self._eager_bytes = eager_bytes
+        self._orphaned = orphaned
         self._shaper = Shaper(address, shapes or {})
         self._inbox = Inbox()
         self._links: dict[tuple[int, Channel], Link] = {}
@@ -213,7 +216,8 @@ class NetworkEndpoint:
         if link.peer == DRIVER:
             # Whatever this worker waits for will not come.
             self._put(Stop(at_once=True), 0.0)
-            _daemon(LAST_S, lambda: os._exit(1))
+            if self._orphaned is not None:
+                _daemon(LAST_S, self._orphaned)
         elif not known:
             _daemon(GRACE_S, lambda: self._report(link.peer, how))
 
@@ -248,8 +252,7 @@ class NetworkEndpoint:
         self._reaper = None
 
 
-def _daemon(after_s: float, action: object) -> None:
-    assert callable(action)
+def _daemon(after_s: float, action: Callable[[], object]) -> None:
     timer = Timer(after_s, action)
     timer.daemon = True
     timer.start()

@@ -272,8 +272,8 @@ def test_a_worker_ends_with_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told to stop; and should it not listen, its process ends all the same."""
     ended: list[int] = []
     monkeypatch.setattr(endpoints, "LAST_S", 0.05)
-    monkeypatch.setattr(endpoints.os, "_exit", ended.append)
     made = joined((DRIVER, 0, Channel.CONTROL))
+    made[0]._orphaned = lambda: ended.append(1)
     made[DRIVER]._links[0, Channel.CONTROL].frames.close(0.0)
     assert made[0].receive(SOON_S) == Stop(at_once=True)
     until(lambda: ended == [1], "the process ends")
