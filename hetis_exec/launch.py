@@ -41,7 +41,7 @@ class Launch:
     local_rank: int | None = None
     local_world_size: int | None = None
     agent_store: bool = False
-    run: str = "hetis"
+    run: str = "run"
     interface: str = ""
 
     @property
@@ -118,7 +118,7 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch | None:
     size = _number(env, "WORLD_SIZE", 1, 1 << 20)
     local = _number(env, "LOCAL_RANK", 0, size - 1) if "LOCAL_RANK" in env else None
     local_size = _number(env, "LOCAL_WORLD_SIZE", 1, size) if "LOCAL_WORLD_SIZE" in env else None
-    run = "/".join(("hetis", env.get("TORCHELASTIC_RUN_ID", ""), env.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    run = "/".join(("run", env.get("TORCHELASTIC_RUN_ID", ""), env.get("TORCHELASTIC_RESTART_COUNT", "0")))
     return Launch(
         _number(env, "RANK", 0, size - 1), size, env["MASTER_ADDR"], _number(env, "MASTER_PORT", 1, 65535),
         local, local_size, agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True", run=run,

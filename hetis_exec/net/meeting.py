@@ -39,7 +39,7 @@ class MeetingPlace:
 
     host: str
     port: int
-    prefix: str = "hetis"
+    prefix: str = "run"
     bind: str = LOOPBACK
     interface: str = ""
     start_s: float = 180.0

@@ -35,7 +35,7 @@ def cluster(*hosts: int) -> ClusterSpec:
 def test_variables_of_torchrun_are_understood() -> None:
     """Rank, place, store; each try of a run has keys of its own."""
     launch = launched(TORCHRUN)
-    assert launch == Launch(3, 5, "10.0.0.1", 29500, 1, 3, agent_store=True, run="hetis/x/2")
+    assert launch == Launch(3, 5, "10.0.0.1", 29500, 1, 3, agent_store=True, run="run/x/2")
     assert launch.ranks_here == range(2, 5)
     assert not launch.alone
     assert not launch.leads_node
