@@ -7,9 +7,9 @@ NumPy arrays; a worker turns them into its backend's arrays and back.
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from hetis_exec.messages import Array, Tokens
+from hetis_exec.messages import Array, Sample, Tokens
 from hetis_sim.control.engine import Engine
 from hetis_sim.policies.plan import InstancePlan
 
@@ -22,8 +22,17 @@ Units = Any
 Spots = Any
 """Where tokens lie in a pool, in every layer, as kernels see it."""
 
-Asked = Sequence[tuple[int, int]]
-"""(request id, position) of tokens that are to be sampled."""
+
+class Wanted(NamedTuple):
+    """A token that is to be sampled; see :class:`hetis_exec.messages.Row`."""
+
+    request_id: int
+    position: int
+    sample: Sample | None = None
+
+
+Asked = Sequence[Wanted]
+"""Tokens that are to be sampled."""
 
 
 class CacheTable(Protocol):

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -21,9 +20,12 @@ from hetis_exec.backend import Backend
 from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec, worker_specs
 from hetis_exec.errors import ExecutorError, WorkerError
 from hetis_exec.fleet import Fleet
-from hetis_exec.instance import InstanceDriver, Texts
+from hetis_exec.instance import InstanceDriver
 from hetis_exec.messages import Arrived, Beat, Failed, Report, StageDone, Tokens
-from hetis_exec.records import Measurements, RunRecord
+from hetis_exec.records import Measurements, RunRecord, no_record
+from hetis_exec.sources import POLL_S, Arrival, Ended, Source, Trace
+from hetis_exec.texts import Listener, Prompt, Text, Texts
+from hetis_exec.totals import Totals
 from hetis_exec.toy_backend import ToyBackend
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.decisions import DecisionLog
@@ -43,8 +45,9 @@ from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.request import Request
 
-POLL_S = 0.1
-"""How often the workers are looked after while nothing happens."""
+Event = Arrival | Ended | Transfer | StageDone | Arrived
+"""What the driver deals with one after the other."""
+
 
 @dataclass(frozen=True)
 class ExecutorInput:
@@ -53,11 +56,13 @@ class ExecutorInput:
     Attributes:
         requests: in order of arrival; they are submitted when due.
         cost: what policies believe about durations; nothing here waits for it.
-        seed: of the prompts, and of the toy's weights.
+        seed: of prompts that are made up, and of the toy's weights.
         timeout_s: a worker that shows no sign of life for so long is lost.
         debug: check the invariants of the control plane after every event.
         backend: what workers compute with; the toy by default.
         here: devices whose workers live on this host; None for all.
+        prompts: of requests; those that are not named are random tokens.
+        endless: nothing is kept of requests and steps that are over, but for totals.
     """
 
     cluster: ClusterSpec
@@ -73,6 +78,8 @@ class ExecutorInput:
     debug: bool = False
     backend: Backend | None = None
     here: Container[int] | None = None
+    prompts: Mapping[int, Prompt] = field(default_factory=dict)
+    endless: bool = False
 
     def __post_init__(self) -> None:
         require_finite("executor.timeout_s", self.timeout_s, 0.0, open_low=True)
@@ -98,8 +105,15 @@ class ExecutorInput:
 
     def prompt(self, request: Request) -> Tokens:
         """The token ids of a request's prompt."""
+        if request.request_id in self.prompts:
+            return np.array(self.prompts[request.request_id].tokens, dtype=np.int64)
         stream = np.random.default_rng([self.seed, request.request_id])
         return stream.integers(self.model.vocab, size=request.prompt_tokens)
+
+    def text(self, request: Request) -> Text:
+        """The same as the beginning of a text."""
+        known = self.prompts.get(request.request_id)
+        return Text.of(known or Prompt(self.prompt(request).tolist()))
 
 
 @dataclass(frozen=True)
@@ -143,28 +157,34 @@ class Executor:
         given: what is to be run.
         make_crew: how workers come to life; threads of this process by default.
         progress: called with the number of requests that have ended.
+        listener: told of every token.
+        source: where requests come from; by default they are those of the input.
 
     Raises:
         HetisError: the combination cannot run.
     """
 
     def __init__(self, given: ExecutorInput, make_crew: Callable[[Sequence[WorkerSpec]], Crew] = ThreadCrew,
-                 progress: Callable[[int], None] | None = None) -> None:
+                 progress: Callable[[int], None] | None = None, listener: Listener | None = None,
+                 source: Source | None = None) -> None:
         self.given = given
         self._progress = progress
+        self._listener = listener
+        self._source = source or Trace(given.requests)
         self.controller = given.controller()
         engines = self.controller.engines
         self._backend = given.backend or ToyBackend(given.model, given.seed)
         self._backend.check(engines, given.here)
-        self.record = RunRecord(decisions=self.controller.log.lines)
+        self.record = no_record() if given.endless else RunRecord(decisions=self.controller.log.lines)
         self.crew = make_crew([spec for engine in engines
                                for spec in worker_specs(engine, self._backend, 2 * given.timeout_s)])
-        self._texts: Texts = {r.request_id: given.prompt(r).tolist() for r in given.requests}
-        self._measurements = Measurements([device.label for device in given.cluster.devices], engines,
-                                          unit_bytes(given.model, given.settings.limits))
-        self._fleet = Fleet(self.controller, self._make_driver, self._measurements, self.record)
+        self._texts: Texts = {r.request_id: given.text(r) for r in given.requests}
+        make = Totals if given.endless else Measurements
+        self.measurements: Measurements = make([device.label for device in given.cluster.devices], engines,
+                                               unit_bytes(given.model, given.settings.limits))
+        self._fleet = Fleet(self.controller, self._make_driver, self.measurements, self.record)
         self._arrived = 0
-        self._ended: set[int] = set()
+        self._ended = 0
         self._clock = RunClock()
         self._heard_s = dict.fromkeys([d for engine in engines for d in engine.plan.devices], -math.inf)
         self._progress_s = 0.0
@@ -173,7 +193,7 @@ class Executor:
     def _make_driver(self, engine: Engine, fleet: Fleet) -> InstanceDriver:
         hosts = [device.host_id for device in self.given.cluster.devices]
         return InstanceDriver(self.controller, engine, fleet, hosts, self.crew.endpoint, self._texts,
-                              self._measurements, self.record)
+                              self.measurements, self.record)
 
     def run(self) -> ExecutionResult:
         """Serve all requests.
@@ -186,8 +206,10 @@ class Executor:
             try:
                 self.crew.start()
                 self._await_workers()
-                while not self._done:
-                    self._deal_with(self._next_event())
+                if self._listener is not None:
+                    self._listener.began()
+                while (event := self._next_event()) is not None:
+                    self._deal_with(event)
             finally:
                 self.crew.stop(at_once=not self._done)
             self._hear_last_words()
@@ -198,20 +220,24 @@ class Executor:
 
     def result(self) -> ExecutionResult:
         """What there is so far."""
-        self._measurements.peaks()
+        self.measurements.peaks()
         states = self.controller.states
-        finished = {request_id: self._texts[request_id][state.request.prompt_tokens:]
+        finished = {request_id: self._texts[request_id].generated
                     for request_id, state in states.items() if state.status == Status.FINISHED}
-        return ExecutionResult(self._measurements.recorder, finished, self.record, len(states))
+        return ExecutionResult(self.measurements.recorder, finished, self.record, len(states))
 
     # -- events ------------------------------------------------------------------------------------
 
-    def _deal_with(self, event: Request | Transfer | StageDone | Arrived) -> None:
+    def _deal_with(self, event: Event) -> None:
         """Report one event, and have done what follows from it."""
+        if isinstance(event, StageDone):
+            self._take_tokens(event)
         now_s = self._clock.tick()
         match event:
-            case Request():
+            case Arrival():
                 self._admit(event, now_s)
+            case Ended():
+                self._end_early(event, now_s)
             case StageDone():
                 self._fleet.stage_done(event, now_s)
             case Arrived():
@@ -220,13 +246,28 @@ class Executor:
                 self._fleet.transfer_arrived(event, now_s)
         while self._fleet.ended:
             self._end(self._fleet.ended.popleft())
-        due = bisect_right(self.given.requests, now_s, lo=self._arrived, key=lambda r: r.arrival_s)
-        self._measurements.sample(now_s, due - self._arrived)
+        self.measurements.sample(now_s, self._source.due(now_s))
         if self.given.debug:
             check_controller(self.controller)
 
-    def _admit(self, request: Request, now_s: float) -> None:
+    def _take_tokens(self, done: StageDone) -> None:
+        """Add tokens to their texts; those that are complete end with the step, which is reported next."""
+        for request_id, token in self._fleet.sampled(done):
+            self._texts[request_id].tokens.append(token)
+            if self._listener is not None and self._listener.token(request_id, token):
+                self._fleet.finish(request_id, "stop", self._clock.tick())
+
+    def _end_early(self, event: Ended, now_s: float) -> None:
+        """A request may have ended before its client has gone."""
+        state = self.controller.states.get(event.request_id)
+        if state is not None and state.status < Status.FINISHED:
+            self._fleet.finish(event.request_id, event.reason, now_s)
+
+    def _admit(self, arrival: Arrival, now_s: float) -> None:
+        request = arrival.request
         self._arrived += 1
+        if arrival.prompt is not None:
+            self._texts[request.request_id] = Text.of(arrival.prompt)
         self.record.requests.append((request, now_s))
         state = self.controller.submit(request, now_s)
         if state.status == Status.REJECTED:
@@ -235,42 +276,45 @@ class Executor:
             self._fleet.submitted(state.instance, now_s)
 
     def _end(self, state: RequestState) -> None:
-        made = len(self._texts[state.request_id]) - state.request.prompt_tokens
-        if state.status == Status.FINISHED and made != state.request.output_tokens:
-            raise ExecutorError(f"request {state.request_id} has ended with {made} tokens, asked were "
-                                f"{state.request.output_tokens}")
-        self._measurements.ended(state)
-        self._ended.add(state.request_id)
+        made = len(self._texts[state.request_id].generated)
+        if state.status == Status.FINISHED and made != state.output_tokens:
+            raise ExecutorError(f"request {state.request_id} has ended with {made} tokens, booked are "
+                                f"{state.output_tokens}")
+        self.measurements.ended(state)
+        self._ended += 1
+        if self._listener is not None:
+            self._listener.ended(state)
         if self._progress is not None:
-            self._progress(len(self._ended))
+            self._progress(self._ended)
+        if self.given.endless:
+            self.controller.forget(state.request_id)
+            del self._texts[state.request_id]
 
     @property
     def _done(self) -> bool:
-        return len(self._ended) == len(self.given.requests) and not self._fleet.computing
+        return self._source.over and self._ended == self._arrived and not self._fleet.computing
 
-    def _next_event(self) -> Request | Transfer | StageDone | Arrived:
+    def _next_event(self) -> Event | None:
         """The next thing that happens: what needs no waiting, an arrival that is due, a report.
+
+        None once all is done.
 
         Raises:
             WorkerError: a worker has failed, died or hung meanwhile.
             ExecutorError: nothing can happen any more.
         """
         self._progress_s = time.monotonic()
-        while True:
+        while not self._done:
             if self._fleet.landed:
                 return self._fleet.landed.popleft()
-            due_s = self._next_arrival_s() - self._clock.seconds()
+            due_s = self._source.next_s() - self._clock.seconds()
             if due_s <= 0:
-                return self.given.requests[self._arrived]
-            report = self._listen(min(POLL_S, due_s))
+                return self._source.take(self._clock.start_s)
+            report = self._listen(min(self._source.poll_s, due_s))
             if report is not None:
                 return report
             self._check_progress(due_s)
-
-    def _next_arrival_s(self) -> float:
-        if self._arrived == len(self.given.requests):
-            return math.inf
-        return self.given.requests[self._arrived].arrival_s
+        return None
 
     # -- workers -------------------------------------------------------------------------------------
 
@@ -305,7 +349,7 @@ class Executor:
 
     def _check_progress(self, due_s: float) -> None:
         busy = self._fleet.busy
-        if not busy and due_s == math.inf:
+        if not busy and due_s == math.inf and self._arrived > self._ended:
             raise ExecutorError(f"the run has come to a halt with {self.controller.counts()}")
         if busy and time.monotonic() - self._progress_s > 2 * self.given.timeout_s:
             raise ExecutorError(f"no step or transfer has ended for {2 * self.given.timeout_s:g} s")

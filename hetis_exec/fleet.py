@@ -16,7 +16,7 @@ from hetis_exec.messages import Arrived, StageDone
 from hetis_exec.records import Measurements, RunRecord
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.engine import Engine
-from hetis_sim.control.state import RequestState
+from hetis_sim.control.state import Ending, RequestState
 from hetis_sim.control.step import Outcome, Step, Transfer
 
 
@@ -53,6 +53,17 @@ class Fleet:
         return any(driver.busy for driver in self.drivers)
 
     # -- what happens ----------------------------------------------------------------------------
+
+    def sampled(self, done: StageDone) -> list[tuple[int, int]]:
+        """(request id, token) of the tokens that come with a report."""
+        return self._driver_of[done.device].sampled(done)
+
+    def finish(self, request_id: int, reason: Ending, now_s: float) -> None:
+        """End a request early."""
+        self._record.ends.append((request_id, reason, now_s))
+        instance = self._controller.states[request_id].instance
+        self.follow(instance, self._controller.finish(request_id, reason, now_s), None, now_s)
+        self._settle(now_s)
 
     def stage_done(self, done: StageDone, now_s: float) -> None:
         """A rank has computed its stage of a step."""

@@ -12,14 +12,12 @@ from hetis_exec.errors import ExecutorError
 from hetis_exec.messages import Arrived, Control, Onward, Row, StageDone, Task, Tokens
 from hetis_exec.mirror import Mirror, Shipment
 from hetis_exec.records import Measurements, RunRecord, StepRecord
+from hetis_exec.texts import Texts
 from hetis_exec.transport import Endpoint
 from hetis_sim.control.controller import Controller
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.state import RequestState
 from hetis_sim.control.step import Outcome, Step, Transfer
-
-Texts = dict[int, list[int]]
-"""Token ids of every request: its prompt, then what it has generated."""
 
 Streams = dict[int, dict[int, tuple[Onward, ...]]]
 """By request and stage, what goes to another instance while a prompt is computed."""
@@ -109,7 +107,7 @@ class InstanceDriver:
             run.record.free_s = now_s
         if done.tokens is not None:
             self.declined = False
-            self._complete(run, done.tokens, now_s)
+            self._complete(run, now_s)
         if len(run.stages) == len(self._engine.plan.stages):
             del self._runs[done.seq]
             self._measurements.step(run.step, run.record.begun_s, run.record.ended_s, run.stages)
@@ -126,11 +124,15 @@ class InstanceDriver:
         self._measurements.shipment(shipment, now_s)
         return shipment.transfer
 
-    def _complete(self, run: StepRun, tokens: Tokens, now_s: float) -> None:
+    def sampled(self, done: StageDone) -> list[tuple[int, int]]:
+        """(request id, token) of the tokens that come with the end of a step."""
+        if done.tokens is None:
+            return []
+        return list(zip(self._runs[done.seq].sampled, done.tokens.tolist(), strict=True))
+
+    def _complete(self, run: StepRun, now_s: float) -> None:
         step = run.step
         run.record.ended_s = now_s
-        for request_id, token in zip(run.sampled, tokens.tolist(), strict=True):
-            self._texts[request_id].append(token)
         if step.decoding:
             self._measurements.tokens(self._engine.index, step.lane, run.fresh, step.decoding, now_s)
         self._follow(self._controller.complete(step, now_s), None, now_s)
@@ -196,11 +198,13 @@ class InstanceDriver:
     def _row(self, state: RequestState, position: int, new_tokens: int, *, samples: bool, prefill: bool,
              push_tag: int = -1) -> tuple[Row, Tokens]:
         text = self._texts[state.request_id]
-        if samples and len(text) != position + new_tokens:
-            raise ExecutorError(f"request {state.request_id} has {len(text)} tokens, its cache is to have "
-                                f"{position + new_tokens}")
-        tokens = np.array(text[position:position + new_tokens], dtype=np.int64)
-        return Row(state.request_id, position, new_tokens, samples, prefill, (), push_tag), tokens
+        if samples and len(text.tokens) != position + new_tokens:
+            raise ExecutorError(f"request {state.request_id} has {len(text.tokens)} tokens, its cache is to "
+                                f"have {position + new_tokens}")
+        tokens = np.array(text.tokens[position:position + new_tokens], dtype=np.int64)
+        row = Row(state.request_id, position, new_tokens, samples, prefill, (), push_tag,
+                  text.sample if samples else None)
+        return row, tokens
 
     def _tasks(self, rows: list[tuple[Row, Tokens]], streams: Streams) -> dict[int, Task]:
         tasks: dict[int, Task] = {}

@@ -143,6 +143,22 @@ class Onward(NamedTuple):
     abroad: Abroad
 
 
+class Sample(NamedTuple):
+    """How the tokens of one request are chosen.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        top_p: only the likeliest tokens are drawn from, as few as have this probability together.
+        top_k: and no more than so many of them; 0 for any number.
+        seed: requests with equal prompts and seeds draw equal numbers; None draws others for each request.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+
+
 class Row(NamedTuple):
     """One request in one step, as one stage sees it.
 
@@ -154,6 +170,7 @@ class Row(NamedTuple):
         holders: device that holds each KV group of the stage.
         push_tag: with the last piece of a prompt, remote groups go to their holders under
             this tag; -1 otherwise.
+        sample: how its token is chosen where that is not as the run's settings say.
         onward: with the last piece of a prompt, what of this stage goes to another instance.
     """
 
@@ -164,6 +181,7 @@ class Row(NamedTuple):
     prefill: bool
     holders: tuple[int, ...]
     push_tag: int
+    sample: Sample | None = None
     onward: tuple[Onward, ...] = ()
 
 

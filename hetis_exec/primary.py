@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hetis_exec.backend import Shard, Tensor
+from hetis_exec.backend import Shard, Tensor, Wanted
 from hetis_exec.errors import CacheError, ExecutorError
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.messages import (
@@ -214,7 +214,7 @@ class PrimaryWorker(Worker):
         for row, end in zip(batch.rows, accumulate(row.new_tokens for row in batch.rows), strict=True):
             if row.samples:
                 ends.append(end - 1)
-                asked.append((row.request_id, row.position + row.new_tokens))
+                asked.append(Wanted(row.request_id, row.position + row.new_tokens, row.sample))
         return self._shard.sample(hidden[self._kernels.index(ends)], asked)
 
     def _sum(self, batch: Batch, number: int, values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from hetis_exec.messages import StageDone
 from hetis_exec.mirror import Shipment
 from hetis_sim.control.engine import Engine
-from hetis_sim.control.state import RequestState, Status
+from hetis_sim.control.state import Ending, RequestState, Status
 from hetis_sim.control.step import Outcome, Step
 from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.spec.request import Request
@@ -52,18 +52,20 @@ class RunRecord:
         steps: in the order in which they began.
         arrivals: (request id, kind, time) of every transfer that ended, in that order.
         decisions: the decision log.
+        ends: (request id, reason, time) of every request that was told to end early, in that order.
     """
 
     requests: list[tuple[Request, float]] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     arrivals: list[tuple[int, str, float]] = field(default_factory=list)
     decisions: list[str] = field(default_factory=list)
+    ends: list[tuple[int, Ending, float]] = field(default_factory=list)
 
     def write(self, path: str | Path) -> None:
         """Keep it as JSON; numbers come back to the last bit."""
         plain = {"requests": [[asdict(request), now_s] for request, now_s in self.requests],
                  "steps": [asdict(step) for step in self.steps], "arrivals": self.arrivals,
-                 "decisions": self.decisions}
+                 "ends": self.ends, "decisions": self.decisions}
         Path(path).write_text(json.dumps(plain), encoding="utf-8")
 
     @classmethod
@@ -73,7 +75,21 @@ class RunRecord:
         requests = [(Request(**{**fields, "prefix_hashes": tuple(fields["prefix_hashes"])}), now_s)
                     for fields, now_s in plain["requests"]]
         arrivals = [(request_id, kind, now_s) for request_id, kind, now_s in plain["arrivals"]]
-        return cls(requests, [StepRecord(**step) for step in plain["steps"]], arrivals, plain["decisions"])
+        ends = [(request_id, reason, now_s) for request_id, reason, now_s in plain["ends"]]
+        return cls(requests, [StepRecord(**step) for step in plain["steps"]], arrivals, plain["decisions"],
+                   ends)
+
+
+class _Nothing(list[Any]):
+    """A list that stays empty."""
+
+    def append(self, item: Any) -> None:
+        """Forget an item."""
+
+
+def no_record() -> RunRecord:
+    """The record of a run without end: it keeps nothing."""
+    return RunRecord(_Nothing(), _Nothing(), _Nothing(), _Nothing(), _Nothing())
 
 
 class Measurements:

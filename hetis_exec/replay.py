@@ -16,6 +16,7 @@ from hetis_exec.driver import ExecutorInput
 from hetis_exec.errors import ReplayError
 from hetis_exec.records import RunRecord, StepRecord
 from hetis_sim.control.engine import Engine
+from hetis_sim.control.state import Ending
 from hetis_sim.control.step import Transfer
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.metrics.recorder import Recorder
@@ -62,7 +63,8 @@ class Replay(Simulation):
 
     def __init__(self, given: ExecutorInput, record: RunRecord) -> None:
         self._record = record
-        budget = 1000 + EVENTS_PER_RECORD * (len(record.requests) + len(record.steps) + len(record.arrivals))
+        budget = 1000 + EVENTS_PER_RECORD * (len(record.requests) + len(record.steps) + len(record.arrivals)
+                                            + len(record.ends))
         super().__init__(SimulationInput(
             given.cluster, given.model, given.cost, given.policy, given.plan, (), given.step_settings, budget,
             log_decisions=True, debug=given.debug))
@@ -83,10 +85,18 @@ class Replay(Simulation):
         arrivals.next_s = math.inf
         for request, submitted_s in self._record.requests:
             self._plan(request, submitted_s)
+        for request_id, reason, told_s in self._record.ends:
+            self._plan_end(request_id, reason, told_s)
         return arrivals
 
     def _plan(self, request: Request, submitted_s: float) -> None:
         self.clock.call(submitted_s, lambda: self._submit(request), priority=1)
+
+    def _plan_end(self, request_id: int, reason: Ending, told_s: float) -> None:
+        def end() -> None:
+            self._news(self.controller.finish(request_id, reason, self.clock.now))
+
+        self.clock.call(told_s, end, priority=1)
 
 
 class RecordedPipeline(Pipeline):

@@ -43,6 +43,7 @@ MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("Llama", {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0,
                                                             "rope_theta": 1e4}}),
     "smol": ("Llama", {**LLAMA, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}),
+    "talker": ("Llama", {**LLAMA, "vocab_size": 320}),
     "qwen2": ("Qwen2", LLAMA),
     "qwen3": ("Qwen3", {**LLAMA, "head_dim": 12}),
     "mistral": ("Mistral", {**LLAMA, "head_dim": 10, "sliding_window": None}),

@@ -77,6 +77,23 @@ class Controller:
         self._route(state, able).submit(state, now_s)
         return state
 
+    def forget(self, request_id: int) -> None:
+        """Drop the state of a request that has ended; a driver that serves without end asks for this."""
+        if self.states[request_id].status >= Status.FINISHED:
+            del self.states[request_id]
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens that prompt and output of a request may have together, for it to be taken in."""
+        elsewhere, mixes = self._handoffs.longest_context, self.policy.mixes_pools
+        found = 0
+        for engine, most in zip(self.engines, self.context_limits, strict=True):
+            if mixes or engine.plan.role == "both":
+                found = max(found, most)
+            elif engine.plan.role == "prefill":
+                found = max(found, min(most, elsewhere))
+        return min(found, self.model.context_limit_tokens)
+
     def _able(self, tokens: int) -> list[Engine]:
         """Instances that can prefill a request which reaches so many tokens, and carry it to its end."""
         elsewhere, mixes = self._handoffs.longest_context, self.policy.mixes_pools
@@ -113,9 +130,9 @@ class Controller:
             return self._carry_on(self.engines[transfer.instance].arrived(transfer, now_s))
         for index in (transfer.instance, transfer.target):
             self.engines[index].sync()
-        state = self.states[transfer.request_id]
+        state = self.states.get(transfer.request_id)
         outcome = Outcome(touched=[transfer.target])
-        if state.landing is not None and self._handoffs.arrived(state):
+        if state is not None and state.landing is not None and self._handoffs.arrived(state):
             self._handoffs.land(state)
         return self._carry_on(outcome)
 

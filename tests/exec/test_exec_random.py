@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
 import pytest
-from exec_toys import Fixed, expected_tokens, given, pipeline, pools, run, workload
+from exec_toys import Fixed, expected_tokens, given, pipeline, pools, threads, workload
 
-from hetis_exec.driver import ExecutorInput
+from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.messages import CacheData, Message
 from hetis_exec.replay import replay
+from hetis_exec.sources import Arrival, Ended, Trace
 from hetis_exec.transport import Delay
+from hetis_sim.control.state import RequestState
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 
@@ -119,15 +122,68 @@ def random_input(seed: int, rng: random.Random, pooled: bool) -> ExecutorInput:
                  moves_max=rng.choice((1, 2, 3)), rebalance_interval=rng.choice((1, 2, 5)))
 
 
-def check(seed: int, pooled: bool = False) -> None:
+class Capricious:
+    """Calls a text complete with every ninth kind of token, and gives up some requests at any time."""
+
+    poll_s = 0.001
+
+    def __init__(self, seed: int, what: ExecutorInput) -> None:
+        self._seed = seed
+        self._trace = Trace(what.requests)
+        rng = random.Random(f"{seed} ends")
+        given_up = [request for request in what.requests if rng.random() < 0.3]
+        self._ends = sorted((request.arrival_s + rng.choice((0.0, 0.002, 0.01, 0.03)), request.request_id)
+                            for request in given_up)
+
+    def completes(self, token: int) -> bool:
+        """Whether a text ends with a token."""
+        return (token + self._seed) % 9 == 0
+
+    # What a listener does.
+
+    def began(self) -> None:
+        pass
+
+    def token(self, request_id: int, token: int) -> bool:
+        return self.completes(token)
+
+    def ended(self, state: RequestState) -> None:
+        pass
+
+    # What a source does.
+
+    def next_s(self) -> float:
+        return min(self._trace.next_s(), self._ends[0][0] if self._ends else math.inf)
+
+    def take(self, start_s: float) -> Arrival | Ended:
+        if self._ends and self._ends[0][0] < self._trace.next_s():
+            return Ended(self._ends.pop(0)[1], "aborted")
+        return self._trace.take(start_s)
+
+    def due(self, now_s: float) -> int:
+        return self._trace.due(now_s)
+
+    @property
+    def over(self) -> bool:
+        return self._trace.over
+
+
+def check(seed: int, pooled: bool = False, early: bool = False) -> None:
     """Tokens are right, cache is free at the end, and the simulator decides the same."""
     rng = random.Random(seed)
     what = random_input(seed, rng, pooled)
-    executor, result = run(what, random_wires(seed, rng))
+    whims = Capricious(seed, what) if early else None
+    executor = Executor(what, threads(random_wires(seed, rng)), listener=whims, source=whims)
+    result = executor.run()
     wanted = expected_tokens(what)
+    if whims is not None:
+        wanted = {request_id: tokens[:next((n for n, token in enumerate(tokens, 1) if whims.completes(token)),
+                                           len(tokens))] for request_id, tokens in wanted.items()}
+        assert result.record.ends
     assert result.tokens == {request_id: wanted[request_id] for request_id in result.tokens}
     states = executor.controller.states.values()
-    assert {state.reason for state in states if state.request_id not in result.tokens} <= {"cache_capacity"}
+    reasons = {"cache_capacity", "aborted"} if early else {"cache_capacity"}
+    assert {state.reason for state in states if state.request_id not in result.tokens} <= reasons
     assert all(worker.cache.pool.used_units == 0 for worker in executor.crew.workers.values())
     simulation = replay(what, result.record)
     assert simulation.recorder.requests().equals(result.recorder.requests())
@@ -145,9 +201,16 @@ def test_any_run_of_pools_holds(seed: int) -> None:
     check(seed, pooled=True)
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_any_run_with_early_ends_holds(seed: int, pooled: bool) -> None:
+    """A few random runs in which texts are complete early, or given up."""
+    check(seed, pooled, early=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(100, 300, 10))
 def test_many_runs_hold(first: int) -> None:
     """Many random runs."""
     for seed in range(first, first + 10):
-        check(seed, pooled=seed % 2 == 1)
+        check(seed, pooled=seed % 2 == 1, early=seed % 3 == 0)

@@ -31,7 +31,7 @@ def recorded() -> tuple[ExecutorInput, ExecutionResult]:
 def copy(record: RunRecord) -> RunRecord:
     """A record that may be changed."""
     return RunRecord(list(record.requests), [replace(step) for step in record.steps], list(record.arrivals),
-                     list(record.decisions))
+                     list(record.decisions), list(record.ends))
 
 
 def test_a_record_survives_its_file(recorded: tuple[ExecutorInput, ExecutionResult], tmp_path: Path) -> None:

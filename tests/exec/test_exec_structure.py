@@ -34,7 +34,7 @@ def loaded(name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in ("torch", "safetensors"):
+        if error.name not in ("torch", "safetensors", "fastapi", "uvicorn"):
             raise
         return None
 
