@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from exec_models import MODELS, TEXT, Owned, backend, folder, logits, reference, shards, torch
 
+from hetis_exec.backend import Wanted
+from hetis_exec.messages import Sample
 from hetis_exec.models.architecture import made_up, read_architecture
 from hetis_exec.models.names import tensor_shapes
 from hetis_exec.models.sampling import Sampling
@@ -67,7 +69,7 @@ def test_every_dense_architecture_of_the_catalogue_has_random_weights() -> None:
 def drawn(sampling: Sampling, chances: Sequence[float], number: int = 2000) -> np.ndarray:
     """How often each token comes out."""
     rows = torch.tensor(chances).log().expand(number, -1)
-    tokens = sampling.choose(rows, [(n, 5) for n in range(number)])
+    tokens = sampling.choose(rows, [Wanted(n, 5) for n in range(number)])
     return np.bincount(tokens, minlength=len(chances)) / number
 
 
@@ -90,11 +92,26 @@ def test_top_p_draws_from_the_smallest_set_that_reaches_it() -> None:
 def test_samples_depend_on_seed_request_and_position_alone() -> None:
     """The same place gives the same token in any batch; others differ."""
     logits_ = torch.zeros(3, 1000)
-    places = [(4, 9), (5, 9), (4, 10)]
+    places = [Wanted(4, 9), Wanted(5, 9), Wanted(4, 10)]
     first = Sampling(1.0, seed=1).choose(logits_, places)
     assert len(set(first.tolist())) == 3
     assert Sampling(1.0, seed=1).choose(logits_, places[::-1]).tolist() == first.tolist()[::-1]
     assert Sampling(1.0, seed=2).choose(logits_, places).tolist() != first.tolist()
+
+
+def test_rows_of_one_batch_are_drawn_each_in_its_own_way() -> None:
+    """Greedy, few tokens, and equal numbers for equal seeds whatever the request is called."""
+    logits_ = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(900, -1)
+    greedy, narrow = Sample(0.0), Sample(1.0, top_k=2)
+    hows = [greedy, narrow, Sample(1.0, top_p=0.6, seed=7)] * 300
+    tokens = Sampling(1.0, seed=3).choose(logits_, [Wanted(n, n // 3, how) for n, how in enumerate(hows)])
+    assert set(tokens[::3]) == {0}
+    assert np.allclose(np.bincount(tokens[1::3], minlength=4) / 300, [0.625, 0.375, 0, 0], atol=0.1)
+    assert set(tokens[2::3]) == {0, 1}
+    others = [Wanted(5000 + n, n // 3, how) for n, how in enumerate(hows)]
+    again = Sampling(0.0, seed=4).choose(logits_, others)
+    assert again[2::3].tolist() == tokens[2::3].tolist()
+    assert again[1::3].tolist() != tokens[1::3].tolist()
 
 
 @pytest.mark.parametrize(("values", "message"), [((-1.0, 1.0), "temperature=-1.0"), ((1.0, 0.0), "top_p=0.0"),
