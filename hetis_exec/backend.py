@@ -10,6 +10,7 @@ from collections.abc import Container, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from hetis_exec.messages import Array, Sample, Tokens
+from hetis_exec.stopwatch import Stopwatch
 from hetis_sim.control.engine import Engine
 from hetis_sim.policies.plan import InstancePlan
 
@@ -98,6 +99,9 @@ class Kernels(Protocol):
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Room for as much."""
 
+    def stopwatch(self) -> Stopwatch:
+        """Times what is asked of the device."""
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it has been asked to do."""
 
@@ -133,6 +137,18 @@ class Kernels(Protocol):
         """
 
 
+class WholeSteps(Protocol):
+    """Decode steps of a worker that holds a whole model and all of its batch's cache, in one piece."""
+
+    @property
+    def rows_max(self) -> int:
+        """Largest batch."""
+
+    def run(self, request_ids: Sequence[int], positions: Sequence[int], tokens: Tokens,
+            asked: Asked) -> Tokens:
+        """The next token of each request, after one new token each at the given positions."""
+
+
 class Backend(Protocol):
     """Makes the parts of workers. It travels to wherever a worker lives."""
 
@@ -159,3 +175,6 @@ class Backend(Protocol):
 
     def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> Shard:
         """The weights of one rank, on a device of the cluster."""
+
+    def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: Any) -> WholeSteps | None:
+        """Decode steps in one piece on a worker's pool, where that is worth while."""

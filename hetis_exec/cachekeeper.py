@@ -85,6 +85,11 @@ class CacheKeeper:
             self._store(data)
             self._settle()
 
+    @property
+    def all_ready(self) -> bool:
+        """Whether nothing is on its way to any table."""
+        return all(table.ready for table in self.pool.tables.values())
+
     def ready(self, request_id: int, stage: int, groups: Sequence[int]) -> bool:
         """Whether all of the groups' tokens are here."""
         return all(self.pool.table(TableKey(request_id, stage, g)).ready for g in groups)

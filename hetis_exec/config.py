@@ -44,6 +44,7 @@ class ExecutorConfig:
             :func:`hetis_exec.devices.find_places`.
         dtype: of weights, activations and cache: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see
             :func:`hetis_exec.devices.find_type`.
+        cuda_graphs: replay decode steps of models that are whole on one CUDA device from CUDA graphs.
         threads: of torch, in each process.
         seed: of prompts, of sampling, and of weights where no folder is given.
         temperature, top_p: of sampling; temperature 0 takes the likeliest token.
@@ -58,6 +59,7 @@ class ExecutorConfig:
     workers: str = "auto"
     devices: Any = "auto"
     dtype: str = "auto"
+    cuda_graphs: bool = True
     threads: int = 1
     seed: int = 0
     temperature: float = 0.0

@@ -62,7 +62,8 @@ def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
         return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s)
     shard = spec.backend.shard(spec.device, spec.plan, spec.stage, spec.rank)
     place = Rank(spec.plan, spec.stage, spec.rank)
-    return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard)
+    steps = spec.backend.whole_steps(spec.device, spec.plan, shard, pool)
+    return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard, steps)
 
 
 class Crew(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hetis_exec.backend import Shard, Tensor, Wanted
+from hetis_exec.backend import Shard, Spots, Tensor, Wanted, WholeSteps
 from hetis_exec.errors import CacheError, ExecutorError
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.messages import (
@@ -37,6 +37,9 @@ from hetis_exec.messages import (
 from hetis_exec.transport import Endpoint
 from hetis_exec.workers import Stopped, Worker
 from hetis_sim.policies.plan import InstancePlan
+
+DENSE, ATTENTION, HEAD_TRANSFER, COLLECTIVE = PARTS = ("dense", "attention", "head_transfer", "collective")
+"""Parts of a stage's time, in the order of :class:`StageTimes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +70,18 @@ class Share:
         items: its requests and groups.
         rows, columns: for each group, its token's row in the batch, its place among the rank's groups.
         at: the two as an index.
+        whole: they are all rows and columns, in order.
     """
 
     items: list[AttentionItem] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     columns: list[int] = field(default_factory=list)
     at: tuple[Tensor, ...] = ()
+    whole: bool = False
 
-
-@dataclass(slots=True)
-class Spent:
-    """Seconds spent in the parts of a stage."""
-
-    dense_s: float = 0.0
-    attention_s: float = 0.0
-    head_transfer_s: float = 0.0
-    collective_s: float = 0.0
-    worker_busy_s: dict[int, float] = field(default_factory=dict)
+    def of(self, values: Tensor) -> Tensor:
+        """Its part of values of all rows and columns, shape (its groups, ...)."""
+        return values.reshape(-1, *values.shape[2:]) if self.whole else values[self.at]
 
 
 @dataclass(slots=True)
@@ -94,6 +92,8 @@ class Batch:
         prepared: what the weights need to know of the positions.
         local, remote: decode attention computed here and by attention workers.
         plan: where the cache of the local part is.
+        spots: where the new tokens of prompts are stored, row by row.
+        worker_busy_s: seconds that attention workers have computed.
     """
 
     seq: int
@@ -102,20 +102,24 @@ class Batch:
     local: Share
     remote: dict[int, Share]
     plan: Any = None
-    spent: Spent = field(default_factory=Spent)
+    spots: dict[int, Spots] = field(default_factory=dict)
+    worker_busy_s: dict[int, float] = field(default_factory=dict)
 
 
 class PrimaryWorker(Worker):
     """Dense modules, prefill attention, and decode attention of the heads that stay here."""
 
     def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float, place: Rank,
-                 shard: Shard) -> None:
+                 shard: Shard, whole_steps: WholeSteps | None = None) -> None:
         super().__init__(device, endpoint, pool, timeout_s)
         self._place = place
         self._shard = shard
         self._kernels = pool.kernels
         self._controls: deque[Control | Stop] = deque()
         self._box: dict[tuple[object, ...], Message] = {}
+        self._whole_steps = whole_steps
+        self._all_here = (device,) * len(shard.groups)
+        self._stopwatch = pool.kernels.stopwatch()
         self._free_s = 0.0
 
     def turn(self) -> None:
@@ -149,17 +153,41 @@ class PrimaryWorker(Worker):
 
     def _execute(self, seq: int, task: Task) -> None:
         """One stage of a step: attention and MLP of every layer, then on to the next stage."""
+        if self._is_whole(task):
+            self._execute_whole(seq, task)
+            return
         batch = self._batch(seq, task.rows)
         hidden, sent_s, begun_s = self._input(batch, task)
         stage, items = self._place.stage, batch.local.items
         self.wait_until(lambda: all(self.cache.ready(i.request_id, stage, i.groups) for i in items),
                         "heads on their way here")
         batch.plan = self.cache.plan(stage, items) if items else None
+        self._stopwatch.start()
         for layer in range(self._shard.layers):
             self.beat()
             hidden = hidden + self._sum(batch, 2 * layer, self._attention_block(batch, layer, hidden))
-            hidden = hidden + self._sum(batch, 2 * layer + 1, self._mlp(batch, layer, hidden))
+            hidden = hidden + self._sum(batch, 2 * layer + 1, self._mlp(layer, hidden))
         self._hand_over(batch, hidden, sent_s, begun_s)
+
+    def _is_whole(self, task: Task) -> bool:
+        """Whether a step is plain decoding of requests whose cache is all here, which can be done in one."""
+        steps = self._whole_steps
+        return (steps is not None and len(task.rows) <= steps.rows_max and self.cache.all_ready
+                and all(not row.prefill and row.holders == self._all_here for row in task.rows))
+
+    def _execute_whole(self, seq: int, task: Task) -> None:
+        """A step in one piece: its parts are not told apart."""
+        assert self._whole_steps is not None
+        assert task.tokens is not None
+        begun_s = time.perf_counter()
+        self.beat()
+        positions = [row.position for row in task.rows]
+        asked = [Wanted(row.request_id, row.position + 1, row.sample) for row in task.rows]
+        tokens = self._whole_steps.run([row.request_id for row in task.rows], positions, task.tokens, asked)
+        ended_s = time.perf_counter()
+        times = StageTimes(begun_s, self._free_s, begun_s, ended_s, ended_s - begun_s, 0.0, 0.0, 0.0)
+        self._free_s = ended_s
+        self.send(DRIVER, StageDone(seq, self.device, 0, 0, times, (), tokens))
 
     def _input(self, batch: Batch, task: Task) -> tuple[Tensor, float, float]:
         """Activations, when they were sent, and when work on them begins."""
@@ -183,7 +211,8 @@ class PrimaryWorker(Worker):
                 share.columns += columns
             at += row.new_tokens
         for share in shares.values():
-            share.at = self._kernels.index(share.rows, share.columns)
+            share.whole = len(share.rows) == at * len(self._shard.groups)
+            share.at = () if share.whole else self._kernels.index(share.rows, share.columns)
         return Batch(seq, rows, self._shard.prepare(positions), shares.pop(self.device), shares)
 
     def _columns(self, row: Row) -> Iterator[tuple[int, list[int]]]:
@@ -193,19 +222,18 @@ class PrimaryWorker(Worker):
             yield device, [n for n, holder in enumerate(holders) if holder == device]
 
     def _hand_over(self, batch: Batch, hidden: Tensor, sent_s: float, begun_s: float) -> None:
-        place, spent = self._place, batch.spent
+        place = self._place
         tokens: Tokens | None = None
         if not place.next_devices and place.rank == 0:
-            at_s = time.perf_counter()
             tokens = self._sample(batch, hidden)
-            spent.dense_s += time.perf_counter() - at_s
+            self._stopwatch.lap(DENSE)
+        spent = self._stopwatch.read()
         ended_s = time.perf_counter()
-        times = StageTimes(sent_s, self._free_s, begun_s, ended_s, spent.dense_s, spent.attention_s,
-                           spent.head_transfer_s, spent.collective_s)
+        times = StageTimes(sent_s, self._free_s, begun_s, ended_s, *(spent.get(part, 0.0) for part in PARTS))
         self._free_s = ended_s
         # The driver hears that this stage is free before the next one can hear of its work.
         self.send(DRIVER, StageDone(batch.seq, self.device, place.stage, place.rank, times,
-                                    tuple(spent.worker_busy_s.items()), tokens))
+                                    tuple(batch.worker_busy_s.items()), tokens))
         for device in place.next_devices if place.rank == 0 else ():
             self.send(device, Hidden(batch.seq, self._kernels.to_wire(hidden), ended_s))
 
@@ -222,14 +250,13 @@ class PrimaryWorker(Worker):
         peers, rank = self._place.peers, self._place.rank
         if len(peers) == 1:
             return values
-        begun_s = time.perf_counter()
         for device in peers:
             if device != self.device:
                 self.send(device, Partial(batch.seq, number, rank, self._kernels.to_wire(values)))
         parts = [values if other == rank else self._part(batch.seq, number, other)
                  for other in range(len(peers))]
         total = reduce(operator.add, parts)
-        batch.spent.collective_s += time.perf_counter() - begun_s
+        self._stopwatch.lap(COLLECTIVE)
         return total
 
     def _part(self, seq: int, number: int, rank: int) -> Tensor:
@@ -237,43 +264,47 @@ class PrimaryWorker(Worker):
         assert isinstance(message, Partial)
         return self._kernels.from_wire(message.values)
 
-    def _mlp(self, batch: Batch, layer: int, hidden: Tensor) -> Tensor:
-        begun_s = time.perf_counter()
+    def _mlp(self, layer: int, hidden: Tensor) -> Tensor:
         values = self._shard.mlp(layer, hidden)
-        batch.spent.dense_s += time.perf_counter() - begun_s
+        self._stopwatch.lap(DENSE)
         return values
 
     # -- attention ---------------------------------------------------------------------------------
 
     def _attention_block(self, batch: Batch, layer: int, hidden: Tensor) -> Tensor:
         """Remote heads are sent off first and gathered last."""
-        spent, kernels, clock = batch.spent, self._kernels, time.perf_counter
-        t0 = clock()
+        kernels, lap = self._kernels, self._stopwatch.lap
         q, k, v = self._shard.qkv(layer, hidden, batch.prepared)
         attended = kernels.empty_like(q)
-        t1 = clock()
+        lap(DENSE)
         for device, share in batch.remote.items():
             items = tuple(share.items) if layer == 0 else None
-            parts = [kernels.to_wire(x[share.at]) for x in (q, k, v)]
+            parts = kernels.pack([share.of(x) for x in (q, k, v)])
             self.send(device, AttentionRequest(batch.seq, self.device, self._place.stage, layer, items,
                                                *parts))
-        t2 = clock()
-        at = batch.local.at
-        if batch.local.items:
-            attended[at] = self.cache.decode_attention(batch.plan, layer, q[at], k[at], v[at])
+        lap(HEAD_TRANSFER)
+        local = batch.local
+        if local.items:
+            found = self.cache.decode_attention(batch.plan, layer, *(local.of(x) for x in (q, k, v)))
+            if local.whole:
+                attended = found.reshape(q.shape)
+            else:
+                attended[local.at] = found
         self._prefill(batch, layer, q, k, v, attended)
-        t3 = clock()
+        lap(ATTENTION)
         for device, share in batch.remote.items():
             key = AttentionResult, batch.seq, layer, device
             result = self._fetch(key, f"heads from device {device}")
             assert isinstance(result, AttentionResult)
-            attended[share.at] = kernels.from_wire(result.values)
-            spent.worker_busy_s[device] = spent.worker_busy_s.get(device, 0.0) + result.busy_s
-        t4 = clock()
+            values = kernels.from_wire(result.values)
+            if share.whole:
+                attended = values.reshape(q.shape)
+            else:
+                attended[share.at] = values
+            batch.worker_busy_s[device] = batch.worker_busy_s.get(device, 0.0) + result.busy_s
+        lap(HEAD_TRANSFER)
         projected = self._shard.project(layer, attended)
-        spent.dense_s += t1 - t0 + clock() - t4
-        spent.head_transfer_s += t2 - t1 + t4 - t3
-        spent.attention_s += t3 - t2
+        lap(DENSE)
         return projected
 
     def _prefill(self, batch: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> None:
@@ -284,14 +315,14 @@ class PrimaryWorker(Worker):
             at = here.stop
             if not row.prefill:
                 continue
-            keys, values = self._prompt(layer, row, k[here].swapaxes(0, 1), v[here].swapaxes(0, 1))
+            keys, values = self._prompt(batch, layer, row, k[here].swapaxes(0, 1), v[here].swapaxes(0, 1))
             attended[here] = self._kernels.causal(q[here], keys, values)
             if row.push_tag >= 0:
                 self._push(batch.seq, layer, row, keys, values)
             for onward in row.onward:
                 self._send_onward(onward, layer, row.request_id, keys, values)
 
-    def _prompt(self, layer: int, row: Row, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _prompt(self, batch: Batch, layer: int, row: Row, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (groups, tokens, d) of a prompt so far; new tokens are stored where they belong.
 
         Raises:
@@ -299,9 +330,13 @@ class PrimaryWorker(Worker):
         """
         stage, own, pool = self._place.stage, self._shard.groups, self.cache.pool
         missing = [g for g in own if TableKey(row.request_id, stage, g) not in pool.tables]
-        for n, g in enumerate(own):
-            if g not in missing:
-                pool.write(TableKey(row.request_id, stage, g), layer, row.position, k[n], v[n])
+        here = [n for n, g in enumerate(own) if g not in missing]
+        if here:
+            if row.request_id not in batch.spots:
+                batch.spots[row.request_id] = pool.spots(
+                    [TableKey(row.request_id, stage, own[n]) for n in here], row.position, row.new_tokens)
+            parts = (k, v) if not missing else (k[here], v[here])
+            pool.write_groups(batch.spots[row.request_id], layer, *parts)
         if row.position == 0:
             return k, v
         if missing:
@@ -314,7 +349,7 @@ class PrimaryWorker(Worker):
         for device, columns in self._columns(row):
             if device != self.device:
                 groups = tuple(self._shard.groups[n] for n in columns)
-                k, v = (self._kernels.to_wire(x[columns][None]) for x in (keys, values))
+                k, v = self._kernels.pack([x[columns][None] for x in (keys, values)])
                 self.send(device, CacheData(seq, row.push_tag, row.request_id, self._place.stage, (layer,),
                                             groups, 0, k, v, False))
 
@@ -325,6 +360,6 @@ class PrimaryWorker(Worker):
         if onward.source != self.device or not 0 <= at < abroad.layers:
             return
         columns = [self._shard.groups.index(g) for g in onward.groups]
-        k, v = (self._kernels.to_wire(x[columns][None]) for x in (keys, values))
+        k, v = self._kernels.pack([x[columns][None] for x in (keys, values)])
         self.send(onward.target, CacheData(abroad.after, onward.tag, request_id, abroad.stage,
                                            (abroad.at + at,), onward.groups, 0, k, v, False))

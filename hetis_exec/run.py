@@ -86,7 +86,8 @@ def prepare_execution(config: ExecutionConfig, launch: Launch | None = None) -> 
                     else replace(architecture, spec=prepared.model))
     backend = TorchBackend(architecture, folder, settings.seed,
                            Sampling(settings.temperature, settings.top_p, settings.seed),
-                           threads=settings.threads, places=places, dtype=dtype)
+                           threads=settings.threads, places=places, dtype=dtype,
+                           cuda_graphs=settings.cuda_graphs)
     given = ExecutorInput(prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan,
                           prepared.workload.requests(), prepared.settings, settings.seed, settings.timeout_s,
                           log_decisions=settings.check or settings.record or config.sim.log_decisions,

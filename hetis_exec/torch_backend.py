@@ -8,13 +8,18 @@ from pathlib import Path
 
 import torch
 
+from hetis_exec.backend import Shard
 from hetis_exec.devices import CPU, free_bytes, torch_type
 from hetis_exec.kernels.cpu import CpuKernels
+from hetis_exec.kernels.cuda import CudaKernels, triton_kernels
+from hetis_exec.kvcache import KvPool
 from hetis_exec.models.architecture import ELEMENT_TYPES, Architecture
 from hetis_exec.models.decoder import DecoderShard, Part
 from hetis_exec.models.names import model_names, tensor_shapes
+from hetis_exec.models.operations import FusedOperations, Operations, TorchOperations
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import FolderWeights, RandomWeights, Weights
+from hetis_exec.whole_steps import WholeSteps
 from hetis_sim.control.engine import Engine
 from hetis_sim.policies.memory import stage_weight_bytes
 from hetis_sim.policies.plan import InstancePlan
@@ -34,6 +39,7 @@ class TorchBackend:
         threads: of each worker; of all workers together where they are threads of one process.
         places: a torch device for every device of the cluster; none means that all are the CPU.
         dtype: of weights, activations and cache.
+        cuda_graphs: replay decode steps of whole models from CUDA graphs.
     """
 
     architecture: Architecture
@@ -45,6 +51,7 @@ class TorchBackend:
     start_s: float = 180.0
     places: tuple[str, ...] = ()
     dtype: str = "float32"
+    cuda_graphs: bool = True
 
     def place(self, device: int) -> str:
         """The torch device of a device of the cluster."""
@@ -101,18 +108,37 @@ class TorchBackend:
                 need[place] = need.get(place, 0) + size_bytes
         return need
 
-    def kernels(self, device: int, capacity_units: int, block_tokens: int) -> CpuKernels:
+    def kernels(self, device: int, capacity_units: int, block_tokens: int) -> CpuKernels | CudaKernels:
         """Memory and kernels of one worker."""
         torch.set_num_threads(self.threads)
+        place = self.place(device)
+        if place != CPU:
+            torch.cuda.set_device(place)
+            return CudaKernels(torch.device(place), capacity_units, block_tokens,
+                               self.architecture.spec.head_dim, torch_type(self.dtype), self.poison)
         return CpuKernels(capacity_units, block_tokens, self.architecture.spec.head_dim, self.poison,
                           dtype=torch_type(self.dtype))
 
     def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> DecoderShard:
         """The weights of one rank."""
-        place = self.place(device)
-        return DecoderShard(self.architecture, self.weights(place),
-                            part_of(plan, stage, rank, self.architecture.spec.ffn_hidden), self.sampling,
-                            torch.device(place))
+        place, architecture = self.place(device), self.architecture
+        return DecoderShard(architecture, self.weights(place),
+                            part_of(plan, stage, rank, architecture.spec.ffn_hidden), self.sampling,
+                            torch.device(place), operations_for(architecture, place))
+
+    def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: KvPool) -> WholeSteps | None:
+        """Decode steps in one piece, for a worker with a whole model on a CUDA device."""
+        alone = len(plan.stages) == 1 and plan.stages[0].tp == 1
+        if not (alone and self.cuda_graphs and isinstance(pool.kernels, CudaKernels) and pool.kernels.paged):
+            return None
+        assert isinstance(shard, DecoderShard)
+        return WholeSteps(shard, pool)
+
+
+def operations_for(architecture: Architecture, place: str) -> Operations:
+    """What a shard computes between its matrix products, on a torch device."""
+    fused = None if place == CPU else triton_kernels("fused")
+    return TorchOperations(architecture) if fused is None else FusedOperations(architecture, fused)
 
 
 def part_of(plan: InstancePlan, stage: int, rank: int, ffn_hidden: int) -> Part:

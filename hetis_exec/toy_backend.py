@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis_exec.backend import CacheTable
+from hetis_exec.backend import CacheTable, Shard
 from hetis_exec.messages import Array
+from hetis_exec.stopwatch import HostStopwatch
 from hetis_exec.toy_model import ToyModel, ToyShard, softmax
 from hetis_sim.control.engine import Engine
 from hetis_sim.policies.plan import InstancePlan
@@ -62,6 +64,9 @@ class ToyBackend:
         """The weights of one rank."""
         return ToyShard(ToyModel(self.model, self.seed), plan, stage, rank)
 
+    def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: Any) -> None:
+        """The toy computes all steps layer by layer."""
+
 
 @dataclass(frozen=True, slots=True)
 class ToyDecode:
@@ -96,6 +101,9 @@ class ToyKernels:
 
     def pack(self, tensors: Sequence[Array]) -> list[Array]:
         return list(tensors)
+
+    def stopwatch(self) -> HostStopwatch:
+        return HostStopwatch()
 
     def synchronize(self) -> None:
         """Nothing is ever left to be done."""

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import settings
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Without a CUDA device Triton interprets its kernels. It looks at this once, when it is imported.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Examples are the same in every CI run; elsewhere they differ, and failures are remembered.
 settings.register_profile("ci", derandomize=True, deadline=None, print_blob=True)

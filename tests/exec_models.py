@@ -21,7 +21,7 @@ from hetis_exec.models.architecture import Architecture, read_architecture  # no
 from hetis_exec.models.decoder import DecoderShard, Part  # noqa: E402
 from hetis_exec.models.sampling import Sampling  # noqa: E402
 from hetis_exec.models.weights import Weights  # noqa: E402
-from hetis_exec.torch_backend import TorchBackend  # noqa: E402
+from hetis_exec.torch_backend import TorchBackend, operations_for  # noqa: E402
 
 POISON = 1e4
 """Written over freed cache: whoever reads it generates something else."""
@@ -116,18 +116,22 @@ TEXT = np.arange(2, 70, 3) % 89
 Owned = Sequence[Sequence[int]]
 
 
-def shards(architecture: Architecture, weights: Weights, owned: Owned) -> list[DecoderShard]:
-    """One rank for each list of KV groups, over all layers."""
+def shards(architecture: Architecture, weights: Weights, owned: Owned,
+           place: str = "cpu") -> list[DecoderShard]:
+    """One rank for each list of KV groups, over all layers, on a torch device."""
     spec, number = architecture.spec, len(owned)
     bounds = [spec.ffn_hidden * n // number for n in range(number + 1)]
     parts = [Part(range(spec.layers), tuple(groups), slice(*bounds[n:n + 2]), n == 0, True, n == 0)
              for n, groups in enumerate(owned)]
-    return [DecoderShard(architecture, weights, part, Sampling()) for part in parts]
+    operations = operations_for(architecture, place)
+    return [DecoderShard(architecture, weights, part, Sampling(), torch.device(place), operations)
+            for part in parts]
 
 
-def logits(ranks: Sequence[DecoderShard], head_dim: int, dtype: torch.dtype = torch.float32) -> Any:
+def logits(ranks: Sequence[DecoderShard], head_dim: int, dtype: torch.dtype = torch.float32,
+           kernels: Any = None) -> Any:
     """Of a text, in one pass, as ranks that sum up their parts."""
-    kernels = CpuKernels(1, 4, head_dim, dtype=dtype)
+    kernels = kernels or CpuKernels(1, 4, head_dim, dtype=dtype)
     prepared = ranks[0].prepare(np.arange(len(TEXT)))
     hidden = ranks[0].embed(TEXT, prepared)
 

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hetis_exec.backend import CacheTable
 from hetis_exec.kernels.wire import array_of, tensor_of
 from hetis_exec.messages import Array
+from hetis_exec.stopwatch import HostStopwatch
 
 CHUNK_BYTES = 4 << 20
 """Keys and values that are gathered at a time: about what a core's share of the caches holds."""
@@ -103,6 +104,9 @@ class CpuKernels:
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    def stopwatch(self) -> HostStopwatch:
+        return HostStopwatch()
 
     def synchronize(self) -> None:
         """A processor has done what it was asked to do when the call returns."""

@@ -11,14 +11,16 @@ import torch
 from torch.nn import functional
 
 from hetis_exec.backend import Asked
+from hetis_exec.kernels.tables import to_device
 from hetis_exec.messages import Tokens
 from hetis_exec.models.architecture import Architecture, Rope
 from hetis_exec.models.names import layer_names, model_names
+from hetis_exec.models.operations import Norms, Operations, Pair, TorchOperations
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import CPU, Weights
 
-Pair = tuple[torch.Tensor, torch.Tensor | None]
-"""Weight and bias."""
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Attention of one layer: its number, queries, keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,7 @@ class Layer(NamedTuple):
 
     attention_norm: Pair
     qkv: Pair
-    query_norm: torch.Tensor | None
-    key_norm: torch.Tensor | None
+    head_norms: Norms | None
     output: Pair
     mlp_norm: Pair
     up: Pair
@@ -55,7 +56,7 @@ class Layer(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Positions of a batch; cos and sin have shape (tokens, 1, d / 2)."""
+    """Positions of a batch; cos and sin have shape (tokens, d / 2)."""
 
     positions: torch.Tensor
     cos: torch.Tensor | None
@@ -66,14 +67,14 @@ class DecoderShard:
     """See :class:`hetis_exec.backend.Shard`."""
 
     def __init__(self, architecture: Architecture, weights: Weights, part: Part, sampling: Sampling,
-                 device: torch.device = CPU) -> None:
+                 device: torch.device = CPU, operations: Operations | None = None) -> None:
         self.groups = part.groups
         self.layers = len(part.layers)
         self._architecture = architecture
         self._spec = architecture.spec
         self._sampling = sampling
         self._device = device
-        self._activation = ACTIVATIONS[architecture.activation]
+        self._operations = operations or TorchOperations(architecture)
         loader = Loader(architecture, weights, part)
         self._layers = [loader.layer(number) for number in part.layers]
         names = model_names(architecture)
@@ -89,15 +90,22 @@ class DecoderShard:
             architecture.rope, self._spec.head_dim).to(device)
 
     def prepare(self, positions: Tokens) -> Prepared:
-        at = on_device(positions, self._device)
+        return self.prepare_at(to_device(positions, self._device))
+
+    def prepare_at(self, positions: torch.Tensor) -> Prepared:
+        """The same for positions that are on the device."""
         if self._inv_freq is None:
-            return Prepared(at, None, None)
-        angles = at[:, None].float() * self._inv_freq
-        return Prepared(at, angles.cos()[:, None], angles.sin()[:, None])
+            return Prepared(positions, None, None)
+        angles = positions[:, None].float() * self._inv_freq
+        return Prepared(positions, angles.cos(), angles.sin())
 
     def embed(self, tokens: Tokens, prepared: Prepared) -> torch.Tensor:
+        return self.embed_at(to_device(tokens, self._device), prepared)
+
+    def embed_at(self, tokens: torch.Tensor, prepared: Prepared) -> torch.Tensor:
+        """The same for tokens that are on the device."""
         assert self._embedding is not None
-        hidden = functional.embedding(on_device(tokens, self._device), self._embedding)
+        hidden = functional.embedding(tokens, self._embedding)
         if self._positions is not None:
             rows = prepared.positions + self._architecture.position_offset
             hidden = hidden + functional.embedding(rows, self._positions)
@@ -105,30 +113,30 @@ class DecoderShard:
 
     def qkv(self, layer: int, hidden: torch.Tensor,
             prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self._heads(layer, self._operations.norm(hidden, self._layers[layer].attention_norm), prepared)
+
+    def _heads(self, layer: int, normal: torch.Tensor,
+               prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weights, spec = self._layers[layer], self._spec
-        number, d = len(self.groups), spec.head_dim
-        normal = self._norm(hidden, weights.attention_norm)
-        heads = functional.linear(normal, *weights.qkv).view(len(hidden), -1, d)
+        number, d, tokens = len(self.groups), spec.head_dim, len(normal)
+        heads = functional.linear(normal, *weights.qkv).view(tokens, -1, d)
         queries = number * spec.heads_per_group
-        rotated, v = heads[:, :queries + number], heads[:, queries + number:]
-        if weights.query_norm is not None and weights.key_norm is not None:
-            rotated = torch.cat((self._head_norm(rotated[:, :queries], weights.query_norm),
-                                 self._head_norm(rotated[:, queries:], weights.key_norm)), dim=1)
+        turned, v = heads[:, :queries + number], heads[:, queries + number:]
         if prepared.cos is not None and prepared.sin is not None:
-            rotated = rotate(rotated, prepared.cos, prepared.sin)
-        return rotated[:, :queries].reshape(len(hidden), number, -1, d), rotated[:, queries:], v
+            turned = self._operations.turn(heads, prepared.cos, prepared.sin, queries, queries + number,
+                                           weights.head_norms)
+        q = turned[:, :queries].view(tokens, number, spec.heads_per_group, d)
+        return q, turned[:, queries:], v
 
     def project(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
         return functional.linear(attended.flatten(1), *self._layers[layer].output)
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self._mlp(layer, self._operations.norm(hidden, self._layers[layer].mlp_norm))
+
+    def _mlp(self, layer: int, normal: torch.Tensor) -> torch.Tensor:
         weights = self._layers[layer]
-        inner = functional.linear(self._norm(hidden, weights.mlp_norm), *weights.up)
-        if self._spec.gated_mlp:
-            gate, up = inner.chunk(2, dim=1)
-            inner = self._activation(gate) * up
-        else:
-            inner = self._activation(inner)
+        inner = self._operations.inner(functional.linear(normal, *weights.up))
         return functional.linear(inner, *weights.down)
 
     def sample(self, hidden: torch.Tensor, asked: Asked) -> Tokens:
@@ -136,18 +144,32 @@ class DecoderShard:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Shape (rows, vocab), in float32."""
-        assert self._head is not None
         assert self._final_norm is not None
-        return functional.linear(self._norm(hidden, self._final_norm), self._head).float()
+        return self._head_of(self._operations.norm(hidden, self._final_norm))
 
-    def _norm(self, x: torch.Tensor, weights: Pair) -> torch.Tensor:
-        shape, epsilon = (self._spec.hidden,), self._architecture.norm_epsilon
-        if self._architecture.layer_norm:
-            return functional.layer_norm(x, shape, *weights, eps=epsilon)
-        return functional.rms_norm(x, shape, weights[0], epsilon)
+    def _head_of(self, normal: torch.Tensor) -> torch.Tensor:
+        assert self._head is not None
+        return functional.linear(normal, self._head).float()
 
-    def _head_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return functional.rms_norm(x, (self._spec.head_dim,), weight, self._architecture.norm_epsilon)
+    def whole_step(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """Logits (tokens, vocab) of one token for each request, where all layers and groups are here.
+
+        ``attend(layer, q, k, v)`` is the attention to each request's own tokens, of the shape of q.
+        """
+        assert self._final_norm is not None
+        prepared = self.prepare_at(positions)
+        hidden, change = self.embed_at(tokens, prepared), None
+        for number, weights in enumerate(self._layers):
+            normal = self._operations.add_norm(hidden, change, weights.attention_norm)
+            change = self.project(number, attend(number, *self._heads(number, normal, prepared)))
+            normal = self._operations.add_norm(hidden, change, weights.mlp_norm)
+            change = self._mlp(number, normal)
+        return self._head_of(self._operations.add_norm(hidden, change, self._final_norm))
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        return self._sampling
 
 
 class Loader:
@@ -179,8 +201,7 @@ class Loader:
         return Layer(
             self.pair(names.attention_norm),
             self._rows([names.query, names.key, names.value], qkv_biases, self._of_groups),
-            self.weight(names.query_norm) if spec.qk_norm else None,
-            self.weight(names.key_norm) if spec.qk_norm else None,
+            (self.weight(names.query_norm), self.weight(names.key_norm)) if spec.qk_norm else None,
             (self._of_groups(self.weight(names.output).t()).t().contiguous(),
              self._shared_bias(names.output, spec.linear_biases or spec.output_bias)),
             self.pair(names.mlp_norm),
@@ -209,20 +230,6 @@ class Loader:
         return self.bias(module, wanted and self._part.lead)
 
 
-def on_device(array: Tokens, device: torch.device) -> torch.Tensor:
-    """Numbers of the host on a device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, in float32; halves of the last axis are rotated against each other."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
 def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     """Radians per position for each pair of the head dimension, shape (d / 2,).
 
@@ -238,13 +245,3 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     share = (rope.original_positions / wavelengths - rope.low) / (rope.high - rope.low)
     share = share.clamp(0.0, 1.0)
     return (1.0 - share) * plain / rope.factor + share * plain
-
-
-def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
-    return functional.gelu(x, approximate="tanh")
-
-
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": functional.silu, "relu": functional.relu, "gelu": functional.gelu,
-    "gelu_pytorch_tanh": _gelu_tanh,
-}

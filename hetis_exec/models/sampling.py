@@ -36,6 +36,11 @@ class Sampling:
         require_finite("executor.temperature", self.temperature, 0.0, 100.0)
         require_finite("executor.top_p", self.top_p, 0.0, 1.0, open_low=True)
 
+    def greedy(self, asked: Asked) -> bool:
+        """Whether the likeliest tokens are all that is wanted."""
+        return all((self.temperature if wanted.sample is None else wanted.sample.temperature) == 0.0
+                   for wanted in asked)
+
     def choose(self, logits: torch.Tensor, asked: Asked) -> Tokens:
         """One token for each row of logits, shape (rows, vocab)."""
         hows = [Sample(self.temperature, self.top_p, self.top_k) if wanted.sample is None else wanted.sample

@@ -1,0 +1,510 @@
+"""How fast workers compute on a CUDA device: kernels, whole decode steps and a run from end to end.
+
+    python benchmarks/exec_cuda.py --out FOLDER [--seconds 150] [--only step replay]
+
+Each section runs in a process of its own, so that none can spoil another one's memory or device, and leaves
+a JSON file in the folder. ``--tiny`` runs the same code in small on a CPU, with Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+if "--tiny" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hetis_exec.backend import Wanted
+from hetis_exec.kernels.cuda import CudaKernels, DecodePlan, triton_kernels
+from hetis_exec.kernels.reference import attention
+from hetis_exec.kvcache import KvPool, TableKey
+from hetis_exec.models.architecture import made_up
+from hetis_exec.torch_backend import TorchBackend, operations_for
+from hetis_exec.whole_steps import WholeSteps
+from hetis_sim.policies.plan import InstancePlan, StagePlan
+from hetis_sim.spec.architectures import MODELS
+from hetis_sim.spec.gpus import GPUS
+from hetis_sim.spec.model import ModelSpec
+
+BLOCK = 16
+COLD_BYTES = 2 << 30
+"""Cache that a kernel goes through before it reads any of it again: many times the L2."""
+
+DATASHEETS = {"H100": GPUS["h100-sxm"], "H200": GPUS["h200"]}
+SMALL = ModelSpec("small", layers=2, hidden=64, query_heads=8, kv_heads=2, head_dim=16, ffn_hidden=96,
+                  vocab=97)
+
+
+class Machine:
+    """The device, timers on it, and what was found so far."""
+
+    def __init__(self, tiny: bool, out: Path) -> None:
+        self.tiny = tiny
+        self.out = out
+        self.device = torch.device("cpu" if tiny else "cuda:0")
+        self.dtype = torch.float32 if tiny else torch.bfloat16
+        self.facts: dict[str, Any] = {}
+        self.rows: list[dict[str, Any]] = []
+        if (out / "device.json").exists():
+            self.facts = json.loads((out / "device.json").read_text())["facts"]
+
+    def add(self, **row: Any) -> None:
+        """Keep a result, and show it."""
+        self.rows.append(row)
+        print("  " + "  ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
+
+    def write(self, section: str, error: str | None = None) -> None:
+        """Keep all results of a section."""
+        found = {"facts": self.facts, "rows": self.rows, "error": error}
+        (self.out / f"{section}.json").write_text(json.dumps(found, indent=1))
+
+    @property
+    def datasheet(self) -> float:
+        """Bytes/s of the device's memory by its datasheet; 0 for a device that is not known here."""
+        name = str(self.facts.get("name", ""))
+        return next((gpu.memory_bandwidth_bytes_per_s for key, gpu in DATASHEETS.items() if key in name), 0.0)
+
+    def shares(self, size_bytes: float, seconds: float) -> dict[str, float]:
+        """Of the measured and of the datasheet's bandwidth."""
+        rate = size_bytes / seconds
+        found = {"gb_per_s": rate / 1e9}
+        if self.facts.get("copy_gb_per_s"):
+            found["of_measured"] = rate / 1e9 / max(self.facts["copy_gb_per_s"], self.facts["read_gb_per_s"])
+        if self.datasheet:
+            found["of_datasheet"] = rate / self.datasheet
+        return found
+
+    def wait(self) -> None:
+        """Until the device is done."""
+        if not self.tiny:
+            torch.cuda.synchronize()
+
+    def seconds(self, call: Callable[[], object], times: int = 10) -> float:
+        """Median time of a call on the device; its host's part in it is hidden where that is shorter."""
+        call()
+        self.wait()
+        if self.tiny:
+            began = time.perf_counter()
+            call()
+            return time.perf_counter() - began
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+        events[0].record()
+        for event in events[1:]:
+            call()
+            event.record()
+        self.wait()
+        return statistics.median(1e-3 * a.elapsed_time(b) for a, b in pairwise(events))
+
+    def captured(self, call: Callable[[], object], times: int = 5) -> float:
+        """The same for a graph of the call: what the device needs, whatever its host does."""
+        if self.tiny:
+            return self.seconds(call)
+        call()
+        self.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return self.seconds(graph.replay, times)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+# -- the device ---------------------------------------------------------------------------------------------
+
+
+def section_device(machine: Machine) -> None:
+    """Names, versions, bandwidth and arithmetic rate."""
+    facts, device = machine.facts, machine.device
+    facts["torch"], facts["python"] = torch.__version__, sys.version.split()[0]
+    if triton_kernels("paged") is not None:
+        import triton
+
+        facts["triton"] = triton.__version__
+    if not machine.tiny:
+        about = torch.cuda.get_device_properties(device)
+        facts |= {"name": about.name, "processors": about.multi_processor_count, "cuda": torch.version.cuda,
+                  "capability": list(torch.cuda.get_device_capability()),
+                  "memory_gib": about.total_memory / 2**30, "l2_mib": about.L2_cache_size / 2**20}
+        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        facts["driver"] = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    size = 1 << (18 if machine.tiny else 32)
+    a, b = (torch.empty(size // 4, dtype=torch.float32, device=device).fill_(n) for n in (1.0, 2.0))
+    facts["copy_gb_per_s"] = 2 * size / machine.seconds(lambda: b.copy_(a)) / 1e9
+    facts["read_gb_per_s"] = size / machine.seconds(a.sum) / 1e9
+    side = 64 if machine.tiny else 8192
+    x, y = (torch.randn(side, side, device=device, dtype=machine.dtype) for _ in range(2))
+    facts["gemm_tflops"] = 2 * side**3 / machine.seconds(lambda: x @ y) / 1e12
+    if not machine.tiny:
+        host = torch.empty(1 << 28, dtype=torch.uint8, pin_memory=True)
+        there = a.view(torch.uint8)[:1 << 28]
+        for way, (to, of) in {"to_device": (there, host), "to_host": (host, there)}.items():
+            seconds = machine.seconds(lambda to=to, of=of: to.copy_(of, non_blocking=True))
+            facts[f"{way}_gb_per_s"] = len(host) / seconds / 1e9
+    for key, value in facts.items():
+        machine.add(**{key: value})
+
+
+# -- decode attention ---------------------------------------------------------------------------------------
+
+
+class Cache:
+    """Full tables of a batch, in random order over a pool that is read once in many calls."""
+
+    def __init__(self, machine: Machine, batch: int, groups: int, head_dim: int, context: int) -> None:
+        rows, self.blocks = batch * groups, context // BLOCK + 1
+        layer_bytes = 2 * rows * context * head_dim * machine.dtype.itemsize
+        self.bytes = layer_bytes
+        self.layers = 2 if machine.tiny else max(2, min(64, COLD_BYTES // layer_bytes))
+        units = self.layers * rows * self.blocks
+        self.kernels = CudaKernels(machine.device, units, BLOCK, head_dim, machine.dtype)
+        self.kernels.keys.normal_()
+        self.kernels.values.normal_()
+        self.kernels.tables.arena = torch.randperm(units, device=machine.device).to(torch.int32)
+        begins = torch.arange(rows, device=machine.device) * self.layers * self.blocks
+        self.spans = torch.stack((begins, torch.full_like(begins, self.blocks)), dim=1)
+        self.positions = torch.full((batch,), context, device=machine.device)
+        self.context = context
+
+    def plan(self, splits: int | None = None) -> DecodePlan:
+        """As a step would have it."""
+        return DecodePlan(self.spans, self.positions, self.context,
+                          splits or self.kernels.splits(len(self.spans), self.context))
+
+    def error(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
+        """Largest difference to the reference over the first and the last row of the batch."""
+        out, worst, kernels = self.kernels.attend(self.plan(), 1, q, k, v), 0.0, self.kernels
+        groups = q.shape[1]
+        for token, group in ((0, 0), (len(q) - 1, groups - 1)):
+            begin = int(self.spans[token * groups + group, 0]) + self.blocks
+            units = kernels.tables.arena[begin:begin + self.blocks].long()
+            held = [pool[units].flatten(0, 1)[:self.context + 1].float().cpu()[None]
+                    for pool in (kernels.keys, kernels.values)]
+            wanted = attention(q[token:token + 1, group:group + 1].float().cpu(), *held)[0, 0]
+            worst = max(worst, float((out[token, group].float().cpu() - wanted).abs().max()))
+        return worst
+
+
+def inputs(machine: Machine, batch: int, groups: int, heads: int, head_dim: int) -> list[torch.Tensor]:
+    """Queries, keys and values as slices of one projection."""
+    packed = torch.randn(batch, groups * (heads + 2) * head_dim, device=machine.device, dtype=machine.dtype)
+    q, k, v = packed.split((groups * heads * head_dim, groups * head_dim, groups * head_dim), dim=1)
+    return [q.view(batch, groups, heads, head_dim), k.view(batch, groups, head_dim),
+            v.view(batch, groups, head_dim)]
+
+
+def contiguous_seconds(machine: Machine, batch: int, groups: int, heads: int, head_dim: int, context: int,
+                       layers: int) -> float:
+    """Torch's fused attention for one token each over contiguous keys and values."""
+    copies = min(layers, 8)
+    held = torch.randn(copies, 2, batch, groups, context, head_dim, device=machine.device,
+                       dtype=machine.dtype)
+    q = torch.randn(batch, groups * heads, 1, head_dim, device=machine.device, dtype=machine.dtype)
+
+    def call() -> None:
+        for keys, values in held:
+            scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+
+    return machine.captured(call) / copies
+
+
+SHAPES = {"llama3-8b": (8, 4, 128), "llama2-70b": (8, 8, 128), "llama2-13b": (40, 1, 128)}
+"""KV groups, query heads of each, head dimension."""
+
+
+def section_kernel(machine: Machine) -> None:
+    """Paged decode attention, beside torch's on contiguous cache."""
+    shapes = {"small": (2, 4, 16)} if machine.tiny else SHAPES
+    cases = [(32, 1024), (32, 4096), (1, 1024), (1, 8192), (8, 1024), (8, 8192), (64, 256), (64, 1024),
+             (64, 4096), (32, 256)]
+    if machine.tiny:
+        cases = [(2, 20)]
+    for name, (groups, heads, head_dim) in shapes.items():
+        for batch, context in cases if name != "llama2-13b" else cases[:5]:
+            cache = Cache(machine, batch, groups, head_dim, context)
+            given, plan = inputs(machine, batch, groups, heads, head_dim), cache.plan()
+
+            def call(cache: Cache = cache, given: Any = given, plan: DecodePlan = plan) -> None:
+                for layer in range(cache.layers):
+                    cache.kernels.attend(plan, layer, *given)
+
+            seconds = machine.captured(call) / cache.layers
+            error = cache.error(*given)
+            layers = cache.layers
+            size = cache.bytes
+            del cache, call
+            theirs = contiguous_seconds(machine, batch, groups, heads, head_dim, context, layers)
+            machine.add(model=name, batch=batch, context=context, splits=plan.splits, us=1e6 * seconds,
+                        **machine.shares(size, seconds), sdpa_us=1e6 * theirs, error=error)
+
+
+def section_tune(machine: Machine) -> None:
+    """Tiles, warps and stages of the decode kernel."""
+    paged = triton_kernels("paged")
+    cases = [(2, 4, 16, 2, 20)] if machine.tiny else [(8, 4, 128, 32, 1024), (8, 4, 128, 8, 4096),
+                                                      (40, 1, 128, 8, 1024)]
+    until = time.monotonic() + 40
+    for groups, heads, head_dim, batch, context in cases:
+        cache = Cache(machine, batch, groups, head_dim, context)
+        given = inputs(machine, batch, groups, heads, head_dim)
+        options = [(dot, tile, warps, stages) for dot, tiles in ((True, (32, 64, 128)), (False, (16, 32)))
+                   for tile in tiles for warps in (4, 8, 2) for stages in (3, 2, 4, 1)
+                   if (dot or tile * heads * head_dim <= 16384) and not (dot and heads == 1)]
+        usual = cache.plan().splits
+        for n, (dot, tile, warps, stages) in enumerate(options[:2] if machine.tiny else options):
+            if time.monotonic() > until:
+                return
+            launch = paged.Launch(dot, tile, warps, stages)
+            for splits in sorted({usual, 2 * usual, max(1, usual // 2)}) if n % 4 == 0 else (usual,):
+                def call(cache: Cache = cache, given: list[torch.Tensor] = given, splits: int = splits,
+                         launch: Any = launch) -> None:
+                    for layer in range(cache.layers):
+                        paged.decode(launch, splits, *given, cache.kernels.keys, cache.kernels.values,
+                                     cache.kernels.tables.arena, cache.spans, cache.positions, layer)
+
+                seconds = machine.captured(call, 3) / cache.layers
+                machine.add(heads=heads, batch=batch, context=context, **asdict(launch), splits=splits,
+                            us=1e6 * seconds, **machine.shares(cache.bytes, seconds))
+
+
+# -- prefill ------------------------------------------------------------------------------------------------
+
+
+def section_prefill(machine: Machine) -> None:
+    """Causal attention of prompts and of their later pieces."""
+    groups, heads, head_dim = (2, 4, 16) if machine.tiny else SHAPES["llama3-8b"]
+    kernels = CudaKernels(machine.device, 1, BLOCK, head_dim, machine.dtype)
+    cases = ((8, 4),) if machine.tiny else ((512, 0), (2048, 0), (8192, 0), (512, 4096), (512, 16384))
+    for new, context in cases:
+        q, _, _ = inputs(machine, new, groups, heads, head_dim)
+        k, v = (torch.randn(groups, context + new, head_dim, device=machine.device, dtype=machine.dtype)
+                for _ in range(2))
+        seconds = machine.seconds(lambda q=q, k=k, v=v: kernels.causal(q, k, v))
+        operations = 4 * groups * heads * head_dim * (new * context + new * new / 2)
+        sample = kernels.causal(q, k, v)[-2:].float().cpu()
+        wanted = attention(q[-2:].float().cpu(), k.float().cpu(), v.float().cpu())
+        machine.add(new=new, context=context, us=1e6 * seconds, tflops=operations / seconds / 1e12,
+                    error=float((sample - wanted).abs().max()))
+
+
+# -- whole steps --------------------------------------------------------------------------------------------
+
+
+def worker_of(machine: Machine, batch: int, context: int) -> tuple[TorchBackend, InstancePlan, int]:
+    """A backend, the plan of one worker, and the units that it needs."""
+    spec = SMALL if machine.tiny else MODELS["llama3-8b"]
+    architecture = made_up(spec, 4 if machine.tiny else 2)
+    backend = TorchBackend(architecture, places=() if machine.tiny else ("cuda:0",),
+                           dtype="float32" if machine.tiny else "bfloat16")
+    plan = InstancePlan((StagePlan((0,), spec.layers, (spec.kv_heads,)),))
+    return backend, plan, batch * spec.layers * spec.kv_heads * (context // BLOCK + 4)
+
+
+def step_bytes(spec: ModelSpec, batch: int, context: int) -> float:
+    """What a decode step must read: cache, and all weights but the rows of the embedding."""
+    weights = spec.parameters - (0 if spec.tied_embeddings else spec.vocab * spec.hidden)
+    return weights * spec.weight_bytes + batch * context * spec.kv_bytes_per_token
+
+
+def section_step(machine: Machine) -> None:
+    """Whole decode steps: device alone, with their host, kernel by kernel, and layer by layer."""
+    cases = [(2, 20)] if machine.tiny else [(32, 512), (32, 2048), (1, 512), (1, 2048), (8, 512), (8, 2048),
+                                            (64, 512), (64, 2048)]
+    backend, plan, units = worker_of(machine, *max(cases, key=lambda case: case[0] * case[1]))
+    spec = backend.architecture.spec
+    began = time.perf_counter()
+    shard = backend.shard(0, plan, 0, 0)
+    machine.wait()
+    machine.facts["weights_s"] = time.perf_counter() - began
+    if machine.tiny:
+        shard._operations = operations_for(backend.architecture, "cuda")
+    for batch, context in cases:
+        kernels = (CudaKernels(machine.device, units, BLOCK, spec.head_dim, machine.dtype) if machine.tiny
+                   else backend.kernels(0, units, BLOCK))
+        kernels.keys.normal_()
+        kernels.values.normal_()
+        pool = KvPool(units, BLOCK, kernels)
+        for request in range(batch):
+            for group in range(spec.kv_heads):
+                pool.open(TableKey(request, 0, group), spec.layers, context // BLOCK + 3, 1)
+        ids, tokens = list(range(batch)), np.arange(batch) % spec.vocab
+        asked = [Wanted(request, context + 1) for request in ids]
+        row: dict[str, Any] = {"batch": batch, "context": context}
+        found = []
+        for kind in ("graph", "kernels"):
+            if kind == "graph" and machine.tiny:
+                continue
+            steps = WholeSteps(shard, pool, graphs=kind == "graph")
+            began = time.perf_counter()
+            steps.run(ids, [context] * batch, tokens, asked)
+            row[f"{kind}_first_s"] = time.perf_counter() - began
+            walls = []
+            for n in range(1 if machine.tiny else 20):
+                began = time.perf_counter()
+                found.append(steps.run(ids, [context + n % 30] * batch, tokens, asked).tolist())
+                walls.append(time.perf_counter() - began)
+            row[f"{kind}_ms"] = 1e3 * statistics.median(walls)
+            if kind == "graph":
+                (step,) = steps._steps.values()
+                assert step.graph is not None
+                alone = machine.seconds(step.graph.replay, 10)
+                row["device_ms"] = 1e3 * alone
+                row |= machine.shares(step_bytes(spec, batch, context), alone)
+        if not machine.tiny:
+            row["same"] = float(np.mean(np.array(found[0]) == np.array(found[20])))
+        machine.add(**row)
+        del kernels, pool, steps
+    machine.add(weights_s=machine.facts["weights_s"])
+
+
+def section_layers(machine: Machine) -> None:
+    """A step of the general path, which serves prompts, ranks, stages and remote heads: layer by layer."""
+    from hetis_exec.crew import WorkerSpec, build_worker
+    from hetis_exec.messages import Control, Open, Row, Task
+    from hetis_exec.transport import InProcessTransport
+
+    batch, context, steps = (2, 20, 2) if machine.tiny else (32, 512, 8)
+    backend, plan, units = worker_of(machine, batch, context)
+    object.__setattr__(backend, "cuda_graphs", False)
+    spec = backend.architecture.spec
+    transport = InProcessTransport()
+    worker: Any = build_worker(WorkerSpec(0, plan, 0, 0, units, BLOCK, backend, timeout_s=60.0),
+                               transport.endpoint(0))
+    driver = transport.endpoint(-1)
+    groups, blocks = tuple(range(spec.kv_heads)), context // BLOCK + 4
+    opens = tuple(Open(request, 0, groups, spec.layers, blocks, 1) for request in range(batch))
+    rows = [Row(request, context, 1, True, False, (0,) * len(groups), -1) for request in range(batch)]
+
+    def do(seq: int, ops: Any, rows: tuple[Row, ...]) -> float:
+        driver.send(0, Control(seq, ops, units, Task(rows, np.full(sum(row.new_tokens for row in rows), 7))))
+        began = time.perf_counter()
+        worker.turn()
+        return 1e3 * (time.perf_counter() - began)
+
+    walls = []
+    for seq in range(1, steps + 2):
+        walls.append(do(seq, opens if seq == 1 else (), tuple(rows)))
+        rows = [row._replace(position=row.position + 1) for row in rows]
+    times = None
+    while (message := driver.receive(0.0)) is not None:
+        times = getattr(message, "times", times)
+    machine.add(batch=batch, context=context, wall_ms=statistics.median(walls[1:]),
+                **{f"{part}_ms": 1e3 * getattr(times, f"{part}_s")
+                   for part in ("dense", "attention", "head_transfer", "collective")})
+    tokens = 16 if machine.tiny else 1024
+    prompt = (Row(99, 0, tokens, True, True, (0,) * len(groups), -1),)
+    first, again = (do(seq, (), prompt) for seq in (steps + 2, steps + 3))
+    machine.add(prompt_tokens=tokens, first_ms=first, wall_ms=again)
+
+
+# -- from end to end ----------------------------------------------------------------------------------------
+
+
+def section_replay(machine: Machine) -> None:
+    """A workload under vLLM's policy, served by one worker."""
+    from hetis_exec.config import compose_execution
+    from hetis_exec.run import execute, prepare_execution
+
+    if machine.tiny:
+        words = ["model=smollm2-135m", "requests=3", "rate=100", "workload.output_scale=0.01",
+                 "workload.prompt_scale=0.02", "executor.workers=threads"]
+    else:
+        cluster = "h200" if "H200" in str(machine.facts.get("name")) else "h100"
+        words = ["model=llama3-8b", f"cluster={cluster}",
+                 "requests=64", "rate=1000", "workload.table=fixed", "workload.prompt_tokens=512",
+                 "workload.output_tokens=192", "workload.prompt_scale=1", "workload.output_scale=1",
+                 "scheduler.max_batch_requests=64", "scheduler.max_batch_tokens=8192"]
+    for more in ([[]] if machine.tiny else [["requests=32"], [], ["executor.cuda_graphs=false", "requests=32",
+                                                                  "workload.output_tokens=48"]]):
+        began = time.perf_counter()
+        execution = prepare_execution(compose_execution("policy=vllm", "output=none", *words, *more))
+        measured = execute(execution)
+        wall = time.perf_counter() - began
+        steps = measured.result.recorder.steps()
+        decode = steps[(steps["prefill_tokens"] == 0)]
+        full = decode[decode["decode_tokens"] == decode["decode_tokens"].max()]
+        spent = full["end_s"] - full["start_s"]
+        requests = measured.result.recorder.requests()
+        output = sum(len(tokens) for tokens in measured.result.tokens.values())
+        lasted = float(requests["finish_s"].max() - requests["arrival_s"].min())
+        machine.add(run=" ".join(more) or "all", wall_s=wall, finished=len(measured.result.tokens),
+                    output_tokens_per_s=output / lasted, decode_steps=len(decode),
+                    batch=int(full["decode_tokens"].max()), step_ms=1e3 * float(spent.median()),
+                    device_ms=1e3 * float(full["dense_s"].median()),
+                    host_ms=1e3 * float(full["host_s"].median()),
+                    between_ms=1e3 * float((full["start_s"].shift(-1) - full["end_s"]).median()),
+                    checked=measured.checked, error=str(measured.error))
+
+
+SECTIONS: dict[str, tuple[Callable[[Machine], None], int]] = {
+    "device": (section_device, 40), "kernel": (section_kernel, 60), "step": (section_step, 70),
+    "replay": (section_replay, 120), "layers": (section_layers, 40), "prefill": (section_prefill, 30),
+    "tune": (section_tune, 60)}
+"""Sections, in order, and the seconds that each may take."""
+
+
+def run_section(name: str, machine: Machine) -> int:
+    """In this process."""
+    try:
+        SECTIONS[name][0](machine)
+    except Exception as error:
+        machine.write(name, repr(error))
+        raise
+    machine.write(name)
+    return 0
+
+
+def run_all(names: Sequence[str], options: argparse.Namespace) -> int:
+    """Each in a process of its own, while there is time."""
+    until, failed = time.monotonic() + options.seconds, []
+    for name in names:
+        left = min(SECTIONS[name][1], until - time.monotonic())
+        if left < 5:
+            print(f"== {name}: no time left", flush=True)
+            continue
+        print(f"== {name}", flush=True)
+        began = time.monotonic()
+        words = [sys.executable, __file__, "--out", str(options.out), "--section", name]
+        try:
+            code = subprocess.run(words + ["--tiny"] * options.tiny, timeout=left, check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = -1
+        print(f"== {name}: {'done' if code == 0 else f'FAILED ({code})'} in {time.monotonic() - began:.1f} s",
+              flush=True)
+        failed += [name] * (code != 0)
+    print("failed: " + ", ".join(failed) if failed else "all sections done", flush=True)
+    return 1 if failed else 0
+
+
+def main() -> int:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--section", choices=SECTIONS, help="run this one here")
+    parser.add_argument("--tiny", action="store_true", help="in small on the CPU, by Triton's interpreter")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.section:
+        return run_section(options.section, Machine(options.tiny, options.out))
+    return run_all(options.only, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

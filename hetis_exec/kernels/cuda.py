@@ -1,0 +1,249 @@
+"""Cache and attention of one worker on a CUDA device.
+
+Nothing here waits for the device, except :meth:`CudaKernels.to_wire` and what is asked to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from hetis_exec.backend import CacheTable
+from hetis_exec.kernels.gathered import GatheredDecode
+from hetis_exec.kernels.tables import DeviceTables, to_device
+from hetis_exec.kernels.wire import array_of, tensor_of
+from hetis_exec.messages import Array
+from hetis_exec.stopwatch import HostStopwatch, Stopwatch
+
+Units = NDArray[np.int64]
+
+FLASH_FROM = (8, 0)
+FLASH_HEAD_DIM = 256
+"""Torch's flash attention, which takes grouped query heads as they are, knows these cards and heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Decode attention of a batch, for all layers, on the device.
+
+    Attributes:
+        spans: of the rows' tables, shape (rows, 2).
+        positions: of the new tokens, shape (rows,).
+        longest: the highest of them.
+        splits: pieces of each row.
+    """
+
+    spans: torch.Tensor
+    positions: torch.Tensor
+    longest: int
+    splits: int
+
+
+class CudaKernels:
+    """See :class:`hetis_exec.backend.Kernels`.
+
+    Args:
+        device: where to compute.
+        capacity_units, block_tokens, head_dim, dtype: the pool, of shape (units, block_tokens, head_dim)
+            for keys and for values. It is taken at once.
+        poison: written over what is freed, so that tests find out who reads it.
+        paged: the module with the Triton kernels; by default that of this package, where Triton is
+            installed. None gathers blocks with torch.
+    """
+
+    def __init__(self, device: torch.device, capacity_units: int, block_tokens: int, head_dim: int,
+                 dtype: torch.dtype, poison: float | None = None, paged: Any = "auto") -> None:
+        self.device = device
+        self.dtype = dtype
+        self.block_tokens = block_tokens
+        self.head_dim = head_dim
+        self.paged: Any = triton_kernels("paged") if paged == "auto" else paged
+        self._poison = poison
+        self._cuda = device.type == "cuda"
+        self.capability: tuple[int, int] = torch.cuda.get_device_capability(device) if self._cuda else (0, 0)
+        self.processors: int = (torch.cuda.get_device_properties(device).multi_processor_count
+                                if self._cuda else 1)
+        shape = (max(1, capacity_units), block_tokens, head_dim)
+        # Zeros, because masked places are gathered as well: 0 times nan would be nan.
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        self.tables = DeviceTables(device, min(1 << 28, max(1 << 12, 2 * capacity_units)))
+        self._gathered = GatheredDecode()
+        self._flash = self.capability >= FLASH_FROM and dtype != torch.float32 and head_dim <= FLASH_HEAD_DIM
+
+    # -- arrays --------------------------------------------------------------------------------------
+
+    def from_wire(self, array: Array) -> torch.Tensor:
+        tensor = tensor_of(array)
+        return tensor if not self._cuda else tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def to_wire(self, tensor: torch.Tensor) -> Array:
+        return self.pack((tensor,))[0]
+
+    def pack(self, tensors: Sequence[torch.Tensor]) -> list[Array]:
+        if not self._cuda:
+            return [array_of(tensor) for tensor in tensors]
+        copies = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        self.wait()
+        return [array_of(copy) for copy in copies]
+
+    def index(self, *axes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        return tuple(to_device(np.array(axis, dtype=np.int64), self.device) for axis in axes)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+    def stopwatch(self) -> Stopwatch:
+        return EventStopwatch(self.device) if self._cuda else HostStopwatch()
+
+    def synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize(self.device)
+
+    def wait(self) -> None:
+        """Until what has been asked for so far is done, other streams aside."""
+        if not self._cuda:
+            return
+        event = new_event()
+        event.record(torch.cuda.current_stream(self.device))
+        event.synchronize()
+
+    # -- cache ---------------------------------------------------------------------------------------
+
+    def clear(self, table: CacheTable) -> None:
+        self.tables.forget(table)
+        if self._poison is not None:
+            at = to_device(table.units.ravel(), self.device)
+            self.keys[at] = self._poison
+            self.values[at] = self._poison
+
+    def spots(self, units: Units, offsets: Units) -> torch.Tensor:
+        return to_device(units * self.block_tokens + offsets, self.device)
+
+    def write(self, spots: torch.Tensor, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        for pool, new in ((self.keys, keys), (self.values, values)):
+            pool.view(-1, self.head_dim).index_copy_(0, spots[layer], new)
+
+    def read(self, units: Units) -> tuple[torch.Tensor, torch.Tensor]:
+        at = to_device(np.ascontiguousarray(units), self.device)
+        return self.keys[at].flatten(-3, -2), self.values[at].flatten(-3, -2)
+
+    # -- attention -----------------------------------------------------------------------------------
+
+    def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
+        self.enter()
+        spans, at = self.tables.spans(tables), np.array(positions, dtype=np.int64)
+        rows = len(at)
+        sent = to_device(np.concatenate((spans.ravel(), at)), self.device)
+        longest = int(at.max())
+        return DecodePlan(sent[:2 * rows].view(rows, 2), sent[2 * rows:], longest, self.splits(rows, longest))
+
+    def enter(self) -> None:
+        """Make the device that of this thread: Triton starts its kernels there."""
+        if self._cuda and torch.cuda.current_device() != self.device.index:
+            torch.cuda.set_device(self.device)
+
+    def splits(self, rows: int, longest: int, heads: int = 1) -> int:
+        """Pieces of each row."""
+        if self.paged is None:
+            return 1
+        launch = self.paged.choose_launch(heads, self.head_dim, self.dtype, self.capability)
+        found: int = self.paged.choose_splits(rows, longest, launch, self.processors)
+        return found
+
+    def decode(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
+               values: torch.Tensor) -> torch.Tensor:
+        return self.attend(plan, layer, queries[:, None], keys[:, None], values[:, None])[:, 0]
+
+    def attend(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
+               values: torch.Tensor) -> torch.Tensor:
+        """The same for tokens that each have a row for every group.
+
+        Shapes: queries (tokens, groups, G, d), keys and values (tokens, groups, d), of any strides but
+        those of G and d; spans of the plan (tokens x groups, 2), positions (tokens,).
+        """
+        pools = self.keys, self.values, self.tables.arena, plan.spans, plan.positions, layer
+        if self.paged is None:
+            return self._gathered.decode(plan.longest, queries, keys, values, *pools)
+        launch = self.paged.choose_launch(queries.shape[2], self.head_dim, self.dtype, self.capability)
+        found: torch.Tensor = self.paged.decode(launch, plan.splits, _dense(queries, 2), _dense(keys, 1),
+                                                _dense(values, 1), *pools)
+        return found
+
+    def causal(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        new, groups, r, d = queries.shape
+        total = keys.shape[1]
+        q = queries.reshape(new, groups * r, d).transpose(0, 1)[None]
+        k, v = keys[None], values[None]
+        options: dict[str, Any] = {"is_causal": new == total and new > 1}
+        if 1 < new < total:
+            options = {"attn_mask": causal_lower_right(new, total)}
+        if self._flash:
+            options["enable_gqa"] = r > 1
+        elif r > 1:
+            k, v = (x[:, :, None].expand(1, groups, r, total, d).flatten(1, 2) for x in (k, v))
+        out = scaled_dot_product_attention(q, k, v, **options)
+        return out[0].transpose(0, 1).reshape(new, groups, r, d)
+
+
+def new_event(timing: bool = False) -> torch.cuda.Event:
+    """An event of this thread's device."""
+    make: Any = torch.cuda.Event
+    event: torch.cuda.Event = make(enable_timing=timing)
+    return event
+
+
+class EventStopwatch:
+    """Laps of a CUDA stream: its device works on what it was asked for while its host goes on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._events: list[torch.cuda.Event] = []
+        self._parts: list[str] = []
+
+    def start(self) -> None:
+        self._parts = []
+        self._record()
+
+    def lap(self, part: str) -> None:
+        self._parts.append(part)
+        self._record()
+
+    def _record(self) -> None:
+        number = len(self._parts)
+        if number == len(self._events):
+            self._events.append(new_event(timing=True))
+        self._events[number].record(torch.cuda.current_stream(self._device))
+
+    def read(self) -> dict[str, float]:
+        found: dict[str, float] = {}
+        self._events[len(self._parts)].synchronize()
+        for part, (a, b) in zip(self._parts, pairwise(self._events), strict=False):
+            found[part] = found.get(part, 0.0) + 1e-3 * a.elapsed_time(b)
+        return found
+
+
+def triton_kernels(name: str) -> Any:
+    """A module of Triton kernels, or None where Triton is not installed."""
+    return import_module(f"hetis_exec.kernels.{name}") if find_spec("triton") is not None else None
+
+
+def _dense(tensor: torch.Tensor, axes: int) -> torch.Tensor:
+    """A tensor whose last axes lie close together."""
+    size = 1
+    for axis in range(1, axes + 1):
+        if tensor.stride(-axis) != size and tensor.shape[-axis] > 1:
+            return tensor.contiguous()
+        size *= tensor.shape[-axis]
+    return tensor

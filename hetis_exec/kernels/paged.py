@@ -1,0 +1,217 @@
+"""Paged decode attention in Triton, for all cards from Pascal on.
+
+A row is one KV group of one request: G query heads share its keys and values. Its table lies in an
+array that all rows share, layer after layer; ``spans`` says where each row's begins, and how many
+blocks each layer has room for. A program computes one row, or one of several pieces of it, which a
+second kernel joins (Dao et al. 2023, Flash-Decoding). The new token's keys and values are stored on the
+way: no program reads them back.
+
+Scores are products of matrix units where those take the type and the group has enough heads to be
+worth the padding. Otherwise each place of a tile has a running softmax of its own, and places are
+joined at the end: the loop then needs no exchange between threads but the sums of the scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+NO_SCORE = tl.constexpr(-1e30)
+"""Less than any score, and yet a number: its difference to itself is 0."""
+
+LOG2_E = 1.4426950408889634
+DOT_FROM = (8, 0)
+DOT_GROUP = 4
+DOT_ROWS = 16
+"""Matrix units are used from this compute capability and this many query heads of a group on, and take
+this many rows."""
+
+
+@triton.jit(do_not_specialize=["layer", "groups", "splits"])
+def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: PLR0915 - one kernel
+                key_pool, value_pool, arena, spans, positions,
+                query_token, query_group, key_token, key_group, value_token, value_group, layer, groups,
+                splits, scale, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
+                D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
+                DOT: tl.constexpr, STAGES: tl.constexpr):
+    """One of some pieces of one row; strides are in elements, ``scale`` is that of base-2 exponents."""
+    row = tl.program_id(0)
+    split = tl.program_id(1)
+    begin = tl.load(spans + 2 * row)
+    if begin >= 0:
+        table = arena + begin + layer * tl.load(spans + 2 * row + 1)
+        token = (row // groups).to(tl.int64)
+        group = (row % groups).to(tl.int64)
+        position = tl.load(positions + token).to(tl.int32)
+        g = tl.arange(0, G_PAD)
+        d = tl.arange(0, D_PAD)
+        in_head = d < D
+        q = tl.load(queries + token * query_token + group * query_group + g[:, None] * D + d[None, :],
+                    mask=(g < G)[:, None] & in_head[None, :], other=0.0)
+
+        share = tl.cdiv(tl.cdiv(position, splits), TILE) * TILE
+        first = split * share
+        last = tl.minimum(position, first + share)
+
+        if DOT:
+            top = tl.full([G_PAD], NO_SCORE, tl.float32)
+            total = tl.zeros([G_PAD], tl.float32)
+            mixed = tl.zeros([G_PAD, D_PAD], tl.float32)
+        else:
+            wide = q.to(tl.float32)
+            tops_at = tl.full([G_PAD, TILE], NO_SCORE, tl.float32)
+            totals_at = tl.zeros([G_PAD, TILE], tl.float32)
+            mixed_at = tl.zeros([G_PAD, TILE, D_PAD], tl.float32)
+
+        for start in tl.range(first, last, TILE, num_stages=STAGES):
+            t = start + tl.arange(0, TILE)
+            inside = t < last
+            unit = tl.load(table + t // BLOCK, mask=inside, other=0).to(tl.int64)
+            at = (unit * BLOCK + t % BLOCK) * D
+            wanted = inside[:, None] & in_head[None, :]
+            k = tl.load(key_pool + at[:, None] + d[None, :], mask=wanted, other=0.0)
+            v = tl.load(value_pool + at[:, None] + d[None, :], mask=wanted, other=0.0)
+            if DOT:
+                scores = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+                higher = tl.maximum(top, tl.max(scores, 1))
+                weights = tl.exp2(scores - higher[:, None])
+                kept = tl.exp2(top - higher)
+                total = total * kept + tl.sum(weights, 1)
+                mixed = tl.dot(weights.to(v.dtype), v, mixed * kept[:, None])
+                top = higher
+            else:
+                scores = tl.sum(wide[:, None, :] * k.to(tl.float32)[None, :, :], 2) * scale
+                scores = tl.where(inside[None, :], scores, float("-inf"))
+                higher = tl.maximum(tops_at, scores)
+                weights = tl.exp2(scores - higher)
+                kept = tl.exp2(tops_at - higher)
+                totals_at = totals_at * kept + weights
+                mixed_at = mixed_at * kept[:, :, None] + weights[:, :, None] * v.to(tl.float32)[None, :, :]
+                tops_at = higher
+
+        if not DOT:
+            top = tl.max(tops_at, 1)
+            joined = tl.exp2(tops_at - top[:, None])
+            total = tl.sum(totals_at * joined, 1)
+            mixed = tl.sum(mixed_at * joined[:, :, None], 1)
+
+        if split == 0:
+            k_new = tl.load(new_keys + token * key_token + group * key_group + d, mask=in_head, other=0.0)
+            v_new = tl.load(new_values + token * value_token + group * value_group + d, mask=in_head,
+                            other=0.0)
+            unit_new = tl.load(table + position // BLOCK).to(tl.int64)
+            at_new = (unit_new * BLOCK + position % BLOCK) * D
+            tl.store(key_pool + at_new + d, k_new, mask=in_head)
+            tl.store(value_pool + at_new + d, v_new, mask=in_head)
+            score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
+            top_new = tl.maximum(top, score)
+            weight = tl.exp2(score - top_new)
+            old = tl.exp2(top - top_new)
+            total = total * old + weight
+            mixed = mixed * old[:, None] + weight[:, None] * v_new.to(tl.float32)[None, :]
+            top = top_new
+
+        heads = g[:, None] * D + d[None, :]
+        stored = (g < G)[:, None] & in_head[None, :]
+        if WHOLE:
+            result = mixed / total[:, None]
+            tl.store(out + row.to(tl.int64) * (G * D) + heads, result.to(out.dtype.element_ty), mask=stored)
+        else:
+            piece = row.to(tl.int64) * splits + split
+            tl.store(tops + piece * G + g, top, mask=g < G)
+            tl.store(sums + piece * G + g, total, mask=g < G)
+            if (first < last) | (split == 0):
+                tl.store(parts + piece * (G * D) + heads, mixed, mask=stored)
+
+
+@triton.jit
+def join_pieces(parts, tops, sums, out, spans, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
+                SPLITS: tl.constexpr):
+    """One head of one row: its pieces, weighted by their sums; pieces without tokens were not written."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    if tl.load(spans + 2 * row) >= 0:
+        d = tl.arange(0, D_PAD)
+        piece = (row.to(tl.int64) * SPLITS + tl.arange(0, SPLITS)) * G + head
+        top = tl.load(tops + piece)
+        total = tl.load(sums + piece)
+        weights = tl.where(total > 0.0, tl.exp2(top - tl.max(top, 0)), 0.0)
+        mixed = tl.load(parts + piece[:, None] * D + d[None, :],
+                        mask=(total > 0.0)[:, None] & (d < D)[None, :], other=0.0)
+        result = tl.sum(mixed * weights[:, None], 0) / tl.sum(weights * total, 0)
+        tl.store(out + (row.to(tl.int64) * G + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How a row is computed.
+
+    Attributes:
+        dot: by matrix units.
+        tile: tokens at a time.
+        warps: of a program.
+        stages: tiles on their way at a time.
+    """
+
+    dot: bool
+    tile: int
+    warps: int
+    stages: int
+
+
+def power_of_two(number: int) -> int:
+    """The next one that is not smaller."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def padded_heads(heads: int, launch: Launch) -> int:
+    """Rows that a group's query heads take."""
+    return max(DOT_ROWS if launch.dot else 1, power_of_two(heads))
+
+
+def choose_launch(heads: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
+    """For G query heads of a group; matrix units take 16-bit types only."""
+    wide = power_of_two(head_dim)
+    if capability >= DOT_FROM and dtype != torch.float32 and heads >= DOT_GROUP and wide >= DOT_ROWS:
+        return Launch(True, 64 if wide <= 128 else 32, 4, 3)
+    # Each thread keeps its share of (heads, tile, head_dim) in registers.
+    tile = max(4, min(64, 8192 // (power_of_two(heads) * wide)))
+    return Launch(False, tile, 4, 2)
+
+
+def choose_splits(rows: int, longest: int, launch: Launch, processors: int) -> int:
+    """Pieces of each row, a power of two: enough programs for the card, none without some tiles to do."""
+    wanted = max(1, 8 * processors // max(1, rows))
+    most = max(1, longest // (2 * launch.tile))
+    return min(64, 1 << (min(wanted, most).bit_length() - 1))
+
+
+def decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+           key_pool: torch.Tensor, value_pool: torch.Tensor, arena: torch.Tensor, spans: torch.Tensor,
+           positions: torch.Tensor, layer: int) -> torch.Tensor:
+    """Store each row's new token and attend to all of its tokens.
+
+    Shapes: queries (tokens, groups, G, d), keys and values (tokens, groups, d), each with d (and G before
+    it) contiguous; spans (tokens x groups, 2), positions (tokens,); pools (units, block_tokens, d). The
+    result has the shape of the queries, contiguous. Rows whose span begins below 0 are left out.
+    """
+    tokens, groups, heads, d = queries.shape
+    rows, d_pad = tokens * groups, power_of_two(d)
+    out = torch.empty((tokens, groups, heads, d), dtype=queries.dtype, device=queries.device)
+    parts = tops = sums = out
+    if splits > 1:
+        parts = torch.empty(rows * splits * heads * d, dtype=torch.float32, device=queries.device)
+        tops, sums = torch.empty((2, rows * splits * heads), dtype=torch.float32, device=queries.device)
+    decode_rows[rows, splits](
+        queries, keys, values, out, parts, tops, sums, key_pool, value_pool, arena, spans, positions,
+        queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
+        values.stride(1), layer, groups, splits, d ** -0.5 * LOG2_E, G=heads,
+        G_PAD=padded_heads(heads, launch), D=d, D_PAD=d_pad, BLOCK=key_pool.shape[1], TILE=launch.tile,
+        WHOLE=splits == 1, DOT=launch.dot, STAGES=launch.stages, num_warps=launch.warps)
+    if splits > 1:
+        join_pieces[rows, heads](parts, tops, sums, out, spans, G=heads, D=d, D_PAD=d_pad, SPLITS=splits,
+                                 num_warps=4)
+    return out

@@ -1,0 +1,65 @@
+"""Kernels compile for cards of every generation, without one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="real models need the extra exec")
+pytest.importorskip("triton", reason="kernels are written in Triton")
+
+SCRIPT = Path(__file__).parents[1] / "triton_compile.py"
+TARGETS = (60, 61, 70, 75, 80, 86, 89, 90, 100, 120)
+
+
+def compile_all(cases: list[list[Any]]) -> list[dict[str, Any]]:
+    """Compile cases in a process in which Triton does not interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, str(SCRIPT), json.dumps(cases)], env=environment, text=True,
+                          capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == len(cases)
+    assert all(made["bytes"] > 1000 for made in found)
+    return found
+
+
+def test_some_kernels_compile_for_old_and_new_cards() -> None:
+    """Matrix units are used where there are any, for groups of heads that are worth it."""
+    old, volta, new, single = compile_all([
+        ["decode", 60, "fp16", 4, 64], ["decode_whole", 70, "fp16", 1, 64], ["decode", 90, "bf16", 4, 128],
+        ["decode", 90, "bf16", 1, 64]])
+    assert [made["matrix_units"] for made in (old, volta, new, single)] == [False, False, True, False]
+
+
+def test_what_lies_between_matrix_products_compiles() -> None:
+    """On the newest card and on the oldest."""
+    compile_all([[kernel, target, kind, 4, 128] for target, kind in ((60, "fp16"), (90, "bf16"))
+                 for kernel in ("join", "norm", "add_layer_norm", "turn", "turn_norm", "gate")])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_decode_attention_compiles_for_every_card(target: int, kind: str) -> None:
+    """All group sizes, in one piece and in many."""
+    cases = [["decode" if heads % 8 else "decode_whole", target, kind, heads, 128] for heads in (1, 4, 8, 16)]
+    found = compile_all(cases)
+    if target < 80 or kind == "fp32":
+        assert not any(made["matrix_units"] for made in found)
+    else:
+        assert [made["matrix_units"] for made in found] == [False, True, True, True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 256])
+def test_decode_attention_compiles_for_other_heads(head_dim: int) -> None:
+    """On cards with matrix units and without."""
+    compile_all([["decode", target, kind, 4, head_dim]
+                 for target, kind in ((70, "fp16"), (80, "fp16"), (90, "bf16"), (90, "fp32"))])
