@@ -122,9 +122,13 @@ class TorchBackend:
     def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> DecoderShard:
         """The weights of one rank."""
         place, architecture = self.place(device), self.architecture
-        return DecoderShard(architecture, self.weights(place),
-                            part_of(plan, stage, rank, architecture.spec.ffn_hidden), self.sampling,
-                            torch.device(place), operations_for(architecture, place))
+        shard = DecoderShard(architecture, self.weights(place),
+                             part_of(plan, stage, rank, architecture.spec.ffn_hidden), self.sampling,
+                             torch.device(place), operations_for(architecture, place))
+        if place != CPU:
+            # Whole matrices have been there of which parts are kept, and such as were drawn in float32.
+            torch.cuda.empty_cache()
+        return shard
 
     def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: KvPool) -> WholeSteps | None:
         """Decode steps in one piece, for a worker with a whole model on a CUDA device."""

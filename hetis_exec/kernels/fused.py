@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hetis_exec.kernels.paged import power_of_two
+from hetis_exec.kernels.paged import STARTING, power_of_two
 
 HEADS_AT_ONCE = 4
 COLUMNS_AT_ONCE = 1024
@@ -85,10 +85,11 @@ def add_norm(hidden: torch.Tensor, change: torch.Tensor | None, weight: torch.Te
     normal = torch.empty_like(hidden)
     tokens, width = hidden.shape
     padded = power_of_two(width)
-    add_norm_rows[tokens,](hidden, hidden if change is None else change, normal, weight,
-                           weight if bias is None else bias, epsilon, width, WIDTH_PAD=padded,
-                           ADDS=change is not None, LAYER_NORM=bias is not None,
-                           num_warps=max(1, min(16, padded // 512)))
+    with STARTING:
+        add_norm_rows[tokens,](hidden, hidden if change is None else change, normal, weight,
+                               weight if bias is None else bias, epsilon, width, WIDTH_PAD=padded,
+                               ADDS=change is not None, LAYER_NORM=bias is not None,
+                               num_warps=max(1, min(16, padded // 512)))
     return normal
 
 
@@ -101,15 +102,17 @@ def turn(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, queries: int
     """
     half = cos.shape[-1]
     query_norm, key_norm = norms or (cos, cos)
-    turn_heads[len(heads), triton.cdiv(number, HEADS_AT_ONCE)](
-        heads, cos, sin, query_norm, key_norm, epsilon, heads.stride(0), queries, number, HALF=half,
-        HALF_PAD=power_of_two(half), AT_ONCE=HEADS_AT_ONCE, NORMS=norms is not None, num_warps=2)
+    with STARTING:
+        turn_heads[len(heads), triton.cdiv(number, HEADS_AT_ONCE)](
+            heads, cos, sin, query_norm, key_norm, epsilon, heads.stride(0), queries, number, HALF=half,
+            HALF_PAD=power_of_two(half), AT_ONCE=HEADS_AT_ONCE, NORMS=norms is not None, num_warps=2)
 
 
 def gate(inner: torch.Tensor) -> torch.Tensor:
     """silu(first half) x second half of each row, shape (tokens, width) of (tokens, 2 x width)."""
     tokens, width = inner.shape[0], inner.shape[1] // 2
     out = torch.empty((tokens, width), dtype=inner.dtype, device=inner.device)
-    gate_columns[tokens, triton.cdiv(width, COLUMNS_AT_ONCE)](inner, out, width, COLUMNS=COLUMNS_AT_ONCE,
-                                                              num_warps=4)
+    with STARTING:
+        gate_columns[tokens, triton.cdiv(width, COLUMNS_AT_ONCE)](inner, out, width, COLUMNS=COLUMNS_AT_ONCE,
+                                                                  num_warps=4)
     return out

@@ -14,10 +14,14 @@ joined at the end: the loop then needs no exchange between threads but the sums 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 import triton
 import triton.language as tl
+
+STARTING = Lock()
+"""Workers may be threads of one process; a kernel that is started for the first time is compiled then."""
 
 NO_SCORE = tl.constexpr(-1e30)
 """Less than any score, and yet a number: its difference to itself is 0."""
@@ -205,13 +209,14 @@ def decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tenso
     if splits > 1:
         parts = torch.empty(rows * splits * heads * d, dtype=torch.float32, device=queries.device)
         tops, sums = torch.empty((2, rows * splits * heads), dtype=torch.float32, device=queries.device)
-    decode_rows[rows, splits](
-        queries, keys, values, out, parts, tops, sums, key_pool, value_pool, arena, spans, positions,
-        queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
-        values.stride(1), layer, groups, splits, d ** -0.5 * LOG2_E, G=heads,
-        G_PAD=padded_heads(heads, launch), D=d, D_PAD=d_pad, BLOCK=key_pool.shape[1], TILE=launch.tile,
-        WHOLE=splits == 1, DOT=launch.dot, STAGES=launch.stages, num_warps=launch.warps)
-    if splits > 1:
-        join_pieces[rows, heads](parts, tops, sums, out, spans, G=heads, D=d, D_PAD=d_pad, SPLITS=splits,
-                                 num_warps=4)
+    with STARTING:
+        decode_rows[rows, splits](
+            queries, keys, values, out, parts, tops, sums, key_pool, value_pool, arena, spans, positions,
+            queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
+            values.stride(1), layer, groups, splits, d ** -0.5 * LOG2_E, G=heads,
+            G_PAD=padded_heads(heads, launch), D=d, D_PAD=d_pad, BLOCK=key_pool.shape[1], TILE=launch.tile,
+            WHOLE=splits == 1, DOT=launch.dot, STAGES=launch.stages, num_warps=launch.warps)
+        if splits > 1:
+            join_pieces[rows, heads](parts, tops, sums, out, spans, G=heads, D=d, D_PAD=d_pad, SPLITS=splits,
+                                     num_warps=4)
     return out
