@@ -65,7 +65,7 @@ class ExecutorConfig:
     temperature: float = 0.0
     top_p: float = 1.0
     timeout_s: float = 60.0
-    eager_kib: float = 64.0
+    eager_kib: float = 1024.0
     network: NetworkConfig = field(default_factory=NetworkConfig)
     check: bool = True
     record: bool = False

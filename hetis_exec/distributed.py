@@ -109,7 +109,7 @@ def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
     try:
         _compare(driver["digest"], seat.settings.digest)
         if spec is not None:
-            _meet(meeting, seat, endpoint, token)
+            meet(meeting, seat, endpoint, token)
             worker = build_worker(spec, endpoint)
     except ExecutorError as error:
         failed = True
@@ -141,8 +141,11 @@ def _compare(driver: str, own: str) -> None:
                             "driver")
 
 
-def _meet(meeting: Meeting, seat: Seat, endpoint: NetworkEndpoint, token: bytes) -> None:
+def meet(meeting: Meeting, seat: Seat, endpoint: NetworkEndpoint, token: bytes, control: int = 1) -> None:
     """Connect a worker with the others: the higher device of a pair calls the lower one.
+
+    Args:
+        control: connections that the endpoint has already.
 
     Raises:
         ExecutorError: another one does not come.
@@ -159,7 +162,7 @@ def _meet(meeting: Meeting, seat: Seat, endpoint: NetworkEndpoint, token: bytes)
             record = meeting.look_up(f"worker/{lower}", WORKER_FIELDS)
             endpoint.add(lower, channel, connect((record["host"], record["port"]), token,
                                                  Hello(higher, lower, channel)))
-    if not endpoint.await_links(1 + len(links), place.start_s):
+    if not endpoint.await_links(control + len(links), place.start_s):
         raise ExecutorError(f"not all of the others have called device {seat.device} in {place.start_s:g} s; "
                             f"it knows {endpoint.peers}")
     listener.close()

@@ -37,7 +37,7 @@ LAST_S = 2.0
 PATIENCE_S = 60.0
 """How long a thread sleeps at a time."""
 
-EAGER_BYTES = 64 << 10
+EAGER_BYTES = 1 << 20
 
 
 class Channel(IntEnum):
