@@ -33,12 +33,19 @@ def free_port() -> int:
     return port
 
 
-def torchrun(options: Sequence[str], run: Path, *more: str, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+def torchrun(options: Sequence[str], run: Path, *more: str,
+             prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
     """An agent of torchrun and the ranks of its node."""
     line = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, "-m", "hetis_exec",
             *words("+policy=hetis", *more, run=run)]
     return subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def node_of_two(node: int, address: str, port: str) -> list[str]:
+    """Options of torchrun for one of two nodes with two ranks each."""
+    return ["--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(node), "--master-addr", address,
+            "--master-port", port]
 
 
 def finish(*agents: subprocess.Popen[str]) -> list[str]:
@@ -131,8 +138,8 @@ def test_a_killed_rank_ends_the_run(lost: int, tmp_path: Path) -> None:
 def test_a_killed_driver_ends_all_ranks(tmp_path: Path) -> None:
     """Its own worker, the ranks of its node, and those of another node."""
     port = str(free_port())
-    agents = [torchrun(["--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(n), "--master-addr", LOOPBACK,
-                        "--master-port", port], tmp_path / "run", "rate=2", "requests=200") for n in range(2)]
+    agents = [torchrun(node_of_two(n, LOOPBACK, port), tmp_path / "run", "rate=2", "requests=200")
+              for n in range(2)]
     wait_for(lambda: 0 in ranks(agents[0]) and len(below(ranks(agents[0])[0])) >= 2, "the driver starts")
     time.sleep(6.0)
     everyone = [pid for agent in agents for pid in below(agent.pid)]
@@ -142,7 +149,7 @@ def test_a_killed_driver_ends_all_ranks(tmp_path: Path) -> None:
     wait_for(lambda: not any(alive(pid) for pid in everyone), "all processes end")
 
 
-# -- two hosts, nearly -----------------------------------------------------------------------------------------
+# -- two hosts, nearly ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -173,8 +180,6 @@ def namespaces() -> Iterator[list[str]]:
 
 def test_two_hosts_nearly(namespaces: list[str], tmp_path: Path) -> None:
     """Each node has a network of its own; the address of the master leads from one to the other."""
-    agents = [torchrun(["--nnodes", "2", "--nproc-per-node", "2", "--node-rank", str(n), "--master-addr", "10.77.0.1",
-                        "--master-port", "29500"], tmp_path / "run", WIRED,
-                       prefix=["ip", "netns", "exec", name]) for n, name in enumerate(namespaces)]
-    finish(*agents)
+    finish(*[torchrun(node_of_two(n, "10.77.0.1", "29500"), tmp_path / "run", WIRED,
+                      prefix=["ip", "netns", "exec", name]) for n, name in enumerate(namespaces)])
     check(tmp_path / "run")
