@@ -11,6 +11,7 @@ from hetis_sim.spec.errors import HetisError
 Command = Callable[[Sequence[str]], None]
 
 COMMANDS: dict[str, tuple[str, str]] = {
+    "fidelity": ("analysis.fidelity.command", "how far off simulated runs are from measured ones of others"),
     "paper": ("analysis.paper.command", "the evaluation of the Hetis paper, run in the simulator"),
     "report": ("analysis.report.command", "a page and figures of run folders"),
 }

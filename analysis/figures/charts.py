@@ -49,6 +49,7 @@ class Line:
         low, high: limits of each y; nan where there is none on that side.
         band: draw the limits as an area, not as whiskers.
         hollow: points to draw hollow; none where left out.
+        scattered: points that no line connects.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Line:
     high: Floats | None = None
     band: bool = False
     hollow: NDArray[np.bool_] | None = None
+    scattered: bool = False
 
 
 @dataclass(frozen=True)

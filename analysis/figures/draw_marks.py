@@ -74,12 +74,13 @@ def _log_ticks(ticker: Any, limits: tuple[float, float]) -> None:
 
 def draw_lines(chart: XYChart) -> Figure:
     """Lines over two axes."""
-    names = [line.name for line in chart.lines]
+    names = [line.name for line in chart.lines if line.name]
     below = LEGEND_ROW_IN * legend_rows(names, legend_columns(names)) if len(names) > 1 else 0.0
     figure, axes = new_figure(PLOT_IN + below + 0.1)
     axes.set_xscale("log" if chart.x.log else "linear")
     axes.set_yscale("log" if chart.y.log else "linear")
-    handles = [_draw_line(axes, line) for line in chart.lines]
+    drawn = [(line, _draw_line(axes, line)) for line in chart.lines]
+    handles = [handle for line, handle in drawn if line.name]
     _room_for_rules(axes, chart)
     set_axis(axes, "x", chart.x)
     set_axis(axes, "y", chart.y)
@@ -97,6 +98,8 @@ def _draw_line(axes: Axes, line: Line) -> Any:
     if line.low is not None and line.high is not None:
         _draw_limits(axes, line, look.color)
     dashes: Any = (0, look.dashes) if look.dashes else "-"
+    if line.scattered:
+        dashes = ""
     handle = axes.plot(line.x, line.y, linestyle=dashes, zorder=2.5, clip_on=True, **shared)[0]
     if line.markers:
         marker = style.MATPLOTLIB_MARKERS[look.marker]

@@ -19,16 +19,18 @@ from hetis_sim.metrics.strictjson import dump_line
 from hetis_sim.spec.errors import HetisError
 from hetis_sim.study.parallel import fan_out
 
-CODE = ("hetis_sim", "traces", "conf", "analysis/paper/measure")
+CODE = ("hetis_sim", "traces", "conf")
+PACKAGE = "analysis.paper.measure"
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A function of :mod:`analysis.paper.measure` (``module.function``) and its arguments, plain types."""
+    """A function (``module.function``) of a package of measurements and its arguments, plain types."""
 
     function: str
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    package: str = PACKAGE
 
     def __str__(self) -> str:
         return self.function
@@ -36,7 +38,8 @@ class Job:
     @property
     def key(self) -> str:
         """Equal for jobs that must give equal figures, on any machine, as long as the code is the same."""
-        return value_sha256({"function": self.function, "arguments": self.arguments, "code": code_hash()})
+        return value_sha256({"function": self.function, "arguments": self.arguments,
+                             "code": code_hash(self.package)})
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,12 @@ class Answer:
 
 
 @cache
-def code_hash() -> str:
-    """Hash of all files that decide figures, and of the versions of the packages behind them."""
+def code_hash(package: str = PACKAGE) -> str:
+    """Hash of all files that decide a package's figures, and of the versions of the packages behind them."""
     from importlib import metadata
 
     digest = hashlib.sha256()
-    for folder in CODE:
+    for folder in (*CODE, package.replace(".", "/")):
         for path in sorted((ROOT / folder).rglob("*")):
             if path.is_file() and "__pycache__" not in path.parts:
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
@@ -136,7 +139,7 @@ def work(folder: str, job: Job) -> None:
     started = time.process_time()
     module, _, name = job.function.partition(".")
     try:
-        value = getattr(import_module(f"analysis.paper.measure.{module}"), name)(**job.arguments)
+        value = getattr(import_module(f"{job.package}.{module}"), name)(**job.arguments)
         answer = Answer(value)
     except HetisError as error:
         answer = Answer(None, str(error))

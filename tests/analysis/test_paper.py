@@ -69,7 +69,7 @@ def test_other_code_or_arguments_are_another_answer(monkeypatch: pytest.MonkeyPa
     job = Job("devices.gaps", {"words": list(PAPER)})
     keys = {job.key, Job("devices.gaps", {"words": [*PAPER, "seed=1"]}).key,
             Job("devices.accuracy", {"words": list(PAPER)}).key}
-    monkeypatch.setattr(store_module, "code_hash", lambda: "of other code")
+    monkeypatch.setattr(store_module, "code_hash", lambda _: "of other code")
     assert len(keys | {job.key}) == 4
 
 

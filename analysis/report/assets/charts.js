@@ -84,8 +84,10 @@ function drawLine(parent, line, x, y) {
     pen = "L";
   });
   const dashes = look.dashes.map((length) => length * 1.8).join(" ");
-  make("path", { d: path, fill: "none", stroke: look.color, "stroke-width": 1.8, "stroke-dasharray": dashes,
-    "stroke-linejoin": "round" }, parent);
+  if (!line.scattered) {
+    make("path", { d: path, fill: "none", stroke: look.color, "stroke-width": 1.8, "stroke-dasharray": dashes,
+      "stroke-linejoin": "round" }, parent);
+  }
   if (!line.band && line.low) whiskers(parent, line, x, y, look.color);
   if (!line.markers) return;
   line.x.forEach((value, i) => {

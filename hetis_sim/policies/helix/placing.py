@@ -15,7 +15,7 @@ from hetis_sim.policies.helix.program import LinkedProgram, PlacementProgram
 from hetis_sim.policies.helix.settings import HelixSettings
 from hetis_sim.policies.helix.sites import SiteKind, rate_bound, site_kinds
 from hetis_sim.policies.plan import SINK, SOURCE, MeshEdge, MeshNode, MeshPlan, even_groups
-from hetis_sim.spec.errors import InfeasibleError
+from hetis_sim.spec.errors import InfeasibleError, require
 
 FLOW_SHARE_LEAST = 0.05
 """An edge with less flow than this share of the fullest one of its node is not used.
@@ -46,7 +46,8 @@ class Placing:
         self.problem = problem
         self._settings = settings
         self._layers = problem.model.layers
-        self._kinds = site_kinds(problem, settings.high_water, settings.weights_share, settings.tp_max)
+        share = 1.0 if settings.placement == "given" else settings.weights_share
+        self._kinds = site_kinds(problem, settings.high_water, share, settings.tp_max)
         self._site_kinds = [kind for kind in self._kinds for _ in kind.groups]
         self._groups = [group for kind in self._kinds for group in kind.groups]
         self._activation_bytes = problem.model.hidden * problem.model.activation_bytes
@@ -59,6 +60,8 @@ class Placing:
             InfeasibleError: the heuristic asked for finds none.
         """
         chosen = self._settings.placement
+        if chosen == "given":
+            return self._given()
         if chosen != "milp":
             found = list(self._placed(chosen, HEURISTICS[chosen]))
             if not found:
@@ -71,6 +74,26 @@ class Placing:
             raise InfeasibleError(f"no placement of {self.problem.model.name} on {self.problem.cluster.name} "
                                   "passes every layer")
         return self._solve(starts)
+
+    def _given(self) -> Candidate:
+        """The ranges of the settings, device by device.
+
+        Raises:
+            SpecError, InfeasibleError: they do not fit the cluster, or pass not all layers.
+        """
+        ranges, devices = self._settings.ranges, len(self.problem.cluster.devices)
+        require(len(ranges) == devices, "policy.ranges", len(ranges), f"one range for each of {devices} "
+                                                                      "devices")
+        found: list[tuple[int, int] | None] = []
+        for group, kind in zip(self._groups, self._site_kinds, strict=True):
+            held = ranges[group[0]]
+            require(not held or held[1] <= kind.layers_most, "policy.ranges", list(held),
+                    f"at most {kind.layers_most} layers on device {group[0]}")
+            found.append((held[0], held[1]) if held else None)
+        candidate = self._evaluate("given", tuple(found))
+        if candidate.flow <= 0.0:
+            raise InfeasibleError(f"the given ranges pass not all {self._layers} layers one after the other")
+        return candidate
 
     def _placed(self, name: str,
                 make: Callable[[Sequence[SiteKind], int], Iterator[Ranges]]) -> Iterator[Candidate]:

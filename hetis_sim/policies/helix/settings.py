@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
 
-PLACEMENTS = ("milp", "swarm", "petals", "separate")
+PLACEMENTS = ("milp", "swarm", "petals", "separate", "given")
 SCHEDULING = ("wrr", "shortest_queue", "random")
 
 
@@ -16,7 +17,9 @@ class HelixSettings:
     """What a user may change.
 
     Attributes:
-        placement: ``milp`` for the largest flow, or one of the heuristics that the source compares with.
+        placement: ``milp`` for the largest flow, one of the heuristics that the source compares with, or the
+            ``given`` ranges.
+        ranges: for ``given``, per device its first layer and how many it holds, nothing where it is not used.
         scheduling: how a request's next node is chosen: ``wrr`` by the flow of the plan, the
             ``shortest_queue``, or at ``random``.
         partial_inference: a request may enter a node at any of its layers, and pass the rest.
@@ -47,10 +50,17 @@ class HelixSettings:
     milp_nodes: int = 100
     milp_gap: float = 0.02
     milp_time_s: float = 60.0
+    ranges: Sequence[Sequence[int]] = ()
 
     def __post_init__(self) -> None:
         require(self.placement in PLACEMENTS, "policy.placement", self.placement,
                 f"one of {', '.join(PLACEMENTS)}")
+        require((self.placement == "given") == bool(self.ranges), "policy.ranges", self.ranges,
+                "set with policy.placement=given, and only then")
+        for held in self.ranges:
+            require(len(held) in (0, 2) and all(isinstance(n, int) for n in held)
+                    and (not held or (held[0] >= 0 and held[1] >= 1)), "policy.ranges", list(held),
+                    "[first layer, layers] or []")
         require(self.scheduling in SCHEDULING, "policy.scheduling", self.scheduling,
                 f"one of {', '.join(SCHEDULING)}")
         require(isinstance(self.partial_inference, bool), "policy.partial_inference", self.partial_inference,

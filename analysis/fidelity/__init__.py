@@ -1,0 +1,1 @@
+"""How far the simulator is off: measured runs of others, simulated as their engines are documented."""

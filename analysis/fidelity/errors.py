@@ -1,0 +1,57 @@
+"""Relative errors of a metric over many runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors, simulated over measured less 1.
+
+    Attributes:
+        n: runs.
+        signed_median: which way they go.
+        median, p95: of the absolute errors.
+        worst: (name, error), largest first.
+    """
+
+    n: int
+    signed_median: float
+    median: float
+    p95: float
+    worst: tuple[tuple[str, float], ...]
+
+
+def relative(measured: float, simulated: float) -> float:
+    """Simulated over measured, less 1; both positive."""
+    return simulated / measured - 1.0
+
+
+def errors(named: Mapping[str, tuple[float, float]], most: int = 3) -> Errors | None:
+    """Errors of (measured, simulated) by name of the run; None without any.
+
+    Values that are not positive have no relative error and are left out.
+    """
+    found = {name: relative(a, b) for name, (a, b) in named.items() if a > 0.0 and b > 0.0}
+    if not found:
+        return None
+    values = np.array(list(found.values()))
+    worst = sorted(found.items(), key=lambda item: -abs(item[1]))[:most]
+    return Errors(len(values), float(np.median(values)), float(np.median(np.abs(values))),
+                  float(np.percentile(np.abs(values), 95)), tuple(worst))
+
+
+def percentiles(values: Sequence[float], which: Sequence[float] = (50, 95, 99)) -> list[float]:
+    """Percentiles by linear interpolation, as ``vllm bench serve`` has them."""
+    return [float(value) for value in np.percentile(np.asarray(values, dtype=np.float64), which)]
+
+
+def summary(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Mean and percentiles of a metric of single requests, under the names of the metrics."""
+    p50, p95, p99 = percentiles(values)
+    return {f"mean_{name}_s": float(np.mean(np.asarray(values))), f"p50_{name}_s": p50, f"p95_{name}_s": p95,
+            f"p99_{name}_s": p99}

@@ -1,0 +1,1 @@
+"""Jobs of the comparison: each simulates one measured run and returns plain figures."""

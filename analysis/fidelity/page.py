@@ -1,0 +1,233 @@
+"""The page: tables of errors, pictures, and the settings of each engine with their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from analysis.fidelity.case import METRICS, Case, DataSet
+from analysis.fidelity.errors import Errors, errors
+from analysis.figures.charts import Axis, Chart, Floats, Line, XYChart
+from analysis.figures.draw import save_chart
+from analysis.paper.section import table
+from analysis.paper.store import code_hash
+
+ORIGIN = "simulated and measured"
+RUNS_MOST = 16
+"""A data set with more runs has no table of single runs."""
+
+REQUESTS_LEAST = 80
+"""Requests of a run whose distributions are shown."""
+
+SCATTERS = {"output_throughput": ("throughput", "output throughput", "tokens/s", 1.0),
+            "mean_tpot_s": ("tpot", "mean TPOT", "ms", 1e3), "p50_ttft_s": ("ttft", "median TTFT", "ms", 1e3)}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A data set and what came of its runs: (run, answer or None, error)."""
+
+    given: DataSet
+    runs: Sequence[tuple[Case, Mapping[str, Any] | None, str]]
+
+    def pairs(self, metric: str) -> dict[str, tuple[float, float]]:
+        """(measured, simulated) by run, where both are known."""
+        return {case.name: (case.measured[metric], answer["metrics"][metric])
+                for case, answer, _ in self.runs
+                if answer and metric in case.measured and metric in answer["metrics"]}
+
+    def errors(self) -> dict[str, Errors]:
+        """Errors by metric."""
+        found = {metric: errors(self.pairs(metric)) for metric in METRICS}
+        return {metric: error for metric, error in found.items() if error is not None}
+
+    def document(self) -> dict[str, Any]:
+        """Plain types."""
+        found = {metric: {"n": e.n, "signed_median": e.signed_median, "median": e.median, "p95": e.p95,
+                          "worst": [list(item) for item in e.worst]} for metric, e in self.errors().items()}
+        return {"title": self.given.title, "origin": "simulated against measured by others", "errors": found,
+                "failed": {case.name: error for case, _, error in self.runs if error},
+                "left_out": list(self.given.left_out),
+                "settings": [list(row) for row in self.given.settings]}
+
+
+def write_page(page: Path, pictures: Path, compared: Sequence[Compared], *, quick: bool = False,
+               in_docs: bool = False, formats: Sequence[str] = ("svg",)) -> None:
+    """Write ``page`` and the pictures that it shows."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    charts = [*scatters(compared), *distributions(compared)]
+    if quick:
+        charts = [replace(chart, note="quick") for chart in charts]
+    for chart in charts:
+        save_chart(chart, pictures, formats)
+    text = page_text(compared, charts, pictures.relative_to(page.parent).as_posix(), quick=quick)
+    page.write_text(text if in_docs else text.replace("](cost.md)", "](docs/cost.md)"), encoding="utf-8")
+
+
+def page_text(compared: Sequence[Compared], charts: Sequence[Chart], pictures: str, *, quick: bool) -> str:
+    """The page in Markdown."""
+    hurry = "\n\n**A quick run: only some of the runs.**" if quick else ""
+    parts = ["# How far off the simulator is",
+             "Public measured runs, simulated as their engines are documented. **Simulated here against "
+             "measured "
+             "by others.** None of these runs was fitted to: durations come from the shipped profiles of "
+             "kernels "
+             "and links ([cost model](cost.md)), and every setting of an engine is stated below with where "
+             "it "
+             "comes from. Errors are simulated over measured, less 1; aims: throughput and mean TPOT within "
+             "10 % at the median. `python -m analysis fidelity` makes this page anew (code "
+             f"{code_hash('analysis.fidelity.measure')[:12]}).{hurry}",
+             "## Overview", overview(compared)]
+    shown = {chart.key: f"![{chart.title}]({pictures}/{chart.key}.svg)\n\n*{chart.caption}*"
+             for chart in charts}
+    parts += [text for key, text in shown.items() if key.startswith("scatter-")]
+    for each in compared:
+        parts += [f"## {each.given.title}", each.given.about, error_table(each)]
+        if len(each.runs) <= RUNS_MOST:
+            parts.append(run_table(each))
+        parts += [text for key, text in shown.items() if key.startswith(f"cdf-{each.given.key}-")]
+        parts += ["**What is off, and why.**", *each.given.findings, worst(each)]
+        failed = [f"{case.name}: {error.splitlines()[-1]}" for case, _, error in each.runs if error]
+        if each.given.left_out or failed:
+            parts.append("Left out: " + "; ".join([*each.given.left_out, *failed]) + ".")
+        parts += ["**Settings.**", table(["of the engine", "here", "source"],
+                                         [list(row) for row in each.given.settings], texts=3)]
+    return "\n\n".join(parts) + "\n"
+
+
+def percent(value: float, *, signed: bool = False) -> str:
+    """With one digit where that says something."""
+    digits = 0 if abs(value) >= 0.1 else 1
+    return f"{100 * value:{'+' if signed else ''}.{digits}f} %"
+
+
+def overview(compared: Sequence[Compared]) -> str:
+    """The main metrics of all data sets."""
+    main = ("output_throughput", "mean_tpot_s", "mean_ttft_s", "p50_ttft_s", "mean_e2el_s")
+    rows = []
+    for each in compared:
+        found = each.errors()
+        cells = [f"{percent(found[m].median)} ({percent(found[m].signed_median, signed=True)}, n "
+                 f"{found[m].n})"
+                 if m in found else "-" for m in main]
+        rows.append([each.given.title, *cells])
+    return ("Median absolute error (signed median, runs):\n\n"
+            + table(["data set", *(METRICS[m].partition(",")[0] for m in main)], rows))
+
+
+def error_table(each: Compared) -> str:
+    """All metrics of a data set."""
+    rows = [[METRICS[metric], str(e.n), percent(e.signed_median, signed=True), percent(e.median),
+             percent(e.p95), _named(e.worst[:2])] for metric, e in each.errors().items()]
+    return table(["metric", "n", "signed median", "median", "p95", "largest"], rows)
+
+
+def _named(found: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} {percent(value, signed=True)}" for name, value in found)
+
+
+def run_table(each: Compared) -> str:
+    """Run by run, the main metrics."""
+    main = [m for m in ("output_throughput", "mean_ttft_s", "p50_ttft_s", "mean_tpot_s", "p95_tpot_s",
+                        "mean_e2el_s") if each.pairs(m)]
+    rows = []
+    for case, answer, _ in each.runs:
+        if answer:
+            rows.append([case.name, *(_cell(case, answer, metric) for metric in main)])
+    return ("Measured / simulated (error); throughput in tokens/s, times in ms:\n\n"
+            + table(["run", *(METRICS[m].partition(",")[0] for m in main)], rows))
+
+
+def _cell(case: Case, answer: Mapping[str, Any], metric: str) -> str:
+    if metric not in case.measured or metric not in answer["metrics"]:
+        return "-"
+    a, b = case.measured[metric], answer["metrics"][metric]
+    scale = 1e3 if metric.endswith("_s") else 1.0
+    return f"{_figure(a * scale)} / {_figure(b * scale)} ({percent(b / a - 1.0, signed=True)})"
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def worst(each: Compared) -> str:
+    """The runs farthest off in throughput and TPOT, with where the simulator spent its time."""
+    found: dict[str, float] = {}
+    for metric in ("output_throughput", "mean_tpot_s"):
+        error = errors(each.pairs(metric), 3)
+        for name, value in error.worst if error else ():
+            found[name] = max(found.get(name, 0.0), abs(value))
+    answers = {case.name: answer for case, answer, _ in each.runs if answer}
+    measured = {case.name: case for case, _, _ in each.runs}
+    parts = ("host", "dense", "collective", "attention", "hop", "waiting")
+    rows = []
+    for name in sorted(found, key=lambda n: -found[n])[:5]:
+        answer, case = answers[name], measured[name]
+        shares = [percent(answer["parts"].get(part, 0.0)) for part in parts]
+        rows.append([name, *(_cell(case, answer, m) for m in ("output_throughput", "mean_tpot_s")), *shares])
+    return ("The runs farthest off, and the shares of the parts in the simulated steps:\n\n"
+            + table(["run", "throughput", "mean TPOT", *parts], rows))
+
+
+# -- pictures ---------------------------------------------------------------------------------
+
+
+def scatters(compared: Sequence[Compared]) -> list[Chart]:
+    """Simulated against measured, a picture for each main metric."""
+    found: list[Chart] = []
+    for metric, (key, name, unit, scale) in SCATTERS.items():
+        lines = []
+        ends: list[float] = []
+        for style, each in enumerate(compared):
+            pairs = np.array([pair for pair in each.pairs(metric).values() if min(pair) > 0.0]) * scale
+            if len(pairs):
+                lines.append(Line(each.given.title, pairs[:, 0], pairs[:, 1], style, markers=True,
+                                  scattered=True))
+                ends += [float(pairs.min()), float(pairs.max())]
+        if not lines:
+            continue
+        span = np.array([min(ends) / 1.3, max(ends) * 1.3])
+        guide = [Line("equal", span, span, 2), Line("10 % off", span, span * 1.1, 6),
+                 Line("", span, span / 1.1, 6)]
+        found.append(XYChart(key=f"scatter-{key}", title=f"{name}, simulated against measured",
+                             caption=f"Each point is a run: {name} in {unit}. Dashed: 10 % off.",
+                             origin=ORIGIN, x=Axis(f"measured {name} ({unit})", *ends_of(span)),
+                             y=Axis(f"simulated ({unit})", *ends_of(span)), lines=[*lines, *guide]))
+    return found
+
+
+def ends_of(span: Floats) -> tuple[bool, float, float]:
+    """What makes an axis logarithmic between two ends."""
+    return True, float(span[0]), float(span[1])
+
+
+def distributions(compared: Sequence[Compared]) -> list[Chart]:
+    """Measured and simulated distributions over requests, where single requests were measured."""
+    names = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "end-to-end latency"}
+    found: list[Chart] = []
+    for each in compared:
+        for case, answer, _ in each.runs:
+            metrics = [name for name in names if answer and min(
+                len(case.samples.get(name, ())), len(answer["samples"].get(name, ()))) >= REQUESTS_LEAST]
+            if not metrics or answer is None:
+                continue
+            lines = []
+            for n, name in enumerate(metrics):
+                scale = 10.0 if name == "tpot" else 1.0
+                what = f"{names[name]} x 10" if name == "tpot" else names[name]
+                for style, origin, values in ((2 * n, "measured", case.samples[name]),
+                                              (2 * n + 1, "simulated", answer["samples"][name])):
+                    ordered = np.maximum(np.sort(np.array(values)) * scale, 1e-3)
+                    share = np.linspace(0.0, 1.0, len(ordered))
+                    lines.append(Line(f"{what}, {origin}", ordered, share, style))
+            key = "".join(c if c.isalnum() else "-" for c in case.name.lower())
+            found.append(XYChart(key=f"cdf-{each.given.key}-{key}", title=f"Distributions of {case.name}",
+                                 caption=f"{case.name}: share of requests with at most so much; TPOT ten "
+                                         "times "
+                                         "as long, to fit on the axis.", origin=ORIGIN, x=Axis("s", log=True),
+                                 y=Axis("share of requests", low=0.0, high=1.0), lines=lines))
+    return found
