@@ -52,7 +52,10 @@ SETTINGS = (
     ("an idle worker looks for messages after an empty step of every layer",
      f"scheduler.mesh_poll_s={EMPTY_STEP_S:g} a layer",
      "llm_sys/worker.py; 50 us for an empty step are ours"),
-    ("host time of a node's step", "2 ms + 20 us a request", "the simulator's default"),
+    ("host time of a node's step",
+     "2 ms + 20 us a request",
+     "the simulator's default; of the 5 to 13 ms that vLLM RFC 6854 counts for an engine of that time, a "
+     "worker has only scheduling and inputs"),
     ("network", "10 Gb/s", "config/machine_profiles.ini"))
 
 FINDINGS = (
