@@ -1,15 +1,18 @@
 """The command line of measured runs.
 
 ``replay`` serves a workload with a model on workers of this host, or of many where torchrun starts it, and
-takes the words of ``python -m hetis_sim run`` (Hydra overrides); ``toy`` runs a small trace on a toy model.
+takes the words of ``python -m hetis_sim run`` (Hydra overrides); so do ``serve``, an HTTP server with the API
+of OpenAI, and ``generate``, which prints how a model goes on with a prompt. ``toy`` runs a small trace on a
+toy model.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hetis_exec.config import MAIN, ExecutionConfig, register_execution
@@ -28,6 +31,7 @@ from hetis_sim.spec.errors import HetisError
 from hetis_sim.spec.slo import Slo
 
 SLO = Slo(0.5, 0.05)
+NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null")
 SAME_DECISIONS = "replayed in the simulator with the measured times: the same {} decisions, byte for byte"
 
 
@@ -35,7 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["replay"]:
-        return _replay(words[1:])
+        return _hydra(words[1:], _serve)
+    if words[:1] == ["serve"]:
+        return _hydra([*words[1:], *NO_FOLDER], _serve_http)
+    if words[:1] == ["generate"] and not {"-h", "--help"} & set(words):
+        return _generate(words[1:])
     options = _parser().parse_args(words)
     try:
         _toy(options)
@@ -50,6 +58,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hetis_exec", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands.add_parser("replay", help="a workload on a model: [hydra options] [key=value ...]")
+    commands.add_parser("serve", help="an HTTP server with the API of OpenAI: model.path=folder "
+                        "[key=value ...]")
+    commands.add_parser("generate", help="a text that goes on: model.path=folder [key=value ...] \"prompt\"; "
+                        "- reads the prompt from standard input")
     toy = commands.add_parser(
         "toy", help="a small trace on a toy model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     toy.add_argument("--policy", default="hetis", help=f"one of {', '.join(policy_names())}")
@@ -61,8 +73,35 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _replay(words: list[str]) -> int:
-    """Serve a workload; exits with status 2 on bad input, 1 if the run has failed."""
+def _generate(words: list[str]) -> int:
+    """Go on with the prompt that the last word is."""
+    if not words or (words[-1] != "-" and _is_key(words[-1])):
+        print('error: no prompt: python -m hetis_exec generate model.path=folder [key=value ...] "prompt"',
+              file=sys.stderr)
+        return 2
+    prompt = sys.stdin.read() if words[-1] == "-" else words[-1]
+
+    def go_on(execution: Execution) -> bool:
+        from hetis_exec.serving.commands import generate
+
+        return not generate(execution.config, execution, prompt)
+
+    return _hydra([*words[:-1], *NO_FOLDER], go_on)
+
+
+def _is_key(word: str) -> bool:
+    """Whether a word is an override of Hydra rather than a prompt."""
+    return re.fullmatch(r"[+~]{0,2}[\w./@-]+=\S*", word) is not None or word.startswith("--")
+
+
+def _serve_http(execution: Execution) -> bool:
+    from hetis_exec.serving.commands import serve
+
+    return not serve(execution.config, execution)
+
+
+def _hydra(words: list[str], use: Callable[[Execution], bool]) -> int:
+    """Use a checked combination; exits with status 2 on bad input, 1 if that has failed."""
     from hetis_sim.cli import EXIT_BAD_INPUT, with_hydra
 
     register_execution()
@@ -73,27 +112,27 @@ def _replay(words: list[str]) -> int:
         sys.exit(EXIT_BAD_INPUT)
     if launch is not None and launch.rank:
         # The run folder is the driver's.
-        words = [*words, "hydra.run.dir=.", "hydra.output_subdir=null"]
+        words = [*words, *NO_FOLDER]
     failed: list[bool] = []
 
     def task(config: object) -> None:
         assert isinstance(config, ExecutionConfig)
-        failed.append(_failed(config, launch))
+        failed.append(_failed(config, launch, use))
 
     with_hydra(task, words, MAIN, ExecutionConfig)
     return 1 if any(failed) else 0
 
 
-def _failed(config: ExecutionConfig, launch: Launch | None) -> bool:
+def _failed(config: ExecutionConfig, launch: Launch | None, use: Callable[[Execution], bool]) -> bool:
     """Do what this process is to do of a run; whether it has failed."""
     if launch is None:
-        return _serve(prepare_execution(config))
+        return use(prepare_execution(config))
     try:
         _refuse_sweep()
         execution = prepare_execution(config, launch)
         if launch.rank:
             return not serve_rank(config, execution.given, launch)
-        return _serve(execution)
+        return use(execution)
     except HetisError as error:
         report_failure(launch, str(error))
         raise

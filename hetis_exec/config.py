@@ -12,11 +12,14 @@ from hetis_sim.config import RunConfig, compose, register
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
 from hetis_sim.spec.parse import ModelConfig
+from traces.config import WorkloadConfig
+from traces.readers import has_texts
 
 SCHEMA = "executor_schema"
 MAIN = "executor"
 WORKERS = ("auto", "processes", "threads", "distributed")
 EAGER_KIB_MAX = 1 << 20
+TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclass
@@ -47,7 +50,12 @@ class ExecutorConfig:
         cuda_graphs: replay decode steps of models that are whole on one CUDA device from CUDA graphs.
         threads: of torch, in each process.
         seed: of prompts, of sampling, and of weights where no folder is given.
-        temperature, top_p: of sampling; temperature 0 takes the likeliest token.
+        temperature, top_p, top_k: of sampling; temperature 0 takes the likeliest token, ``top_k`` 0 sets no
+            limit.
+        max_tokens: of a prompt that does not say how many it wants.
+        ignore_eos: whether an end-of-text token ends no text. Null ends texts that answer texts, and gives
+            all others the workload's lengths.
+        chat: prompts are what a user says: the model's chat template is applied to them.
         timeout_s: a worker that shows no sign of life for so long is lost.
         eager_kib: where workers are distributed, arrays of a message up to this size travel in its frame,
             larger ones over torch.distributed.
@@ -64,6 +72,10 @@ class ExecutorConfig:
     seed: int = 0
     temperature: float = 0.0
     top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 128
+    ignore_eos: bool | None = None
+    chat: bool = False
     timeout_s: float = 60.0
     eager_kib: float = 1024.0
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -76,8 +88,35 @@ class ExecutorConfig:
         require(self.dtype in types, "executor.dtype", self.dtype, f"one of {', '.join(types)}")
         require_int("executor.threads", self.threads, 1, 1024)
         require_int("executor.seed", self.seed, 0, 1 << 62)
+        require_int("executor.top_k", self.top_k, 0, 1 << 24)
+        require_int("executor.max_tokens", self.max_tokens, 1, 1 << 24)
         require_finite("executor.eager_kib", self.eager_kib, 0.0, EAGER_KIB_MAX)
         require_finite("executor.timeout_s", self.timeout_s, 0.0, open_low=True)
+
+
+@dataclass
+class ServeConfig:
+    """The server of ``python -m hetis_exec serve``.
+
+    Attributes:
+        host: address to listen on. Whoever reaches it may use the model: mind who does before it is
+            another than that of this machine.
+        port: 0 takes any that is free.
+        name: of the model, as clients call it; null for that of its folder.
+        requests_max: requests that run or wait, at most; further ones are told to come later.
+        body_kib: size of what a client may send.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    name: str | None = None
+    requests_max: int = 512
+    body_kib: int = 4096
+
+    def __post_init__(self) -> None:
+        require_int("serve.port", self.port, 0, 65535)
+        require_int("serve.requests_max", self.requests_max, 1, 1 << 20)
+        require_int("serve.body_kib", self.body_kib, 1, 1 << 20)
 
 
 @dataclass
@@ -87,17 +126,32 @@ class ExecutionConfig(RunConfig):
     Attributes:
         model: see :class:`ExecModelConfig`.
         executor: see :class:`ExecutorConfig`.
+        serve: see :class:`ServeConfig`.
     """
 
     model: ExecModelConfig = field(default_factory=ExecModelConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
 
     def for_control(self, element_bytes: int = ELEMENT_BYTES) -> RunConfig:
         """The same, as the control plane is to see it: with the folder's model, in the run's type."""
         model = replace(self.model, weight_bytes=element_bytes, kv_bytes=element_bytes)
         if self.model.path is not None:
             model.config = str(Path(self.model.path).expanduser())
-        return replace(self, model=model)
+        return replace(self, model=model, workload=self._workload())
+
+    def _workload(self) -> WorkloadConfig:
+        """The same, with texts counted by the model's tokenizer, and none cut to a share of its length."""
+        workload = self.workload
+        if workload.path is None:
+            return workload
+        changes: dict[str, Any] = {}
+        if self.model.path is not None and workload.tokenizer is None:
+            file = Path(self.model.path).expanduser() / TOKENIZER_FILE
+            changes["tokenizer"] = str(file) if file.is_file() else None
+        if has_texts(workload.path, workload.read_options()):
+            changes |= {"prompt_scale": 1.0, "output_scale": 1.0}
+        return replace(workload, **changes)
 
 
 def register_execution() -> None:

@@ -12,6 +12,7 @@ from hetis_exec.config import ExecutionConfig
 from hetis_exec.crews import crew_maker
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError, ReplayError
+from hetis_exec.language.workload import Texts, TextSettings, texts_of
 from hetis_exec.launch import Launch, check_place
 from hetis_exec.models.architecture import ELEMENT_TYPES, Architecture, made_up, read_architecture
 from hetis_exec.replay import replay
@@ -34,12 +35,14 @@ class Execution:
         prepared: what the control plane decides with.
         given: what is to be executed.
         launch: what the launcher of ranks has said, if there is one.
+        texts: reads what is generated, where the workload has texts or these may end early.
     """
 
     config: ExecutionConfig
     prepared: Prepared
     given: ExecutorInput
     launch: Launch | None = None
+    texts: Texts | None = None
 
 
 @dataclass(frozen=True)
@@ -85,22 +88,24 @@ def prepare_execution(config: ExecutionConfig, launch: Launch | None = None) -> 
     architecture = (made_up(prepared.model, ELEMENT_TYPES[dtype]) if architecture is None
                     else replace(architecture, spec=prepared.model))
     backend = TorchBackend(architecture, folder, settings.seed,
-                           Sampling(settings.temperature, settings.top_p, settings.seed),
+                           Sampling(settings.temperature, settings.top_p, settings.seed, settings.top_k),
                            threads=settings.threads, places=places, dtype=dtype,
                            cuda_graphs=settings.cuda_graphs)
+    wishes = TextSettings(settings.max_tokens, settings.ignore_eos, settings.chat)
+    requests, prompts, texts = texts_of(prepared.workload, folder, wishes, prepared.model.vocab)
     given = ExecutorInput(prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan,
-                          prepared.workload.requests(), prepared.settings, settings.seed, settings.timeout_s,
+                          requests, prepared.settings, settings.seed, settings.timeout_s,
                           log_decisions=settings.check or settings.record or config.sim.log_decisions,
                           debug=config.sim.debug, backend=backend,
-                          here=here)
-    return Execution(config, prepared, given, launch)
+                          here=here, prompts=prompts)
+    return Execution(config, prepared, given, launch, texts)
 
 
 def _architecture(config: ExecutionConfig, folder: Path | None) -> Architecture | None:
     """That of the model folder; a bad one is refused before anything else is looked at."""
     if folder is None:
         return None
-    if not folder.is_dir():
+    if not (folder / "config.json").is_file():
         raise SpecError("model.path", str(folder), "a folder with config.json and safetensors")
     return read_architecture(folder, context_limit_tokens=config.model.context_limit_tokens)
 
@@ -115,7 +120,7 @@ def execute(execution: Execution, progress: Callable[[int], None] | None = None)
         HetisError: the combination cannot run.
     """
     make_crew = crew_maker(execution.config, execution.given, execution.launch)
-    executor = Executor(execution.given, make_crew, progress)
+    executor = Executor(execution.given, make_crew, progress, execution.texts)
     try:
         result = executor.run()
     except ExecutorError as error:
@@ -155,6 +160,8 @@ def write_measured(measured: Measured, path: Path) -> Path:
     folder = write_run(path, recorder=measured.result.recorder, summary=measured.summary, manifest=manifest,
                        plan=prepared.plan.to_dict(), config=asdict(config),
                        decisions=measured.result.record.decisions if config.sim.log_decisions else None)
+    if execution.texts is not None:
+        execution.texts.write(folder)
     if config.executor.record:
         measured.result.record.write(folder / RECORD)
     return folder

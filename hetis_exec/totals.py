@@ -45,8 +45,7 @@ class Totals(Measurements):
         steps: that have ended, by what they compute.
         sent_bytes: of cache that has gone from one device to another, by kind.
         ttft, gap: seconds to the first token, and between tokens.
-        busy_s: seconds of work of every device.
-        used_bytes: of cache, by device, when last looked at.
+        device_busy_s: seconds of work of every device.
     """
 
     def __init__(self, labels: Sequence[str], engines: Sequence[Engine], unit_bytes: int) -> None:
@@ -56,8 +55,7 @@ class Totals(Measurements):
         self.sent_bytes: Counter[str] = Counter()
         self.prompt_tokens = self.generated_tokens = self.preemptions = self.moves = 0
         self.ttft, self.gap = Histogram(), Histogram()
-        self.busy_s = [0.0] * len(labels)
-        self.running = self.waiting = 0
+        self.device_busy_s = [0.0] * len(labels)
 
     def tokens(self, instance: int, lane: int, fresh: Sequence[RequestState], decoding: int,
                now_s: float) -> None:
@@ -71,9 +69,9 @@ class Totals(Measurements):
         self.steps[step.kind.name.lower()] += 1
 
     def busy(self, done: StageDone) -> None:
-        self.busy_s[done.device] += done.times.dense_s + done.times.attention_s
+        self.device_busy_s[done.device] += done.times.dense_s + done.times.attention_s
         for device, seconds in done.worker_busy_s:
-            self.busy_s[device] += seconds
+            self.device_busy_s[device] += seconds
 
     def gaps(self, outcome: Outcome) -> None:
         for gap_s in outcome.gaps_s:
@@ -93,13 +91,12 @@ class Totals(Measurements):
         self.moves += state.moves
 
     def sample(self, now_s: float, outside: int) -> None:
-        self.running = sum(len(engine.active) for engine in self._engines)
-        self.waiting = outside + sum(len(engine.waiting) for engine in self._engines)
+        """Nothing is kept of the past."""
 
     def peaks(self) -> None:
         """Nothing is kept of the past."""
 
-    def used_bytes(self) -> list[tuple[str, int, int]]:
+    def caches(self) -> list[tuple[str, int, int]]:
         """Cache of every device: label, bytes in use and bytes there are."""
         found = []
         for engine in self._engines:

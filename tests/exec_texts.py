@@ -12,9 +12,9 @@ from exec_models import folder, reference, torch
 from exec_toys import Handing, given, pipeline, pools
 
 from hetis_exec.driver import ExecutorInput
+from hetis_exec.language.params import GenerationParams
+from hetis_exec.language.tokenizer import Tokenizer
 from hetis_exec.models.architecture import read_architecture
-from hetis_exec.serving.params import GenerationParams
-from hetis_exec.serving.tokenizer import Tokenizer
 from hetis_exec.torch_backend import TorchBackend
 from hetis_sim.policies.base import Policy
 from hetis_sim.policies.plan import Plan

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +50,7 @@ class TraceTable:
             ``None`` where the trace has lengths only.
         session: id of the conversation or user, -1 for none; ``None`` without the column.
         prefix: shared prompt blocks; ``None`` without the column.
+        texts: what each row asks for, where the trace has texts (:mod:`traces.readers.prompts`).
         source: path as the caller gave it.
         format: the format that was used to read it.
         rows_read: rows before the drop below (after ``where``, ``start`` and ``limit``).
@@ -60,6 +63,7 @@ class TraceTable:
     arrival_s: FloatArray | None = None
     session: IntArray | None = None
     prefix: PrefixBlocks | None = None
+    texts: tuple[Mapping[str, Any], ...] | None = None
     source: str = ""
     format: str = ""
     rows_read: int = 0
@@ -78,6 +82,7 @@ class TraceTable:
             arrival_s=None if self.arrival_s is None else self.arrival_s[rows],
             session=None if self.session is None else self.session[rows],
             prefix=None if self.prefix is None else self.prefix.take(rows),
+            texts=None if self.texts is None else tuple(self.texts[row] for row in rows.tolist()),
         )
 
     @property

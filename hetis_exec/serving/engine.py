@@ -16,9 +16,9 @@ from typing import NamedTuple, Self
 from hetis_exec.crew import Crew, WorkerSpec
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError
-from hetis_exec.serving.params import GenerationParams
-from hetis_exec.serving.reading import FinishReason, Reader
-from hetis_exec.serving.tokenizer import Message, Tokenizer
+from hetis_exec.language.params import GenerationParams
+from hetis_exec.language.reading import FinishReason, Reader
+from hetis_exec.language.tokenizer import Message, Tokenizer
 from hetis_exec.sources import Asked, Counter, Ended
 from hetis_exec.texts import Prompt
 from hetis_exec.totals import Totals
@@ -153,6 +153,15 @@ class ServingEngine:
     def alive(self) -> bool:
         """Whether requests are taken in."""
         return self._thread.is_alive() and not self._closed
+
+    def wait(self) -> None:
+        """Return once the engine has ended."""
+        self._thread.join()
+
+    def running_and_waiting(self) -> tuple[int, int]:
+        """Requests that hold cache, and such that wait for it."""
+        running, waiting = self._executor.controller.in_system()
+        return running, waiting + self._counter.due(0.0)
 
     @property
     def in_system(self) -> int:

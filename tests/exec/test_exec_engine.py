@@ -11,8 +11,8 @@ from exec_texts import EOS, LONG_ON, continued, talking, tokenizer
 from exec_toys import Fixed, pipeline, threads
 
 from hetis_exec.errors import ExecutorError
+from hetis_exec.language.params import GenerationParams
 from hetis_exec.serving.engine import BusyError, Piece, ServingEngine
-from hetis_exec.serving.params import GenerationParams
 from hetis_sim.spec.errors import SpecError
 
 PROMPT = "the quick brown"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from hetis_sim.spec.errors import SpecError
-from traces.readers import azure, burstgpt, generic, mooncake
+from traces.readers import azure, burstgpt, generic, mooncake, prompts, run
 from traces.readers.columns import column_names, read_columns
 from traces.readers.convert import Column, arrival_seconds, prefix_blocks, session_ids, shorten, token_counts
 from traces.readers.files import CONTAINERS, TraceFile, open_trace
@@ -19,7 +19,7 @@ from traces.readers.options import BYTES_MAX, FORMATS, ReadOptions
 from traces.readers.sharegpt import read_conversations
 from traces.table import FloatArray, TraceTable
 
-__all__ = ["FORMATS", "ReadOptions", "read_trace"]
+__all__ = ["FORMATS", "ReadOptions", "has_texts", "read_trace"]
 
 
 def read_trace(path: str | Path, format: str = "auto", **options: Any) -> TraceTable:  # noqa: A002
@@ -43,9 +43,20 @@ def read_trace(path: str | Path, format: str = "auto", **options: Any) -> TraceT
     return read_with(path, ReadOptions(format=format, **options))
 
 
+def has_texts(path: str | Path, options: ReadOptions) -> bool:
+    """Whether a file is one of prompts (:mod:`traces.readers.prompts`).
+
+    Raises:
+        SpecError: it cannot be opened.
+    """
+    if options.format != "auto" or options.columns:
+        return options.format == "prompts"
+    return prompts.recognise(column_names(open_trace(run.file_of(path), BYTES_MAX)))
+
+
 def read_with(path: str | Path, options: ReadOptions) -> TraceTable:
     """:func:`read_trace` with its options already checked."""
-    file = open_trace(path, BYTES_MAX)
+    file = open_trace(run.file_of(path), BYTES_MAX)
     alike = file.container in ("json", "jsonl") and options.format in ("json", "jsonl")
     if options.format in CONTAINERS and options.format != file.container and not alike:
         raise SpecError("format", options.format, f"{file.container}, as {file.label} looks like")
@@ -55,8 +66,13 @@ def read_with(path: str | Path, options: ReadOptions) -> TraceTable:
         if file.container not in ("json", "jsonl"):
             raise SpecError("format", "sharegpt", f"another for the {file.container} file {file.label}")
         table = read_conversations(file, options)
+    elif has_texts(path, options):
+        table = _timed(prompts.read_prompts(file, options), options)
     else:
-        table = _read_table(file, _layout(file, names, options), options)
+        layout = _layout(file, names, options)
+        if layout.format == "run":
+            options = run.finished_only(options)
+        table = _read_table(file, layout, options)
     return _without_empty_rows(table)
 
 
@@ -64,12 +80,14 @@ def _layout(file: TraceFile, names: Sequence[str], options: ReadOptions) -> Layo
     if options.columns or options.format in CONTAINERS:
         return generic.infer(names, options.columns, file.container, file.label)
     if options.format == "auto":
-        known = azure.recognise(names) or burstgpt.recognise(names) or mooncake.recognise(names)
+        known = (azure.recognise(names) or burstgpt.recognise(names) or mooncake.recognise(names)
+                 or run.recognise(names))
         return known or generic.infer(names, {}, file.container, file.label)
     named, wanted = {
         "azure": (azure.recognise(names), azure.WANTED),
         "burstgpt": (burstgpt.recognise(names), burstgpt.WANTED),
         "mooncake": (mooncake.recognise(names, exact=False), mooncake.WANTED),
+        "run": (run.recognise(names), run.WANTED | run.MARKS),
     }[options.format]
     if named is None:
         raise SpecError(f"{file.label}: columns", shorten(list(names)),
@@ -98,6 +116,14 @@ def _in_order(table: TraceTable, arrival: FloatArray, column: Column, options: R
         raise column.error(int(back.argmax()) + 1, "no earlier than the row before it (or set unsorted=sort)")
     table = table.take(np.argsort(arrival, kind="stable"))
     return replace(table, notes=(*table.notes, f"sorted by time: {int(back.sum())} rows came too late"))
+
+
+def _timed(table: TraceTable, options: ReadOptions) -> TraceTable:
+    """A table with its rows in order of time, where it has times."""
+    if table.arrival_s is None:
+        return table
+    return _in_order(table, table.arrival_s, Column(table.source, prompts.ARRIVAL, table.arrival_s.tolist()),
+                     options)
 
 
 def _without_empty_rows(table: TraceTable) -> TraceTable:

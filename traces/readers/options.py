@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from hetis_sim.spec.errors import SpecError, require, require_finite
 from traces.readers.layout import ROLES, TIME_UNITS
 
-FORMATS = ("auto", "azure", "burstgpt", "mooncake", "sharegpt", "csv", "jsonl", "json", "parquet")
+FORMATS = ("auto", "azure", "burstgpt", "mooncake", "sharegpt", "prompts", "run", "csv", "jsonl", "json",
+           "parquet")
 ROWS_MAX = 10_000_000
 BYTES_MAX = 16 * 2**30
 JSON_BYTES_MAX = 2 * 2**30

@@ -48,7 +48,7 @@ def read_conversations(file: TraceFile, options: ReadOptions) -> TraceTable:
     ``start`` and ``limit`` count conversations. Conversations without a reply to a user
     are dropped and counted.
     """
-    count, how = _counter(options)
+    count, how = text_counter(options)
     found = _Exchanges()
     kept = (item for item in records(file) if matches(item[1], options))
     read = 0
@@ -104,7 +104,8 @@ def _tokens(found: _Exchanges, where: str, turn: Record, count: Counter) -> int:
     return count(text)
 
 
-def _counter(options: ReadOptions) -> tuple[Counter, str]:
+def text_counter(options: ReadOptions) -> tuple[Counter, str]:
+    """What counts the tokens of a text, and how it is called."""
     if options.tokenizer is None:
         size = options.bytes_per_token
         return (lambda text: math.ceil(len(text.encode("utf-8", "replace")) / size),

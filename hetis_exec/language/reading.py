@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
-from hetis_exec.serving.params import GenerationParams
+from hetis_exec.language.params import GenerationParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 """Why a text has ended: it is complete, has all its tokens, was given up, or the run has failed."""

@@ -38,7 +38,7 @@ class Tokenizer:
         self.folder = Path(folder).expanduser()
         self._encoder = _load(self.folder)
         self._settings = _json_object(self.folder / SETTINGS_FILE)
-        self.eos = frozenset(_eos(self.folder))
+        self.eos = end_tokens(self.folder)
         self._template = self._find_template()
         size = self._encoder.get_vocab_size()
         if vocab is not None and size > vocab:
@@ -121,16 +121,20 @@ def _json_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _eos(folder: Path) -> list[int]:
-    """End-of-text tokens: those that generation is configured with, else those of the model."""
+def end_tokens(folder: Path) -> frozenset[int]:
+    """End-of-text tokens: those that generation is configured with, else those of the model.
+
+    Raises:
+        SpecError: a file that cannot be read, or tokens that are none.
+    """
     for name in (GENERATION_FILE, CONFIG_FILE):
         found = _json_object(folder / name).get("eos_token_id")
         tokens = found if isinstance(found, list) else [] if found is None else [found]
         if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in tokens):
             raise SpecError(f"{folder / name}:eos_token_id", found, "a token id, or a list of token ids")
         if tokens:
-            return tokens
-    return []
+            return frozenset(tokens)
+    return frozenset()
 
 
 def _render(template: str, messages: Sequence[Message], settings: Mapping[str, Any]) -> str:
