@@ -37,7 +37,7 @@ class Api:
 
     def app(self) -> FastAPI:
         """The application that a server runs."""
-        app = FastAPI(title="hetis", docs_url=None, redoc_url=None, openapi_url=None)
+        app = FastAPI(title="hetis_exec", docs_url=None, redoc_url=None, openapi_url=None)
         app.add_api_route("/v1/completions", self.completions, methods=["POST"], response_model=None)
         app.add_api_route("/v1/chat/completions", self.chats, methods=["POST"], response_model=None)
         app.add_api_route("/v1/models", self.models, methods=["GET"], response_model=None)
@@ -59,7 +59,7 @@ class Api:
     async def models(self, request: Request) -> Response:
         """The one model there is."""
         self._check_key(request)
-        model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "hetis",
+        model = {"id": self._name, "object": "model", "created": self._created, "owned_by": "hetis_exec",
                  "max_model_len": self._engine.longest_context}
         return JSONResponse({"object": "list", "data": [model]})
 
