@@ -76,6 +76,8 @@ class CostConfig:
         policy_error: every coefficient that policies plan and dispatch by is wrong by this share, up or
             down at random, while durations stay what they are; see :class:`MisjudgedCost`.
         policy_error_seed: of the directions.
+        policy_error_modules: whose coefficients are wrong: some of ``attention``, ``transfer``, ``dense``,
+            ``prefill`` and ``collectives``, or ``all``.
     """
 
     kind: str = "profile"
@@ -87,6 +89,7 @@ class CostConfig:
     cache_copies: float = 0.0
     policy_error: float = 0.0
     policy_error_seed: int = 0
+    policy_error_modules: list[str] = field(default_factory=lambda: ["all"])
 
     def host(self) -> HostOverhead:
         """The checked host time."""

@@ -114,32 +114,44 @@ class IncompleteRunError(EventBudgetError):
         self.result = result
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, like: Prepared | None = None) -> Prepared:
     """Check a configuration and place the model; everything but the run itself.
+
+    Args:
+        like: a combination whose cluster, model and cost model are taken over, with all that they remember,
+            where the configuration is the same in them.
 
     Raises:
         HetisError: the combination cannot run; the text says why.
     """
-    cluster = cluster_from_mapping(config.cluster)
-    model = model_from_mapping(config.model)
+    shares = like is not None and all(getattr(config, part) == getattr(like.config, part)
+                                      for part in ("cluster", "model", "cost"))
+    cluster = like.cluster if like and shares else cluster_from_mapping(config.cluster)
+    model = like.model if like and shares else model_from_mapping(config.model)
     settings = config.scheduler.settings()
     config.slo.slo()
     Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction)
     policy = make_policy(config.policy)
-    cost = load_cost_model(config.cost.kind, profiles=config.cost.profiles,
-                           host=config.cost.host(), gpus=[device.gpu for device in cluster.devices],
-                           model=model, cache_copies=config.cost.cache_copies)
+    cost, believed = (like.cost, like.believed) if like and shares else _costs(config, cluster, model)
     workload = build_workload(config.workload, model.context_limit_tokens)
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
-    believed = None
-    if config.cost.policy_error:
-        streams = RngStreams(config.cost.policy_error_seed)
-        believed = MisjudgedCost(cost, config.cost.policy_error, streams.stream)
     problem = planning_problem(cluster, model, believed or cost, settings, workload, config.slo.slo())
     prepared = Prepared(config, cluster, model, cost, policy, workload, settings, policy.plan(problem),
                         believed)
     prepared.controller()
     return prepared
+
+
+def _costs(config: RunConfig, cluster: ClusterSpec, model: ModelSpec) -> tuple[CostModel, CostModel | None]:
+    """The durations, and what the policy takes them to be where it is made to err."""
+    given = config.cost
+    cost = load_cost_model(given.kind, profiles=given.profiles, host=given.host(),
+                           gpus=[device.gpu for device in cluster.devices], model=model,
+                           cache_copies=given.cache_copies)
+    if not given.policy_error:
+        return cost, None
+    streams = RngStreams(given.policy_error_seed)
+    return cost, MisjudgedCost(cost, given.policy_error, streams.stream, given.policy_error_modules)
 
 
 def planning_problem(cluster: ClusterSpec, model: ModelSpec, cost: CostModel, settings: SchedulerSettings,

@@ -46,6 +46,24 @@ def test_every_coefficient_is_off_by_the_share() -> None:
     assert beliefs(1).host_overhead_s(3) == ConstantCost().host_overhead_s(3)
 
 
+@pytest.mark.parametrize(("modules", "wrong"), [
+    (("attention", "transfer"), {4, 5, 6, 7, 8}), (("dense",), {0, 1}), (("prefill", "collectives"), {2, 3}),
+    (("all",), set(range(9))), (("all", "dense"), set(range(9)))])
+def test_only_the_named_modules_are_misjudged(modules: tuple[str, ...], wrong: set[int]) -> None:
+    """In the order of ``shares``; what is wrong is as wrong as when all is."""
+    given = shares(MisjudgedCost(ConstantCost(), 0.2, RngStreams(5).stream, modules), "one")
+    everything = shares(beliefs(5), "one")
+    assert {number for number, share in enumerate(given) if share != pytest.approx(1.0)} == wrong
+    assert all(given[number] == everything[number] for number in wrong)
+
+
+@pytest.mark.parametrize("modules", ["[attention,nothing]", "[]"])
+def test_unknown_modules_are_refused(modules: str) -> None:
+    """The text names the key and what is allowed, before anything is planned."""
+    with pytest.raises(SpecError, match=r"cost\.policy_error_modules.*collectives"):
+        prepare(compose(*SMALL, "cost.policy_error=0.1", f"cost.policy_error_modules={modules}"))
+
+
 def test_directions_depend_on_the_seed_and_the_name_alone() -> None:
     """Not on what was asked before; another seed errs otherwise."""
     first, turned = shares(beliefs(5), "one", "two"), shares(beliefs(5), "two", "one")

@@ -30,11 +30,15 @@ queues there are."""
 
 @dataclass(frozen=True)
 class Variant:
-    """A policy, its settings, and other words of the configuration, under one name."""
+    """A policy, its settings, and other words of the configuration, under one name.
+
+    ``keeps_plan``: it is given the plan that the policy makes without these words.
+    """
 
     name: str
     policy: Settings
     words: tuple[str, ...] = ()
+    keeps_plan: bool = False
 
 
 class Evaluation:
@@ -49,6 +53,12 @@ class Evaluation:
         rest = [name for name in self.policies if name not in scale.main]
         self.variants = {name: policy_variant(name) for name in [*order, *strict, *rest]}
         self.seeds = list(range(scale.seeds))
+
+    def cells_of(self, name: str) -> list[Cell]:
+        """The cells in which a policy is run: systems beside the paper's baselines in those of one model."""
+        model = self.scale.focus[0]
+        everywhere = name in (*self.scale.main, STRICT)
+        return [cell for cell in self.scale.cells if everywhere or cell[0] == model]
 
     # -- capacities ------------------------------------------------------------------------
 
@@ -78,9 +88,10 @@ class Evaluation:
         return self.store.answers("bounds", [Job("serving.bound", {"words": self.words(cell)})])[0]
 
     def serving(self) -> dict[tuple[Cell, str], Answer]:
-        """Capacity of every policy in every cell."""
+        """Capacity of every policy in its cells."""
         # Large models first: a run that is cut off has the cells of the sweeps then.
-        asked = [(cell, name) for cell in reversed(self.scale.cells) for name in self.variants]
+        asked = [(cell, name) for cell in reversed(self.scale.cells) for name in self.variants
+                 if cell in self.cells_of(name)]
         answers = self.capacities("capacity", [(cell, self.variants[name]) for cell, name in asked])
         return dict(zip(asked, answers, strict=True))
 
@@ -104,12 +115,14 @@ class Evaluation:
         """Runs of a variant at given rates, with a plan made for one."""
         return Job("serving.latency", {
             "words": self.words(cell, *variant.words), "policy": dict(variant.policy), "plan_rate": plan_rate,
-            "rates": list(rates), "seeds": list(seeds or self.seeds), "requests": self.scale.requests})
+            "rates": list(rates), "seeds": list(seeds or self.seeds), "requests": self.scale.requests,
+            **({"plan_words": self.words(cell)} if variant.keeps_plan else {})})
 
     def latencies(self) -> dict[tuple[Cell, str], Answer]:
         """Runs of every policy at the common rate of each cell; cells without one are left out."""
         rates = {cell: self.common_rate(cell) for cell in self.scale.cells}
-        asked = [(cell, name) for cell in self.scale.cells if rates[cell] for name in self.variants]
+        asked = [(cell, name) for cell in self.scale.cells if rates[cell] for name in self.variants
+                 if cell in self.cells_of(name)]
         jobs = [self.latency_job(cell, self.variants[name], rates[cell] or 0.0, [rates[cell] or 0.0])
                 for cell, name in asked]
         return dict(zip(asked, self.store.answers("latency", jobs), strict=True))

@@ -11,7 +11,7 @@ BASELINES = ("splitwise", "hexgen")
 """The paper's own baselines."""
 
 NEIGHBOURS = ("vllm", "vllm_all", "distserve", "lamina", "helix", "infinite")
-"""Systems that the paper does not compare with; those that are registered are run."""
+"""Systems that the paper does not compare with; those that are registered are run, for the focus' model."""
 
 MODEL_NAMES = {"llama-13b": "Llama-13B", "opt-30b": "OPT-30B", "llama2-70b": "Llama-70B"}
 WORKLOAD_NAMES = {"sharegpt": "ShareGPT", "humaneval": "HumanEval", "longbench": "LongBench"}
@@ -25,7 +25,7 @@ with Llama-70B on two A100s."""
 TTFT_OTHER_S = 5.0
 TPOT_S = 0.2
 
-REQUESTS_MAX = {"llama2-70b": 1200}
+REQUESTS_MAX = {"llama2-70b": 1000}
 """Most requests of a run of a search for models that serve few a second; they stay no longer than others."""
 
 COMMON_SHARE = 0.6
@@ -44,7 +44,7 @@ class Scale:
         requests: of a run at a given rate.
         tolerance: of the searches for capacities.
         curve: rates of the curves of latency over load, in units of Hetis' capacity.
-        focus: the cell (model, workload) of sweeps and switches.
+        focus: the cell (model, workload) of sweeps and switches; with its model, further systems are run.
         thetas, deltas, errors: values of the sweeps.
         error_draws: draws of wrong coefficients for each error.
         switches: most assumptions that are switched; None for all.
@@ -58,14 +58,14 @@ class Scale:
     workloads: tuple[str, ...] = ("sharegpt", "humaneval", "longbench")
     policies: tuple[str, ...] = (HETIS, *BASELINES, *NEIGHBOURS)
     seeds: int = 3
-    requests_max: int = 2000
-    requests: int = 600
+    requests_max: int = 1500
+    requests: int = 500
     tolerance: float = 0.1
     curve: tuple[float, ...] = (0.3, 0.6, 0.8, 1.0, 1.2, 1.5)
     focus: tuple[str, str] = ("llama2-70b", "sharegpt")
     thetas: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
     deltas: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.5, 1.0)
-    errors: tuple[float, ...] = (0.05, 0.1, 0.2)
+    errors: tuple[float, ...] = (0.1, 0.2)
     error_draws: int = 4
     switches: int | None = None
     hosts: tuple[int, ...] = (1, 2, 4, 8)
@@ -91,10 +91,10 @@ class Scale:
 FULL = Scale()
 
 QUICK = replace(
-    FULL, name="quick", models=("llama2-70b",), workloads=("sharegpt", "longbench"),
+    FULL, name="quick", models=("llama2-70b",), workloads=("sharegpt",),
     policies=(HETIS, *BASELINES), seeds=2, requests_max=500, requests=250, tolerance=0.3,
     curve=(0.5, 1.0, 1.5), thetas=(0.1, 0.5, 2.0), deltas=(0.0, 0.05, 0.5), errors=(0.2,),
-    error_draws=2, switches=2, hosts=(1, 2))
+    error_draws=2, switches=2, hosts=(1,))
 """A look at everything in small; too few seeds and requests for its figures to be cited."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import AttentionCost, CostModel, ProvenanceRow, TransferCost
 from hetis_sim.spec.cluster import LinkSpec
-from hetis_sim.spec.errors import require_finite
+from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
@@ -18,18 +18,48 @@ Streams = Callable[[str], np.random.Generator]
 """A generator at the start of the stream of a name, the same whenever it is asked for."""
 
 ERROR_MAX = 0.9
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "attention": ("a", "b", "c"), "transfer": ("gamma", "beta"), "dense": ("dense_layer", "head"),
+    "prefill": ("prefill_attention",), "collectives": ("all_reduce",)}
+"""The coefficients of each module."""
+ALL = "all"
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "attention": ("a", "b", "c"), "transfer": ("gamma", "beta"), "dense": ("dense_layer", "head"),
+    "prefill": ("prefill_attention",), "collectives": ("all_reduce",)}
+"""The coefficients of each module."""
+ALL = "all"
 
 
 @dataclass(frozen=True)
 class _Judgement:
-    """Factors on coefficients: ``1 + error`` or ``1 - error``, a coin of its own for every name."""
+    """Factors on coefficients: ``1 + error`` or ``1 - error``, a coin of its own for every name.
+
+    Those of other modules than the ``wrong`` ones are right.
+    """
 
     error: float
     streams: Streams
+    wrong: frozenset[str]
 
     def factor(self, *names: str) -> float:
+        if names[0] not in self.wrong:
+            return 1.0
         coin = self.streams(f"policy-cost-error/{'/'.join(names)}").random()
         return 1.0 + self.error if coin < 0.5 else 1.0 - self.error
+
+
+def wrong_coefficients(modules: Sequence[str]) -> frozenset[str]:
+    """The coefficients of some modules.
+
+    Raises:
+        SpecError: none, or one that is not among :data:`MODULES`.
+    """
+    allowed = f"{ALL}, or some of {', '.join(MODULES)}"
+    require(bool(modules), "cost.policy_error_modules", list(modules), allowed)
+    for name in modules:
+        require(name == ALL or name in MODULES, "cost.policy_error_modules", name, allowed)
+    return frozenset(coefficient for name, coefficients in MODULES.items()
+                     if name in modules or ALL in modules for coefficient in coefficients)
 
 
 class MisjudgedCost(MemoisedCost):
@@ -44,17 +74,19 @@ class MisjudgedCost(MemoisedCost):
     Args:
         truth: the right durations.
         error: share, 0 to 0.9.
-        streams: where the coins come from.
+        streams: where the coins come from; that of a coefficient does not depend on ``modules``.
+        modules: whose coefficients are wrong, keys of :data:`MODULES`; ``all`` for every one.
 
     Raises:
-        SpecError: an error outside that range.
+        SpecError: an error outside that range, or an unknown module.
     """
 
-    def __init__(self, truth: CostModel, error: float, streams: Streams) -> None:
+    def __init__(self, truth: CostModel, error: float, streams: Streams,
+                 modules: Sequence[str] = (ALL,)) -> None:
         super().__init__()
         require_finite("cost.policy_error", error, 0.0, ERROR_MAX)
         self.truth = truth
-        self._judged = _Judgement(error, streams)
+        self._judged = _Judgement(error, streams, wrong_coefficients(modules))
 
     def _dense_layer_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
         return self._judged.factor("dense_layer", gpu.name) * self.truth.dense_layer_s(gpu, model, tokens, tp)

@@ -73,6 +73,8 @@ class Policy(ABC):
         preemption: what becomes of the cache of a preempted request.
         streams_handoff: the cache is sent to the decoding instance while the prompt is computed.
         splits_tokens: it gives out placements with token ranges.
+        plans_for_rate: whether :meth:`plan` goes by the rate of the problem; where it does not, one plan is
+            that of all rates.
         mixes_pools: instances do the other pool's work when it has too much: :meth:`route` may
             choose one that otherwise only decodes, and a request for which no decoding instance has
             room decodes where its prompt was computed, if :meth:`dispatch` would place it there.
@@ -82,6 +84,7 @@ class Policy(ABC):
     preemption: PreemptionMode = "recompute"
     streams_handoff: bool = False
     splits_tokens: bool = False
+    plans_for_rate: ClassVar[bool] = True
     mixes_pools: bool = False
 
     @abstractmethod

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 
 from hetis_sim.policies.base import PlanningProblem
@@ -26,6 +27,7 @@ FREE_SHARE = 0.1
 """Share of the cache that is planned to stay free, as contexts differ in length and grow (ours)."""
 
 CHOICES_MOST = 27
+TABLES_KEPT = 4
 STAGES_MOST = 24
 """Stages of a pipeline, at most; deeper ones spend their time on hops (ours)."""
 
@@ -216,6 +218,19 @@ class PipelineTable:
     def describe(self, pipeline: Pipeline) -> str:
         """One line for people: ``a100-80gb TP2 + rtx3090 TP2``."""
         return " + ".join(f"{self.parts[p].gpu.name} TP{size}" for p, size in pipeline.split)
+
+
+@lru_cache(maxsize=TABLES_KEPT)
+def _table(problem: PlanningProblem, longest_tokens: int) -> PipelineTable:
+    return PipelineTable(problem, longest_tokens)
+
+
+def pipeline_table(problem: PlanningProblem, longest_tokens: int) -> PipelineTable:
+    """The table for a problem at any rate: what a pipeline can do does not depend on the load.
+
+    Problems with one and the same cost model share it, so that a plan for another rate costs little.
+    """
+    return _table(replace(problem, rate_per_s=None), longest_tokens)
 
 
 def _take(parts: Sequence[Part], taken: list[int], split: Split) -> Iterator[tuple[int, ...]]:

@@ -69,6 +69,10 @@ def check_policy(policy: Policy, problem: PlanningProblem, *, seed: int = 0, rou
     _require((again.instances, again.mesh) == (plan.instances, plan.mesh), "plan is repeatable",
              "two calls differ")
     _check_host_order(policy, problem, plan)
+    if not policy.plans_for_rate:
+        other = policy.plan(replace(problem, rate_per_s=2.0 * (problem.rate_per_s or 1.0)))
+        _require((other.instances, other.mesh) == (plan.instances, plan.mesh),
+                 "one plan for all rates where plans_for_rate is False", "twice the rate has another plan")
     dispatched = placed = moves = 0
     if plan.mesh is not None:
         mesh = MeshBench(policy, problem, plan.mesh, seed, _require)

@@ -76,6 +76,7 @@ class InfinitePolicy(Policy):
     """
 
     name: ClassVar[str] = "infinite"
+    plans_for_rate: ClassVar[bool] = False
     settings_type: ClassVar[type] = InfiniteSettings
     splits_tokens = True
 

@@ -92,6 +92,7 @@ class LaminaPolicy(Policy):
     """
 
     name: ClassVar[str] = "lamina"
+    plans_for_rate: ClassVar[bool] = False
     settings_type: ClassVar[type] = LaminaSettings
 
     def __init__(self, settings: LaminaSettings | None = None) -> None:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hetis_sim.policies.base import PlanningProblem
-from hetis_sim.policies.bundles import Bundle, Part, Pipeline, PipelineTable, longest_context
+from hetis_sim.policies.bundles import Bundle, Part, Pipeline, longest_context, pipeline_table
 from hetis_sim.policies.evolve import Division, Effort, Evolution, Found, normal, starting_divisions
 from hetis_sim.policies.memory import RUNTIME_BYTES
 from hetis_sim.policies.plan import Plan, Role
@@ -77,7 +77,7 @@ class PoolSearch:
                  longest_tokens: int) -> None:
         self.problem = problem
         self.rules = rules
-        self.table = PipelineTable(problem, longest_tokens)
+        self.table = pipeline_table(problem, longest_tokens)
         self._effort = effort
 
     def run(self) -> Found:

@@ -71,6 +71,7 @@ class VllmPolicy(Policy):
     """
 
     name: ClassVar[str] = "vllm"
+    plans_for_rate: ClassVar[bool] = False
     settings_type: ClassVar[type] = VllmSettings
 
     def __init__(self, settings: VllmSettings | None = None) -> None:

@@ -78,6 +78,7 @@ class VllmAllPolicy(Policy):
     """
 
     name: ClassVar[str] = "vllm_all"
+    plans_for_rate: ClassVar[bool] = False
     settings_type: ClassVar[type] = VllmAllSettings
 
     def __init__(self, settings: VllmAllSettings | None = None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from hetis_sim.config import RunConfig
 from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.policies.memory import cache_units, mesh_cache_units
-from hetis_sim.policies.registry import settings_class
+from hetis_sim.policies.registry import policy_class, settings_class
 from hetis_sim.run import Prepared, Result, prepare, run_prepared, write_result
 from hetis_sim.spec.errors import SpecError, require
 from hetis_sim.spec.lookup import require_mapping
@@ -20,6 +20,7 @@ PLAN_REQUESTS = 5000
 PLANS_KEPT = 16
 
 _plans: dict[str, Prepared] = {}
+_latest: dict[str, Prepared] = {}
 
 
 @dataclass(frozen=True)
@@ -102,20 +103,34 @@ def seeds_of(config: RunConfig) -> list[int]:
 def planned(config: RunConfig, rate_rps: float) -> Prepared:
     """A checked combination whose plan is searched for a rate; remembered.
 
-    The plan goes by the mean lengths of many requests, so that it is the same for every seed.
+    The plan goes by the mean lengths of many requests, so that it is the same for every seed. A policy
+    that does not plan for the rate is asked once for all rates; combinations of one policy with one cluster,
+    model and cost model, one after the other, share what has been worked out for them.
 
     Raises:
         HetisError: the combination cannot run.
     """
     config = replace(config, workload=_workload(config, Load(rate_rps, PLAN_REQUESTS, config.workload.seed)))
-    decides = {item.name: getattr(config, item.name) for item in fields(config)
-               if item.name not in ("study", "output", "progress")}
-    key = value_sha256(decides)
+    key = _key(config)
     if key not in _plans:
         while len(_plans) >= PLANS_KEPT:
             _plans.pop(next(iter(_plans)))
-        _plans[key] = prepare(config)
-    return _plans[key]
+        name = str(config.policy.get("name"))
+        _plans[key] = _latest[name] = prepare(config, _latest.get(name))
+    found = _plans[key]
+    if found.config.workload == config.workload:
+        return found
+    return replace(found, config=config, workload=build_workload(config.workload,
+                                                                 found.model.context_limit_tokens))
+
+
+def _key(config: RunConfig) -> str:
+    """Equal for configurations with equal plans."""
+    decides = {item.name: getattr(config, item.name) for item in fields(config)
+               if item.name not in ("study", "output", "progress")}
+    if not policy_class(config.policy.get("name")).plans_for_rate:
+        decides["workload"] = replace(config.workload, rate=1.0)
+    return value_sha256(decides)
 
 
 def _workload(config: RunConfig, load: Load) -> Any:

@@ -105,19 +105,40 @@ def test_a_capacity_lies_between_what_held_and_what_failed() -> None:
     assert crossing(Found(4.0, (*probes((4.0, 1.0)), grown)), 0.9) == 4.0
 
 
-@pytest.mark.parametrize(("guess", "runs"), [(10.0, 2), (7.0, 5), (16.0, 5)])
+@pytest.mark.parametrize(("guess", "runs"), [(10.0, 2), (7.0, 5), (16.0, 5), (1.0, 11), (160.0, 11)])
 def test_a_search_around_a_guess_brackets_the_answer(guess: float, runs: int,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two runs where the guess is right, more where it is not; never beyond the bound."""
-    system = _Search(cases_of(compose("policy=vllm"))[0], None, 100, 50.0)  # type: ignore[arg-type]
+    """Two runs where the guess is right, more where it is not."""
     monkeypatch.setattr(_Search, "probe", lambda _, rate, seed: probes((rate, 1.0 if rate <= 10 else 0.0))[0])
-    found = system.around(guess, 1)
+    found = around(guess, ceiling=1000.0)
     assert len(found.probes) <= runs
     assert found.rate_rps <= 10.0 < min(p.rate_rps for p in found.probes if not p.holds)
-    assert found.rate_rps > 10.0 / 1.2
-    assert system.around(0.0, 1).rate_rps == 0.0
+    assert found.rate_rps > 10.0 / 1.26
+
+
+def around(guess: float, ceiling: float) -> Found:
+    """A search of a further seed; none from the start tells of itself."""
+    case = cases_of(compose("policy=vllm"))[0]
+    return _Search(case, None, 100, 8.0, ceiling).around(guess, 1)  # type: ignore[arg-type]
+
+
+def test_a_search_around_a_guess_reaches_the_bound_and_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What holds there is the answer."""
     monkeypatch.setattr(_Search, "probe", lambda _, rate, seed: probes((rate, 1.0))[0])
-    assert system.around(48.0, 1).rate_rps <= 50.0
+    found = around(48.0, ceiling=50.0)
+    assert found.rate_rps == 50.0
+    assert [p.rate_rps for p in found.probes] == [pytest.approx(48.0 / 1.05), 50.0]
+
+
+def test_a_seed_may_hold_the_slo_where_the_first_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guess of zero says nothing of other seeds; where none holds at any load, the search ends."""
+    monkeypatch.setattr(_Search, "probe", lambda _, rate, seed: probes((rate, 1.0 if rate <= 3 else 0.0))[0])
+    assert 2.0 < around(0.0, ceiling=50.0).rate_rps <= 3.0
+    monkeypatch.setattr(_Search, "probe", lambda _, rate, seed: probes((rate, 0.0))[0])
+    for guess in (0.0, 5.0):
+        found = around(guess, ceiling=50.0)
+        assert found.rate_rps == 0.0
+        assert len(found.probes) < 12
 
 
 def test_a_measured_capacity_is_that_of_the_study() -> None:

@@ -14,7 +14,7 @@ from support_runs import assert_sound
 
 from hetis_sim.control.state import Status
 from hetis_sim.policies.base import PlanningProblem
-from hetis_sim.policies.bundles import Bundle, PipelineTable, cluster_parts
+from hetis_sim.policies.bundles import Bundle, PipelineTable, cluster_parts, pipeline_table
 from hetis_sim.policies.check import check_policy
 from hetis_sim.policies.evolve import Division, Effort, Use, moved, normal, starting_divisions
 from hetis_sim.policies.plan import Plan
@@ -228,6 +228,16 @@ def test_a_bundle_gets_its_best_degrees() -> None:
     assert other is not None
     assert one.estimate == other.estimate
     assert {part for part, _ in one.split} != {part for part, _ in other.split}
+
+
+def test_pipelines_are_worked_out_once_for_all_rates() -> None:
+    """Problems that differ in the rate share the table; other lengths, or another cost model, do not."""
+    given = problem(cluster(("rtx3090", 2)), "llama2-7b")
+    table = pipeline_table(replace(given, rate_per_s=1.0), 2000)
+    assert pipeline_table(replace(given, rate_per_s=3.0), 2000) is table
+    assert pipeline_table(given, 1) is not table
+    assert pipeline_table(replace(given, prompt_tokens=given.prompt_tokens + 1), 2000) is not table
+    assert pipeline_table(problem(cluster(("rtx3090", 2)), "llama2-7b"), 2000) is not table
 
 
 def test_every_card_is_in_one_part_high_end_first() -> None:

@@ -16,6 +16,9 @@ from hetis_sim.cli import main
 from hetis_sim.config import RunConfig, compose
 from hetis_sim.metrics import load_run
 from hetis_sim.metrics.columns import Table
+from hetis_sim.policies.base import PlanningProblem
+from hetis_sim.policies.plan import Plan
+from hetis_sim.policies.vllm import VllmPolicy
 from hetis_sim.spec.errors import HetisError, SpecError
 from hetis_sim.study.capacity import Capacity, capacities, capacity
 from hetis_sim.study.compare import Comparison, compare
@@ -90,6 +93,30 @@ def test_the_same_requests_arrive_at_every_rate() -> None:
     assert (4.0 * fast.arrival_s).tolist() == pytest.approx(slow.arrival_s.tolist())
     other = under(prepared, Load(4.0, 50, 8)).workload
     assert other.lengths.prompt_tokens.tolist() != fast.lengths.prompt_tokens.tolist()
+
+
+def test_a_policy_that_does_not_plan_for_the_rate_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At another rate it has the same plan, and the workload of that rate; other settings ask again."""
+    asked: list[float | None] = []
+
+    def plan(self: VllmPolicy, problem: PlanningProblem) -> Plan:
+        asked.append(problem.rate_per_s)
+        return original(self, problem)
+
+    original = VllmPolicy.plan
+    monkeypatch.setattr(VllmPolicy, "plan", plan)
+    config = cases_of(small("policy=vllm", "slo.ttft_s=0.77"))[0].config
+    slow, fast = planned(config, 5.0), planned(config, 7.0)
+    assert len(asked) == 1
+    assert fast.plan is slow.plan
+    assert fast.config.workload.rate == 7.0
+    assert fast.workload.describe()["rate_rps"] == pytest.approx(1.4 * slow.workload.describe()["rate_rps"])
+    planned(replace(config, slo=replace(config.slo, ttft_s=0.78)), 7.0)
+    monkeypatch.setattr(VllmPolicy, "plans_for_rate", True)
+    planned(replace(config, slo=replace(config.slo, ttft_s=0.79)), 5.0)
+    planned(replace(config, slo=replace(config.slo, ttft_s=0.79)), 7.0)
+    assert len(asked) == 4
+    assert asked[1] == asked[3] == pytest.approx(1.4 * asked[2])
 
 
 def test_throughput_under_overload_leaves_out_both_ends() -> None:

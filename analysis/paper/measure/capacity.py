@@ -2,44 +2,56 @@
 
 The definitions are those of ``docs/capacity.md``. What differs: the first seed is searched from the start,
 the others begin around its answer; and the capacity is interpolated between the last rate that held and the
-first that failed, so that the bracket may be wider.
+first that failed, so that the bracket may be wider (:data:`WIDTH` for the further seeds).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from analysis.paper.measure.usable import usable_tokens
-from hetis_sim.run import Prepared
+from hetis_sim.run import Prepared, Result
 from hetis_sim.study.bound.result import Bound
 from hetis_sim.study.capacity import FLIGHTS, OVERLOAD, START, clamped, search_requests
 from hetis_sim.study.runs import Case, Load, in_flight, instances_of, planned, run_under, seeds_of
-from hetis_sim.study.search import Found, Probe, highest
+from hetis_sim.study.search import LOWEST, STEP_MAX, Found, Probe, highest
 from hetis_sim.study.tasks import Task, overload
 
 NEAR = 1.05
 """Half the width of the first bracket of a further seed, as a factor."""
 BEYOND = 1.12
-"""Steps of a further seed whose answer lies outside it."""
+"""First step of a further seed whose answer lies outside it; each is the square of the one before."""
+WIDTH = 1.25
+"""Bracket that a further seed ends with, as a factor."""
 
 
 @dataclass(frozen=True)
 class _Search:
-    """Runs of one plan at rates that a search asks for."""
+    """Runs of one plan at rates that a search asks for.
+
+    ``limits`` keeps of every run, by rate and seed, the shares of the requests within the limit on TTFT and
+    within that on TPOT.
+    """
 
     case: Case
     prepared: Prepared
     requests: int
+    start_rps: float
     ceiling_rps: float
+    limits: dict[tuple[float, int], tuple[float, float]] = field(default_factory=dict)
 
     def probe(self, rate_rps: float, seed: int) -> Probe:
         """One run."""
         study = self.case.config.study
-        summary = run_under(self.prepared, Load(rate_rps, self.requests, seed)).summary
+        result = run_under(self.prepared, Load(rate_rps, self.requests, seed))
+        summary = result.summary
+        self.limits[rate_rps, seed] = within_limits(result)
         verdict, share = summary.saturation.verdict, summary.slo.attainment
         return Probe(rate_rps, share >= study.attainment and verdict != "saturated", share, verdict,
                      summary.requests.submitted, summary.requests.measured)
@@ -51,18 +63,23 @@ class _Search:
                        study.runs_max)
 
     def around(self, guess_rps: float, seed: int) -> Found:
-        """A search that begins on both sides of a guess."""
+        """A search that begins on both sides of a guess; one from the start where the guess is 0."""
         if not guess_rps:
-            return Found(0.0, ())
+            return self.from_start(self.start_rps, seed)
         probes = [self.probe(min(guess_rps / NEAR, self.ceiling_rps), seed)]
-        up = probes[0].holds
-        rate = guess_rps * NEAR if up else guess_rps / NEAR / BEYOND
-        while len(probes) < self.case.config.study.runs_max and rate <= self.ceiling_rps:
-            probes.append(self.probe(rate, seed))
-            if probes[-1].holds != up:
+        low, high = (probes[0].rate_rps, math.inf) if probes[0].holds else (0.0, probes[0].rate_rps)
+        rate, step = guess_rps * NEAR if probes[0].holds else guess_rps / NEAR / BEYOND, BEYOND
+        while len(probes) < self.case.config.study.runs_max and guess_rps * LOWEST < high:
+            if low and low >= min(high / WIDTH, self.ceiling_rps):
                 break
-            rate *= BEYOND if up else 1.0 / BEYOND
-        return Found(max((p.rate_rps for p in probes if p.holds), default=0.0), tuple(probes))
+            rate = min(rate, self.ceiling_rps)
+            probes.append(self.probe(rate, seed))
+            low, high = (rate, high) if probes[-1].holds else (low, rate)
+            if low and high < math.inf:
+                rate = math.sqrt(low * high)
+            else:
+                rate, step = rate * step if low else rate / step, min(step * step, STEP_MAX)
+        return Found(low, tuple(probes))
 
 
 def measure(case: Case, bound: Bound) -> dict[str, Any]:
@@ -77,7 +94,7 @@ def measure(case: Case, bound: Bound) -> dict[str, Any]:
     floods = [overload(Task(case, seed, flood, flooded, flood, ceiling)) for seed in seeds]
     mean = fmean(run.throughput_rps for run in floods)
     requests = clamped(config.study, search_requests(config, bound, floods))
-    search = _Search(case, planned(config, mean), requests, ceiling)
+    search = _Search(case, planned(config, mean), requests, START * mean, ceiling)
     first = search.from_start(START * mean, seeds[0])
     search, first = _replanned(search, first, seeds[0], config.study.attainment)
     guess = crossing(first, config.study.attainment)
@@ -88,7 +105,30 @@ def measure(case: Case, bound: Bound) -> dict[str, Any]:
                           for run, found in zip(floods, searches, strict=True)],
             "instances": list(instances_of(search.prepared)), "requests": requests,
             "runs": len(floods) + sum(len(found.probes) for found in searches), "note": first.note,
+            "first_failure": _first_failure(search, first, seeds[0]),
             "usable_tokens": usable_tokens(search.prepared)}
+
+
+def within_limits(result: Result) -> tuple[float, float]:
+    """Shares of the measured requests within the limit on TTFT, and within that on TPOT."""
+    slo, window = result.prepared.config.slo, result.summary.window
+    inside = slice(window.first, window.last)
+    requests = result.recorder.records().requests
+    ttft_s, tpot_s = requests["ttft_s"][inside], requests["tpot_s"][inside]
+    served = np.isfinite(ttft_s)
+    # A single output token has no time per output token.
+    shares = [float(np.mean(served & (ttft_s <= slo.ttft_s))),
+              float(np.mean(served & ~(tpot_s > slo.tpot_s)))] if len(ttft_s) else [math.nan] * 2
+    return shares[0], shares[1]
+
+
+def _first_failure(search: _Search, found: Found, seed: int) -> dict[str, float] | None:
+    """What the requests held at the lowest rate that failed; None where none did."""
+    failed = [probe.rate_rps for probe in found.probes if not probe.holds]
+    if not failed:
+        return None
+    ttft, tpot = search.limits[min(failed), seed]
+    return {"rate_rps": min(failed), "ttft": ttft, "tpot": tpot}
 
 
 def _open(probes: Sequence[Probe]) -> list[float]:
@@ -102,7 +142,7 @@ def _replanned(search: _Search, found: Found, seed: int, attainment: float) -> t
     other = planned(search.case.config, rate) if rate else search.prepared
     if other.plan.instances == search.prepared.plan.instances:
         return search, found
-    again = _Search(search.case, other, search.requests, search.ceiling_rps)
+    again = _Search(search.case, other, search.requests, rate, search.ceiling_rps)
     if not again.probe(min(rate * NEAR, search.ceiling_rps), seed).holds:
         return search, found
     return again, again.from_start(rate * NEAR, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hetis_sim.metrics.columns import PARTS, STEP_KINDS
+from hetis_sim.metrics.columns import PARTS, STEP_KINDS, Table
 from hetis_sim.run import Result
 
 
@@ -27,3 +27,11 @@ def module_times(result: Result) -> dict[str, float]:
         found |= {f"{kind}_{part}_s": float((weight * rows[f"{part}_s"]).sum()) / total if total
                   else float("nan") for part in PARTS}
     return found
+
+
+def mean_gap_s(requests: Table) -> float:
+    """Mean seconds from one token of a request to its next, over all tokens of the finished requests."""
+    gaps = requests["output_tokens"] - 1
+    decoding_s = requests["finish_s"] - requests["first_token_s"]
+    several = np.isfinite(decoding_s) & (gaps >= 1)
+    return float(decoding_s[several].sum() / gaps[several].sum()) if several.any() else float("nan")

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from analysis.paper.measure.capacity import bound_from, measure
-from analysis.paper.measure.modules import module_times
+from analysis.paper.measure.modules import mean_gap_s, module_times
 from analysis.paper.measure.usable import usable_tokens
 from hetis_sim.config import RunConfig, compose
 from hetis_sim.run import Result
@@ -29,10 +29,16 @@ def capacity(words: Sequence[str], policy: Policy, bound: Mapping[str, Any]) -> 
 
 
 def latency(words: Sequence[str], policy: Policy, plan_rate: float, rates: Sequence[float],
-            seeds: Sequence[int], requests: int) -> list[list[dict[str, Any]]]:
-    """The figures of runs with a plan made for ``plan_rate``: by rate and seed."""
-    case = _case(words, policy)
-    prepared = planned(case.config, plan_rate)
+            seeds: Sequence[int], requests: int,
+            plan_words: Sequence[str] | None = None) -> list[list[dict[str, Any]]]:
+    """The figures of runs with a plan made for ``plan_rate``: by rate and seed.
+
+    Args:
+        plan_words: of the configuration whose plan is run; None for the plan of ``words`` themselves.
+    """
+    prepared = planned(_case(words, policy).config, plan_rate)
+    if plan_words is not None:
+        prepared = replace(prepared, plan=planned(_case(plan_words, policy).config, plan_rate).plan)
     return [[figures(run_under(prepared, Load(rate, requests, seed))) for seed in seeds] for rate in rates]
 
 
@@ -65,4 +71,4 @@ def figures(result: Result) -> dict[str, Any]:
             "preemptions": summary.preemptions, "moves": summary.moves,
             "rejected": summary.requests.rejected,
             "moved_bytes": float(requests["moved_bytes"].sum()), "kv_used_max": summary.kv_used_max,
-            **module_times(result)}
+            "gap_s": mean_gap_s(requests), **module_times(result)}

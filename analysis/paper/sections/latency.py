@@ -31,7 +31,7 @@ def build(evaluation: Evaluation) -> Section:
     found = evaluation.latencies()
     others = [name for name in evaluation.variants if name != HETIS]
     main = [name for name in others if name in (*BASELINES, STRICT)]
-    ratios = {key: {name: [_over_hetis(found, cell, name, key) for cell in evaluation.scale.cells]
+    ratios = {key: {name: [_over_hetis(found, cell, name, key) for cell in evaluation.cells_of(name)]
                     for name in others} for key in KEYS}
     blocks: list[Any] = [
         f"At {100 * COMMON_SHARE:g} % of the least capacity among Hetis, Splitwise and HexGen, the same rate "
@@ -124,6 +124,26 @@ def _share_note(evaluation: Evaluation, found: Found, name: str) -> str:
             f"prompts with Hetis, {shares[1]:.0f} % with {label(name)}.")
 
 
+def _stall_note(evaluation: Evaluation, found: Found, name: str) -> str:
+    """What of the time between tokens is no decode iteration, with Hetis and with another policy."""
+    notes = []
+    for cell in evaluation.cells_of(name):
+        stalls = [_stalled(found.get((cell, who))) for who in (HETIS, name)]
+        if cell[0] == evaluation.scale.focus[0] and all(stall is not None for stall in stalls):
+            notes.append(f"{cell_name(*cell)} {stalls[0]:.0f} % and {stalls[1]:.0f} %")
+    return ("Of the mean time between two tokens, what is no decode iteration (mostly prompts of others that "
+            f"are computed first) is, with Hetis and {label(name)}: {', '.join(notes)}." if notes else "")
+
+
+def _stalled(answer: Answer | None) -> float | None:
+    """Per cent."""
+    if answer is None or answer.error:
+        return None
+    runs = answer.value[0]
+    gap = fmean(seed_values(runs, "gap_s"))
+    return 100 * (1 - sum(fmean(seed_values(runs, f"decode_{part}_s")) for part in PARTS) / gap)
+
+
 def _findings(evaluation: Evaluation, found: Found, ratios: Mapping[str, Mapping[str, list[CellRatio]]],
               main: Sequence[str]) -> list[Finding]:
     findings = []
@@ -132,6 +152,7 @@ def _findings(evaluation: Evaluation, found: Found, ratios: Mapping[str, Mapping
             ttft = ratios["ttft_p95_s"][name]
             findings.append(Finding(f"ttft-{name}", up_to(ttft),
                                     f"{spread(ttft)}." + _share_note(evaluation, found, name)))
+            findings.append(Finding(f"throughput-{name}", "", _stall_note(evaluation, found, name)))
     for claim, key in (("tpot", "tpot_p95_s"), ("dense", "decode_dense_s"), ("attention", "attention")):
         texts = [f"over {label(name)} {up_to(ratios[key][name])}" for name in main]
         findings.append(Finding(claim, "; ".join(texts), "; ".join(

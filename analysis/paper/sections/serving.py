@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,15 @@ import numpy as np
 from analysis.figures.charts import Axis, DotChart, Dots, Rule
 from analysis.paper.evaluation import STRICT, Cell, Evaluation
 from analysis.paper.ratios import CellRatio, cell_ratio, missing, spread, times, up_to
-from analysis.paper.scale import BASELINES, HETIS, TPOT_S, TTFT_S, cell_name, policy_name
+from analysis.paper.scale import (
+    BASELINES,
+    HETIS,
+    MODEL_NAMES,
+    TPOT_S,
+    TTFT_S,
+    cell_name,
+    policy_name,
+)
 from analysis.paper.section import Finding, Section, by_rows
 from analysis.paper.store import Answer
 from hetis_sim.study.estimate import estimate
@@ -50,7 +59,11 @@ def build(evaluation: Evaluation) -> Section:
                ratio_chart("cache", "Usable KV cache, Hetis over the paper's baselines", "usable KV cache",
                            {name: ratios["cache"][name] for name in main}, [Rule("paper", 1.87)])]
     blocks += ["### Plans", _plans(evaluation, found, names)]
-    return Section("serving", "Throughput and usable cache", blocks, _findings(ratios, others))
+    return Section("serving", "Throughput and usable cache", blocks, [
+        *_findings(ratios, others),
+        *(Finding(f"throughput-{name}", "", _limit_note(evaluation, found, name))
+          for name in BASELINES if name in others),
+        *([Finding("throughput-splitwise", "", _mixed_note(evaluation, found))] if STRICT in others else [])])
 
 
 MEASURES: dict[str, Value] = {
@@ -66,7 +79,7 @@ def label(name: str) -> str:
 def of_hetis(evaluation: Evaluation, found: Found, other: str, value: Value) -> list[CellRatio]:
     """Hetis over another policy, cell by cell."""
     ratios = []
-    for cell in evaluation.scale.cells:
+    for cell in evaluation.cells_of(other):
         mine, its = found[cell, HETIS], found[cell, other]
         why = mine.error or its.error
         if why:
@@ -101,7 +114,17 @@ def _definitions(evaluation: Evaluation) -> str:
             f"and TPOT ({TPOT_S:g} s) and the queue does not grow ([definition](capacity.md)); limits are "
             "ours, about ten times what a mean prompt takes with Llama-70B on two A100s. **Throughput "
             f"without an SLO** is below. Seeds: {evaluation.scale.seeds}. Every policy's plan is searched "
-            "for the load at hand.")
+            f"for the load at hand.{_beside_text(evaluation)}")
+
+
+def _beside_text(evaluation: Evaluation) -> str:
+    """Where systems beside the paper's baselines were run, if not everywhere."""
+    beside = [name for name in evaluation.variants if evaluation.cells_of(name) != evaluation.scale.cells]
+    if not beside:
+        return ""
+    model = MODEL_NAMES.get(evaluation.scale.focus[0], evaluation.scale.focus[0])
+    return (f" {', '.join(map(label, beside))}, with which the paper does not compare, are run for {model} "
+            "only.")
 
 
 def _sustained_text() -> str:
@@ -111,10 +134,11 @@ def _sustained_text() -> str:
 
 def _column(evaluation: Evaluation, found: Found, name: str, key: str) -> dict[str, str]:
     column: dict[str, str] = {}
-    for cell in evaluation.scale.cells:
+    cells = evaluation.cells_of(name)
+    for cell in cells:
         answer = found[cell, name]
         column[cell_name(*cell)] = _failed(answer) if answer.error else _text(answer.value, key)
-    bound = {cell: evaluation.bound(cell) for cell in evaluation.scale.cells} if key == "slo" else {}
+    bound = {cell: evaluation.bound(cell) for cell in cells} if key == "slo" else {}
     for cell, answer in bound.items():
         value = found[cell, name]
         if not answer.error and not value.error:
@@ -137,8 +161,8 @@ def _plans(evaluation: Evaluation, found: Found, names: Sequence[str]) -> str:
     lines = []
     for cell in evaluation.scale.cells:
         for name in names:
-            answer = found[cell, name]
-            if not answer.error:
+            answer = found.get((cell, name))
+            if answer is not None and not answer.error:
                 lines.append(f"- {cell_name(*cell)}, {label(name)}: {_counted(answer.value['instances'])}")
     return "<details><summary>What each policy made of the cluster</summary>\n\n" + "\n".join(
         lines) + "\n\n</details>"
@@ -174,3 +198,41 @@ def _findings(ratios: dict[str, dict[str, list[CellRatio]]], others: Sequence[st
     return findings
 
 
+
+
+CARDS = re.compile(r"\d+ x ([\w-]+)")
+
+
+def _mixed_note(evaluation: Evaluation, found: Found) -> str:
+    """The models for which a kind of card both prefills and decodes although kinds were to be apart."""
+    mixed: dict[str, str] = {}
+    for cell in evaluation.scale.cells:
+        answer = found[cell, STRICT]
+        if not answer.error:
+            kinds = {role: {kind for text in answer.value["instances"] if text.startswith(role)
+                            for kind in CARDS.findall(text)} for role in ("prefill", "decode", "both")}
+            both = kinds["both"] | kinds["prefill"] & kinds["decode"]
+            if both:
+                mixed[MODEL_NAMES.get(cell[0], cell[0])] = ", ".join(sorted(both))
+    return " ".join(f"For {model} {cards} are in both pools even so: no other division of the cluster "
+                    "serves the model." for model, cards in mixed.items())
+
+
+def _limit_note(evaluation: Evaluation, found: Found, name: str) -> str:
+    """What the requests held at the lowest rate that failed, with Hetis and with another policy."""
+    notes = []
+    for cell in evaluation.cells_of(name):
+        if cell[0] != evaluation.scale.focus[0]:
+            continue
+        parts = [_held(found[cell, who], who) for who in (HETIS, name)]
+        if all(parts):
+            notes.append(f"{cell_name(*cell)}: {'; '.join(parts)}")
+    return f"Requests within each limit where the SLO first fails. {'. '.join(notes)}." if notes else ""
+
+
+def _held(answer: Answer, who: str) -> str:
+    failure = None if answer.error else answer.value["first_failure"]
+    if failure is None:
+        return ""
+    return (f"{label(who)} at {failure['rate_rps']:.3g} requests/s TTFT {100 * failure['ttft']:.0f} %, "
+            f"TPOT {100 * failure['tpot']:.0f} %")

@@ -31,6 +31,7 @@ class HelixPolicy(Policy):
     """
 
     name: ClassVar[str] = "helix"
+    plans_for_rate: ClassVar[bool] = False
     settings_type: ClassVar[type] = HelixSettings
 
     def __init__(self, settings: HelixSettings | None = None) -> None:

@@ -27,6 +27,7 @@ class HetisPolicy(Policy):
     """
 
     name: ClassVar[str] = "hetis"
+    plans_for_rate: ClassVar[bool] = False
     settings_type: ClassVar[type] = HetisSettings
 
     def __init__(self, settings: HetisSettings | None = None) -> None:
