@@ -119,20 +119,21 @@ def prepare(config: RunConfig, like: Prepared | None = None) -> Prepared:
 
     Args:
         like: a combination whose cluster, model and cost model are taken over, with all that they remember,
-            where the configuration is the same in them.
+            where the two configurations agree in them.
 
     Raises:
         HetisError: the combination cannot run; the text says why.
     """
-    shares = like is not None and all(getattr(config, part) == getattr(like.config, part)
-                                      for part in ("cluster", "model", "cost"))
-    cluster = like.cluster if like and shares else cluster_from_mapping(config.cluster)
-    model = like.model if like and shares else model_from_mapping(config.model)
+    if like is not None and any(getattr(config, part) != getattr(like.config, part)
+                                for part in ("cluster", "model", "cost")):
+        like = None
+    cluster = like.cluster if like is not None else cluster_from_mapping(config.cluster)
+    model = like.model if like is not None else model_from_mapping(config.model)
     settings = config.scheduler.settings()
     config.slo.slo()
     Trim(config.sim.warmup_fraction, config.sim.drop_tail_fraction)
     policy = make_policy(config.policy)
-    cost, believed = (like.cost, like.believed) if like and shares else _costs(config, cluster, model)
+    cost, believed = (like.cost, like.believed) if like is not None else _costs(config, cluster, model)
     workload = build_workload(config.workload, model.context_limit_tokens)
     assert isinstance(workload, OpenWorkload | ClosedLoopWorkload)
     problem = planning_problem(cluster, model, believed or cost, settings, workload, config.slo.slo())

@@ -37,12 +37,16 @@ class DecodeLines(NamedTuple):
     Attributes:
         stages: see :class:`StageLines`.
         workers: empty where no worker holds a head of the lane.
-        held: (position, groups, group-tokens before the first iteration) wherever the lane has any.
+        held: (position, groups, group-tokens before the first iteration) wherever the lane has any; empty
+            beside token ranges.
+        ranged: beside token ranges, (remote position, groups that grow, groups in ranges, groups of tails
+            that are merged).
     """
 
     stages: tuple[StageLines, ...]
     workers: tuple[Line, ...]
     held: tuple[tuple[int, int, int], ...] = ()
+    ranged: tuple[tuple[int, int, int, int], ...] = ()
 
 
 NO_LINES = StageLines((), (), ())
@@ -323,7 +327,9 @@ class InstanceTimer:
         """The same with token ranges; see :mod:`.ranges`."""
         waits = self._waits(loads) if len(self.plan.stages) > 1 else self._no_waits
         stages, workers = ranged_lines(self.plan, self.costs, lane.index, loads, waits)
-        return DecodeLines(tuple([StageLines(*lines) for lines in stages]), workers)
+        rows = [held[lane.index].tolist() for held in (loads.groups, loads.still, loads.merged)]
+        ranged = tuple([(p, rows[0][p], rows[1][p], rows[2][p]) for p in self._remote_positions])
+        return DecodeLines(tuple([StageLines(*lines) for lines in stages]), workers, (), ranged)
 
     def _waits(self, loads: Loads) -> list[float]:
         """Per position, the average jobs of the other stages on the same attention worker."""

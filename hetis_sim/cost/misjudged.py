@@ -23,11 +23,6 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "prefill": ("prefill_attention",), "collectives": ("all_reduce",)}
 """The coefficients of each module."""
 ALL = "all"
-MODULES: Mapping[str, tuple[str, ...]] = {
-    "attention": ("a", "b", "c"), "transfer": ("gamma", "beta"), "dense": ("dense_layer", "head"),
-    "prefill": ("prefill_attention",), "collectives": ("all_reduce",)}
-"""The coefficients of each module."""
-ALL = "all"
 
 
 @dataclass(frozen=True)

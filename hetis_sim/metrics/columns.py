@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 STEP_KINDS = ("prefill", "decode", "mixed")
 TRANSFER_KINDS = ("push", "move", "swap_out", "swap_in", "handoff")
+WIRE_KINDS = ("cache", "heads", "collectives", "activations")
+"""What wires carry: cache; queries, keys, values and outputs of heads away from home; all-reduces; and what
+goes from stage to stage."""
+
 STATUSES = ("finished", "rejected")
 
 PARTS = ("host", "dense", "collective", "attention", "head_transfer", "hop", "waiting")

@@ -16,7 +16,7 @@ from hetis_sim.metrics import runfolder
 from hetis_sim.metrics.columns import Table
 from hetis_sim.metrics.itl import Segments
 from hetis_sim.metrics.manifest import FORMAT
-from hetis_sim.metrics.records import Records
+from hetis_sim.metrics.records import Records, WireTraffic
 from hetis_sim.spec.errors import SpecError
 
 if TYPE_CHECKING:
@@ -121,7 +121,10 @@ class Run:
                        transfers=Table.from_pandas(self.transfers), samples=Table.from_pandas(self.samples),
                        itl=self._gaps, devices=tuple(row["label"] for row in devices),
                        capacity_bytes=column("capacity_bytes"), busy_s=column("busy_whole_run_s"),
-                       peak_bytes=column("peak_bytes"), counters=self.summary["counters"])
+                       peak_bytes=column("peak_bytes"), counters=self.summary["counters"],
+                       # Folders of earlier versions hold none.
+                       wires=tuple(WireTraffic(row["name"], row["bandwidth_bytes_per_s"], row["size_bytes"])
+                                   for row in self.summary.get("wires", ())))
 
     @cached_property
     def _gaps(self) -> Segments:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,7 +20,7 @@ from hetis_sim.metrics.columns import (
     Table,
 )
 from hetis_sim.metrics.itl import Segments
-from hetis_sim.metrics.records import Records
+from hetis_sim.metrics.records import Records, WireTraffic
 from hetis_sim.spec.errors import SpecError, require
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Recorder:
         self.busy_s = [0.0] * len(devices)
         self.peak_bytes = [0.0] * len(devices)
         self.counters: dict[str, float] = {}
+        self._wires: list[WireTraffic] = []
         self.next_sample_s = -math.inf
         self._interval_s = FIRST_INTERVAL_S
         self._samples = array("d")
@@ -204,6 +205,10 @@ class Recorder:
         """Tell the most cache a device ever held; samples alone may miss it."""
         self.peak_bytes[device] = max(self.peak_bytes[device], used_bytes)
 
+    def wire(self, name: str, bandwidth_bytes_per_s: float, size_bytes: Mapping[str, float]) -> None:
+        """Tell, once and at the end, what a wire has carried in the whole run, by kind (``WIRE_KINDS``)."""
+        self._wires.append(WireTraffic(name, bandwidth_bytes_per_s, dict(size_bytes)))
+
     def count(self, name: str, amount: float = 1) -> None:
         """Add to a counter."""
         self.counters[name] = self.counters.get(name, 0) + amount
@@ -230,6 +235,7 @@ class Recorder:
             itl=self._segments(),
             devices=self.devices, capacity_bytes=self.capacity_bytes,
             busy_s=tuple(self.busy_s), peak_bytes=tuple(self.peak_bytes), counters=dict(self.counters),
+            wires=tuple(self._wires),
         )
 
     def _request_table(self) -> Table:

@@ -8,6 +8,15 @@ from hetis_sim.metrics.columns import Table
 from hetis_sim.metrics.itl import Segments
 
 
+@dataclass(frozen=True, slots=True)
+class WireTraffic:
+    """What one direction of a link has carried in the whole run, in bytes by kind."""
+
+    name: str
+    bandwidth_bytes_per_s: float
+    size_bytes: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Records:
     """All that was recorded of a run, from a recorder or from a run folder.
@@ -20,6 +29,7 @@ class Records:
         devices: label of each device id.
         capacity_bytes, busy_s, peak_bytes: per device.
         counters: by name.
+        wires: what each wire has carried; empty where nobody counts.
     """
 
     requests: Table
@@ -32,3 +42,4 @@ class Records:
     busy_s: tuple[float, ...]
     peak_bytes: tuple[float, ...]
     counters: dict[str, float]
+    wires: tuple[WireTraffic, ...] = ()

@@ -21,10 +21,12 @@ from hetis_sim.metrics.usage import (
     DeviceUse,
     IterationUse,
     TransferUse,
+    WireUse,
     cluster_kv_use,
     device_use,
     iteration_use,
     transfer_use,
+    wire_use,
 )
 from hetis_sim.metrics.window import Trim, Window, left_s, measured_window
 from hetis_sim.spec.errors import require
@@ -98,6 +100,7 @@ class Summary:
         slo: attainment.
         preemptions, moves: over all requests of the run.
         transfers: by kind.
+        wires: use of every direction of a link over the whole run, the busiest first.
         kv_used_mean, kv_used_max: share of the cluster's cache, as in :class:`DeviceUse`.
         devices: use of each.
         iterations: where time went, over all steps and by kind.
@@ -135,6 +138,7 @@ class Summary:
     intervals: str = METHOD
     incomplete: str = ""
     outside_ranges: tuple[dict[str, Any], ...] = ()
+    wires: tuple[WireUse, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for ``summary.json``; intervals become pairs."""
@@ -193,6 +197,7 @@ def summarize(source: Recorder | Records, *, slo: Slo, trim: Trim | None = None,
         counters=dict(sorted(records.counters.items())),
         incomplete=incomplete,
         outside_ranges=tuple(dict(mark) for mark in outside_ranges),
+        wires=wire_use(records.wires, whole),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hetis_sim.metrics.columns import PARTS, STEP_KINDS, TRANSFER_KINDS, Table
-from hetis_sim.metrics.records import Records
+from hetis_sim.metrics.records import Records, WireTraffic
 from hetis_sim.metrics.window import Window
 
 Floats = NDArray[np.float64]
@@ -56,6 +56,23 @@ class TransferUse:
     transfers: int
     requests: int
     size_bytes: float
+
+
+@dataclass(frozen=True, slots=True)
+class WireUse:
+    """One direction of a link over the whole run.
+
+    Attributes:
+        name: ``host1 in``, ``3:a100-80gb@host0 out``, ``host0 to host2``.
+        bandwidth_bytes_per_s: that is reached, not the peak of the datasheet.
+        size_bytes: by what for: ``cache``, ``heads``, ``collectives``, ``activations``.
+        busy_share: time that these bytes take at that bandwidth, as a share of the run.
+    """
+
+    name: str
+    bandwidth_bytes_per_s: float
+    size_bytes: dict[str, float]
+    busy_share: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +166,14 @@ def transfer_use(transfers: Table, window: Window) -> dict[str, TransferUse]:
             found[kind] = TransferUse(int(chosen.sum()), len(np.unique(inside["request_id"][chosen])),
                                       float(inside["size_bytes"][chosen].sum()))
     return found
+
+
+def wire_use(wires: Sequence[WireTraffic], whole: Window) -> tuple[WireUse, ...]:
+    """Every wire that has carried anything; the busiest come first."""
+    found = [WireUse(wire.name, wire.bandwidth_bytes_per_s, wire.size_bytes,
+                     _ratio(sum(wire.size_bytes.values()) / wire.bandwidth_bytes_per_s, whole.duration_s))
+             for wire in wires]
+    return tuple(sorted(found, key=lambda use: (-use.busy_share, use.name)))
 
 
 def iteration_use(steps: Table, window: Window) -> dict[str, IterationUse]:

@@ -16,13 +16,12 @@ from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.network import Network, Wire
 from hetis_sim.sim.pipeline import LaneRun, Pipeline
+from hetis_sim.sim.traffic import InstanceTraffic, RemoteWires, WireBytes, remote_wires
 from hetis_sim.spec.errors import HetisError
+from hetis_sim.spec.model import ModelSpec
 
 if TYPE_CHECKING:
     from hetis_sim.control.engine import Engine
-
-
-RemoteWires = list[tuple[int, list[tuple[Wire, float]]]]
 
 
 class StuckError(HetisError):
@@ -62,7 +61,8 @@ class Instance:
         self._alarm_s = math.inf
         self._traffic: dict[Wire, float] = {}
         self._traffic_of = (-1, -1)
-        self._remote_wires = self._make_remote_wires(*timer.wire_bytes_per_group)
+        self._remote_wires = remote_wires(timer.plan, network, *timer.wire_bytes_per_group)
+        self.traffic = InstanceTraffic(timer)
 
     def ring(self) -> None:
         """Something has changed: look again, after everything else that happens now."""
@@ -226,6 +226,7 @@ class Instance:
                  fixed.total_hop_s * count)
         # What is left is time spent waiting for a stage; rounding must not make it negative.
         waiting = max(0.0, run.ready_s - run.begun_s - sum(parts))
+        self.traffic.add(timing.lines, step.prefill_tokens + step.decoding * count, count)
         self._watch.note(step, timing.lines, run.first_n, count)
         self._recorder.step(self._engine.index, step.lane, step.kind, run.begun_s, run.ready_s, count,
                             step.decoding, step.prefill_tokens, step.decoding * count, *parts, waiting)
@@ -238,6 +239,10 @@ class Instance:
             for device in stage.devices:
                 yield device, computed_s
         yield from zip(plan.attention_workers, self.worker_busy_s, strict=True)
+
+    def add_traffic(self, traffic: WireBytes, model: ModelSpec) -> None:
+        """Add the bytes that the steps so far have put on wires, cache left out."""
+        self.traffic.add_to(traffic, self._network, model)
 
     def foreground(self) -> dict[Wire, float]:
         """Bytes per second that decode's head traffic puts on each wire.
@@ -263,21 +268,10 @@ class Instance:
         _add_rates(rates, loads.groups.sum(axis=0).tolist(), self._remote_wires, period_s)
         if loads.ranged:
             still, merged = timer.still_bytes_per_group, timer.merged_bytes_per_group
-            _add_rates(rates, loads.still.sum(axis=0).tolist(), self._make_remote_wires(*still), period_s)
-            _add_rates(rates, loads.merged.sum(axis=0).tolist(), self._make_remote_wires(*merged), period_s)
+            for held, sizes in ((loads.still, still), (loads.merged, merged)):
+                _add_rates(rates, held.sum(axis=0).tolist(), remote_wires(timer.plan, self._network, *sizes),
+                           period_s)
         return rates
-
-    def _make_remote_wires(self, out_bytes: int, back_bytes: int) -> RemoteWires:
-        """Per remote position, the bytes that one group of one iteration puts on each wire."""
-        found: RemoteWires = []
-        for p in self._timer.plan.positions:
-            if p.remote:
-                sender = self._timer.plan.stages[p.stage].devices[0]
-                out, back = self._network.path(sender, p.device)[0], self._network.path(p.device, sender)[0]
-                wires = [(wire, float(p.layers * out_bytes)) for wire in out]
-                wires += [(wire, float(p.layers * back_bytes)) for wire in back]
-                found.append((p.index, wires))
-        return found
 
 
 def _add_rates(rates: dict[Wire, float], held: list[int], remote_wires: RemoteWires, period_s: float) -> None:

@@ -17,7 +17,9 @@ from hetis_sim.policies.plan import SINK, SOURCE
 from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.messages import MessageLinks
 from hetis_sim.sim.network import Network, Wire
+from hetis_sim.sim.traffic import WireBytes, add_ring, collective_bytes
 from hetis_sim.spec.cluster import ClusterSpec
+from hetis_sim.spec.model import ModelSpec
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +68,9 @@ class Mesh:
         self._last = {n for n, node in enumerate(timer.plan.nodes) if node.end_layer == timer.plan.layers}
         self._free_s = [0.0] * count
         self._told_s = [0.0] * count
+        self._token_layers = [0] * count
+        self._sent = WireBytes()
+        self._network = network
         self._tracks: list[list[int]] = [[] for _ in range(count)]
         self._tracks_used = [0] * count
         self._alarm_s = math.inf
@@ -96,6 +101,7 @@ class Mesh:
         else:
             track, self._tracks_used[n] = self._tracks_used[n], self._tracks_used[n] + 1
         self._told_s[n] += end - now
+        self._token_layers[n] += self._timer.nodes[n].token_layers(step)
         self._free_s[n] = end
         run = _NodeRun(step, parts, now, end, track)
         self._clock.call(end, lambda: self._ended(run), priority=1)
@@ -124,8 +130,9 @@ class Mesh:
             self._clock.call(self._clock.now + hop_s, lambda: self._arrived(message, run, hop_s), priority=1)
             return
         nodes = self._timer.plan.nodes
-        self._links.send(nodes[message.source].devices[-1], nodes[message.target].devices[0],
-                         message.size_bytes, lambda hop_s: self._arrived(message, run, hop_s))
+        source, target = nodes[message.source].devices[-1], nodes[message.target].devices[0]
+        self._sent.add("activations", self._network.path(source, target)[0], message.size_bytes)
+        self._links.send(source, target, message.size_bytes, lambda hop_s: self._arrived(message, run, hop_s))
 
     def _arrived(self, message: Message, run: _NodeRun | None, hop_s: float) -> None:
         if run is not None:
@@ -174,6 +181,13 @@ class Mesh:
         for node, told_s, free_s in zip(self._timer.plan.nodes, self._told_s, self._free_s, strict=True):
             for device in node.devices:
                 yield device, told_s - max(0.0, free_s - now_s)
+
+    def add_traffic(self, traffic: WireBytes, model: ModelSpec) -> None:
+        """Add the bytes that messages and collectives have put on wires."""
+        traffic.add_all(self._sent)
+        for node, token_layers in zip(self._timer.plan.nodes, self._token_layers, strict=True):
+            add_ring(traffic, self._network, node.devices,
+                     collective_bytes(model, 1, token_layers, node.tp))
 
     def foreground(self) -> dict[Wire, float]:
         """Decode puts no head traffic on wires here."""

@@ -171,9 +171,13 @@ class Network:
         if source >= 0:
             wires.append(self._host_wire("out", source))
         if source_host != target_host:
-            network = self._cluster.network
-            wires += [self._wire("nic_out", source_host, network), self._wire("nic_in", target_host, network)]
-            latency = self._cost.transfer(network).beta_s
+            link = self._cluster.host_link(source_host, target_host)
+            if link is self._cluster.network:
+                wires += [self._wire("nic_out", source_host, link), self._wire("nic_in", target_host, link)]
+            else:
+                # A link of two hosts is none of the others' business.
+                wires.append(self._wire("pair", source_host * len(hosts) + target_host, link))
+            latency = self._cost.transfer(link).beta_s
         if target >= 0:
             wires.append(self._host_wire("in", target))
         return tuple(wires), latency

@@ -27,6 +27,7 @@ from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.instance import Instance, StuckError
 from hetis_sim.sim.mesh import Mesh
 from hetis_sim.sim.network import Network, Wire
+from hetis_sim.sim.traffic import WireBytes
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.request import Request
@@ -74,6 +75,7 @@ class Simulation:
         self._unit_bytes = unit_bytes(given.model, given.settings.limits)
         self.recorder = self._make_recorder()
         self.network = self.make_network()
+        self._traffic = WireBytes()
         self.watch = RangeWatch(given.cost)
         self.instances = self._make_instances()
         self._changes = -1
@@ -127,6 +129,7 @@ class Simulation:
         finally:
             self._record_busy()
             self._record_peaks()
+            self._record_wires()
         counts = self.controller.counts()
         if counts["submitted"] != counts["finished"] + counts["rejected"]:
             raise StuckError(f"the simulation has come to a halt at {self.clock.now:.3f} s with {counts}")
@@ -144,6 +147,7 @@ class Simulation:
 
     def _transfer_ended(self, transfer: Transfer, begun_s: float) -> None:
         for flow in transfer.flows:
+            self._traffic.add("cache", self.network.path(flow.source, flow.target)[0], flow.size_bytes)
             self.recorder.transfer(transfer.request_id, transfer.kind, begun_s, self.clock.now,
                                    flow.size_bytes, flow.source, flow.target)
         self._news(self._lanes.arrived(transfer, self.clock.now))
@@ -232,6 +236,13 @@ class Simulation:
         for devices, ledger in self.controller.ledgers():
             for device, units in zip(devices, ledger.peak, strict=True):
                 self.recorder.peak(device, float(units * self._unit_bytes))
+
+    def _record_wires(self) -> None:
+        """What every wire has carried."""
+        for instance in self.instances:
+            instance.add_traffic(self._traffic, self.given.model)
+        for wire, name, size_bytes in self._traffic.rows(self.given.cluster):
+            self.recorder.wire(name, self.network.bandwidth(wire), size_bytes)
 
     def _record_busy(self) -> None:
         """Busy times up to now."""

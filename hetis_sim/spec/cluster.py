@@ -101,7 +101,11 @@ class ClusterSpec:
         a, b = self.devices[source].host_id, self.devices[target].host_id
         if a == b:
             return self.hosts[a].link
-        return self._link_of_pair.get((a, b), self.network) if self.host_links else self.network
+        return self.host_link(a, b)
+
+    def host_link(self, source: int, target: int) -> LinkSpec:
+        """The link between two different hosts, by number."""
+        return self._link_of_pair.get((source, target), self.network) if self.host_links else self.network
 
     @cached_property
     def _link_of_pair(self) -> dict[tuple[int, int], LinkSpec]:

@@ -120,8 +120,9 @@ def planned(config: RunConfig, rate_rps: float) -> Prepared:
     found = _plans[key]
     if found.config.workload == config.workload:
         return found
-    return replace(found, config=config, workload=build_workload(config.workload,
-                                                                 found.model.context_limit_tokens))
+    workload = build_workload(config.workload, found.model.context_limit_tokens)
+    assert isinstance(workload, OpenWorkload)
+    return replace(found, config=config, workload=workload)
 
 
 def _key(config: RunConfig) -> str:

@@ -14,7 +14,7 @@ from hetis_sim.control.step import Flow, Transfer
 from hetis_sim.cost.model import TransferCost
 from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.network import BACKGROUND_SHARE, Network, Wire
-from hetis_sim.spec.cluster import ClusterSpec, HostSpec
+from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
 
 RATE = 1e6
 BETA_S = 1e-3
@@ -181,3 +181,23 @@ def test_what_the_clock_cannot_resolve_is_not_waited_for(begin_s: float, rate: f
     for number in range(50):
         wires.send(number, begin_s, Flow(0, 1, 1e6 + 12345.6 * number), Flow(0, 2, 7e5 + 777.7 * number))
     assert len(wires.run()) == 50
+
+
+def test_two_hosts_with_a_link_of_their_own_leave_the_network_to_others() -> None:
+    """Cache between them takes that link at its rate, and shares no interface with a third host."""
+    fast = LinkSpec("fast", 1e9, 0.0)
+
+    class Fast(ConstantCost):
+        def transfer(self, link: LinkSpec) -> TransferCost:
+            return TransferCost(0.25 / RATE, BETA_S / 2) if link.name == "fast" else super().transfer(link)
+
+    hosts = tuple(HostSpec((gpu(name, 1),), PEER) for name in "abc")
+    spec = ClusterSpec("pairs", hosts, NETWORK, ((1, 0, fast),))
+    wires = Wires(spec, Fast(wire=TransferCost(1 / RATE, BETA_S)))
+    paths = [wires.network.path(*ends)[0] for ends in ((0, 1), (1, 0), (0, 2))]
+    assert [wire for wire in paths[0] if wire in paths[1]] == []
+    shared = [wire for wire in paths[0] if wire in paths[2]]
+    assert all(kind.startswith(("peer", "host")) for kind, _ in shared)
+    assert [wires.network.bandwidth(wire) for wire in paths[0] if wire[0] == "pair"] == [4 * RATE]
+    assert wires.network.path(0, 1)[1] == BETA_S / 2
+    assert wires.network.path(-1, -3)[0] == (("nic_out", 0), ("nic_in", 2))

@@ -76,6 +76,10 @@ class NodeTimer:
         return NodeParts(host + max(0.0, beside - dense - collective - attention), dense, collective,
                          attention)
 
+    def token_layers(self, step: NodeStep) -> int:
+        """Tokens times the layers of this node that they pass."""
+        return sum(segment.layers * segment.tokens for segment in self._segments(step))
+
     def _segments(self, step: NodeStep) -> Iterable[Segment]:
         if not self._partial:
             contexts = sum([walk.context for walk in step.walks])
