@@ -13,6 +13,8 @@ RATE_CELLS = 60
 LINKS_SHOWN = 16
 KIND_NAMES = {"push": "push (prompt cache to attention workers)", "move": "move (heads of running requests)",
               "swap_out": "swap out", "swap_in": "swap in", "handoff": "handoff (to a decode pool)"}
+WIRE_NAMES = {"cache": "cache", "heads": "heads (queries, keys, values, outputs)",
+              "collectives": "collectives", "activations": "activations between stages"}
 
 
 def activity_charts(run: ReportRun) -> list[Chart]:
@@ -23,7 +25,11 @@ def activity_charts(run: ReportRun) -> list[Chart]:
     if len(run.run.steps):
         charts.append(_token_chart(run))
     if len(run.run.transfers):
-        charts += [_transfer_rates(run), _transfer_counts(run), _link_chart(run)]
+        charts += [_transfer_rates(run), _transfer_counts(run)]
+    if run.run.summary.get("wires"):
+        charts.append(_wire_chart(run))
+    elif len(run.run.transfers):
+        charts.append(_link_chart(run))
     return charts
 
 
@@ -104,8 +110,30 @@ def _transfer_counts(run: ReportRun) -> XYChart:
                    rules=window_rules(run))
 
 
+def _wire_chart(run: ReportRun) -> BarChart:
+    """Busy share of every direction of a link, by what it carried."""
+    wires = run.run.summary["wires"]
+    shown = wires[:LINKS_SHOWN]
+    duration_s = run.run.summary["whole_run"]["duration_s"]
+    series = [Bars(name, np.array([wire["size_bytes"][kind] / wire["bandwidth_bytes_per_s"] / duration_s
+                                   for wire in shown]), number)
+              for number, (kind, name) in enumerate(WIRE_NAMES.items())]
+    left_out = len(wires) - len(shown)
+    return BarChart(key="busy-links", title="Busy shares of links",
+                    caption="Time that the bytes on each direction of a link take at its bandwidth, as a "
+                            "share of the whole run; in brackets what it carried."
+                            + (f" {left_out} less busy ones are left out." if left_out else ""),
+                    origin=run.origin, axis=Axis("busy (share of time)", low=0.0),
+                    categories=[f"{wire['name']} ({_size(sum(wire['size_bytes'].values()) / 1e9)})"
+                                for wire in shown],
+                    series=series)
+
+
 def _link_chart(run: ReportRun) -> BarChart:
-    """Busy share of each pair of hosts in one direction, by the cache sent over it."""
+    """Busy share of each pair of hosts in one direction, by the cache sent over it.
+
+    For runs that count nothing else on wires: measured ones, and those of earlier versions.
+    """
     start, end, size = _columns(run)
     ends = run.run.transfers[["source", "target"]].to_numpy()
     names = [f"{place_name(run, int(source))} to {place_name(run, int(target))}" for source, target in ends]
@@ -124,8 +152,8 @@ def _link_chart(run: ReportRun) -> BarChart:
     return BarChart(key="busy-links", title="Busy shares of links",
                     caption="Share of the measured window in which cache is under way from one place to "
                             "another, with "
-                            "the cache sent in the whole run. Queries and outputs of remote heads are not "
-                            "in it: the parts of an iteration show them."
+                            "the cache sent in the whole run. Heads, collectives and activations are not "
+                            "counted in this run: the parts of an iteration show them."
                             + (f" {left_out} less busy links are left out." if left_out else ""),
                     origin=run.origin, axis=Axis("cache under way (share of time)", low=0.0),
                     categories=[f"{link} ({_size(by_link[link][1])})" for link in most],

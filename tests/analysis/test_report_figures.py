@@ -113,6 +113,19 @@ def test_transfers_over_time_are_all_bytes_and_all_transfers(run: ReportRun, cha
     assert sum(line.y[-1] for line in charts["transfer-counts"].lines) == len(run.run.transfers)
 
 
+def test_shares_of_links_are_those_of_the_summary(run: ReportRun, charts: dict[str, Any],
+                                                  loaded: Path) -> None:
+    """By what was carried, heads included; a run in which nobody counted shows its cache."""
+    chart, wires = charts["busy-links"], run.run.summary["wires"]
+    total = np.sum([bars.values for bars in chart.series], axis=0)
+    assert list(total) == [pytest.approx(wire["busy_share"]) for wire in wires[:len(total)]]
+    heads = next(bars.values for bars in chart.series if bars.name.startswith("heads"))
+    assert heads.max() > 0.0
+    (other,) = open_runs([loaded])
+    del other.run.summary["wires"]
+    assert [bars.name for bars in charts_of(other)["busy-links"].series] == ["cache under way"]
+
+
 def test_parts_of_an_iteration_make_its_mean_time(run: ReportRun, charts: dict[str, Any]) -> None:
     """Stacked bars end at the mean time of an iteration of their kind."""
     chart = charts["iteration-parts"]
