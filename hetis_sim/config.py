@@ -13,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.cost.host import HostOverhead
 from hetis_sim.policies.base import EngineLimits
+from hetis_sim.policies.registry import policy_names, settings_class
 from hetis_sim.spec.errors import HetisError, SpecError, require
+from hetis_sim.spec.lookup import require_known_keys
 from hetis_sim.spec.parse import ClusterConfig, ModelConfig
 from hetis_sim.spec.slo import Slo
 from hetis_sim.study.config import StudyConfig
@@ -25,6 +27,9 @@ PROFILE = "profile"
 SHORTHANDS = {"rate": "workload.rate", "requests": "workload.requests", "seed": "workload.seed",
               "policies": "study.policies", "seeds": "study.seeds"}
 """Keys that may be written without their group."""
+
+DEFAULT_POLICY = "hetis"
+"""The one in the main configurations of ``conf/``."""
 
 OUTPUTS = ("table", "markdown", "json", "none")
 
@@ -197,6 +202,18 @@ def check_keys(overrides: Sequence[str], schema: type[RunConfig] = RunConfig) ->
         names = path.lstrip("+~").split("@")[0].replace("/", ".").split(".")
         if sign and not path.startswith("-") and names[0] != "hydra":
             _check_path(names, value, schema)
+            if names[0] == "policy" and len(names) > 1:
+                _check_setting(names[1], value, overrides)
+
+
+def _check_setting(name: str, value: str, overrides: Sequence[str]) -> None:
+    """Refuse a setting that the policy, or every policy of a sweep, does not have."""
+    chosen = [text.partition("=")[2] for text in overrides if text.partition("=")[0] == "policy"]
+    policies = chosen[-1].split(",") if chosen else [DEFAULT_POLICY]
+    # Other folders of configurations may have policies by names of their own.
+    if set(policies) <= set(policy_names()):
+        known = {field.name for policy in policies for field in fields(settings_class(policy))}
+        require_known_keys("policy", {name: value}, sorted({"name", *known}))
 
 
 def _check_path(names: Sequence[str], value: str, kind: Any) -> None:

@@ -148,7 +148,7 @@ def _node_entry(run: ReportRun, label: str, nodes: Sequence[Mapping[str, Any]]) 
 
 def _groups(owned: Sequence[int]) -> str:
     if len(set(owned)) == 1:
-        return f"{owned[0]} KV groups" + (" each" if len(owned) > 1 else "")
+        return f"{owned[0]} KV group{'s' if owned[0] != 1 else ''}" + (" each" if len(owned) > 1 else "")
     return "KV groups " + "+".join(map(str, owned))
 
 

@@ -7,44 +7,32 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hetis_sim.policies.admission import dispatch_at_home
-from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
+from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.evolve import Effort
 from hetis_sim.policies.plan import Placement, Plan
 from hetis_sim.policies.pools import PoolRules, plan_pools
 from hetis_sim.policies.rated import shortest_queue
+from hetis_sim.policies.settings import SearchSettings
 from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
-from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
 
 
 @dataclass(frozen=True)
-class HexGenSettings:
+class HexGenSettings(SearchSettings):
     """What a user may change.
 
     Attributes:
         population: divisions of the cluster that the search keeps.
-        evaluations: divisions that it looks at, at most.
         islands: populations that evolve apart.
-        seed: of the search.
-        reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
-            for Hetis; vLLM leaves 0.01).
-        preemption: ``recompute`` or ``swap``.
     """
 
     population: int = 24
-    evaluations: int = 2000
     islands: int = 5
-    seed: int = 0
-    reserve_fraction: float = 0.05
-    preemption: str = "recompute"
 
     def __post_init__(self) -> None:
-        require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
-        for key in ("population", "evaluations", "islands"):
+        super().__post_init__()
+        for key in ("population", "islands"):
             require_int(f"policy.{key}", getattr(self, key), 1, 1 << 30)
-        require_int("policy.seed", self.seed, 0, 1 << 63)
-        require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
-                "one of recompute, swap")
 
 
 class HexGenPolicy(Policy):
@@ -67,7 +55,7 @@ class HexGenPolicy(Policy):
 
     def __init__(self, settings: HexGenSettings | None = None) -> None:
         self.settings = settings or HexGenSettings()
-        self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
+        self.preemption = self.settings.preemption_mode
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """The division into pipelines of highest rate.

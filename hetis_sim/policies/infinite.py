@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
+from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.bundles import FREE_SHARE
 from hetis_sim.policies.layout import gpu_types
 from hetis_sim.policies.lending import LendingEstimator
@@ -15,39 +15,32 @@ from hetis_sim.policies.offload import WorkerWords, jobs_s, plan_of_best, positi
 from hetis_sim.policies.plan import InstancePlan, Plan
 from hetis_sim.policies.ranges import AnyPlacement, token_split
 from hetis_sim.policies.search import Layout, LayoutSearch
+from hetis_sim.policies.settings import AdmissionSettings
 from hetis_sim.policies.view import InstanceView, Move, RequestView
-from hetis_sim.spec.errors import require, require_finite
+from hetis_sim.spec.errors import require
 from hetis_sim.spec.lookup import require_int
 
-PREEMPTION = ("recompute", "swap")
 WORDS = WorkerWords("weights, and the newest tokens", "creditor",
                     "cache and attention of older tokens that find no room with it")
 
 
 @dataclass(frozen=True)
-class InfiniteSettings:
+class InfiniteSettings(AdmissionSettings):
     """What a user may change.
 
     Attributes:
-        reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
-            for Hetis).
         relief_blocks: lending frees, if it can, this many blocks of growth for every running request
             (ours).
         recall: bring blocks back home when there is room again and the creditor is the slower one (ours).
-        preemption: ``recompute`` or ``swap``, when no creditor has room.
     """
 
-    reserve_fraction: float = 0.05
     relief_blocks: int = 4
     recall: bool = True
-    preemption: str = "recompute"
 
     def __post_init__(self) -> None:
-        require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
+        super().__post_init__()
         require_int("policy.relief_blocks", self.relief_blocks, 1, 1 << 20)
         require(isinstance(self.recall, bool), "policy.recall", self.recall, "true or false")
-        require(self.preemption in PREEMPTION, "policy.preemption", self.preemption,
-                f"one of {', '.join(PREEMPTION)}")
 
 
 class InfinitePolicy(Policy):
@@ -82,7 +75,7 @@ class InfinitePolicy(Policy):
 
     def __init__(self, settings: InfiniteSettings | None = None) -> None:
         self.settings = settings or InfiniteSettings()
-        self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
+        self.preemption = self.settings.preemption_mode
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """The division into instances and creditors of highest capacity.

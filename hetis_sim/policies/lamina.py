@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from hetis_sim.policies.admission import usable_units
 from hetis_sim.policies.apportion import apportion
-from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
+from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.bundles import FREE_SHARE
 from hetis_sim.policies.estimate import Estimator
 from hetis_sim.policies.layout import gpu_types
@@ -23,19 +23,19 @@ from hetis_sim.policies.offload import (
 )
 from hetis_sim.policies.plan import Placement, Plan
 from hetis_sim.policies.search import Layout, LayoutSearch
+from hetis_sim.policies.settings import AdmissionSettings
 from hetis_sim.policies.view import InstanceView, RequestView
-from hetis_sim.spec.errors import require, require_finite
+from hetis_sim.spec.errors import require
 
 ALL = 1 << 30
 PARTITION = ("request", "head")
 OFFLOAD = ("balanced", "all")
-PREEMPTION = ("recompute", "swap")
 WORDS = WorkerWords("dense modules on the high-end cards", "attention worker",
                     "cache and decode attention only")
 
 
 @dataclass(frozen=True)
-class LaminaSettings:
+class LaminaSettings(AdmissionSettings):
     """What a user may change.
 
     Attributes:
@@ -44,19 +44,14 @@ class LaminaSettings:
         offload: ``all``: requests are offloaded as long as the workers have room, as in the source;
             ``balanced`` (ours): a request stays with the primaries where its attention is done
             earlier then.
-        reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
-            for Hetis).
-        preemption: ``recompute`` or ``swap``.
     """
 
     partition: str = "request"
     offload: str = "balanced"
-    reserve_fraction: float = 0.05
-    preemption: str = "recompute"
 
     def __post_init__(self) -> None:
-        require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
-        for key, allowed in (("partition", PARTITION), ("offload", OFFLOAD), ("preemption", PREEMPTION)):
+        super().__post_init__()
+        for key, allowed in (("partition", PARTITION), ("offload", OFFLOAD)):
             value = getattr(self, key)
             require(value in allowed, f"policy.{key}", value, f"one of {', '.join(allowed)}")
 
@@ -97,7 +92,7 @@ class LaminaPolicy(Policy):
 
     def __init__(self, settings: LaminaSettings | None = None) -> None:
         self.settings = settings or LaminaSettings()
-        self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
+        self.preemption = self.settings.preemption_mode
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """The division into primaries and attention workers of highest capacity.

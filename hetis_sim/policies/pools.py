@@ -224,8 +224,8 @@ def _plan(search: PoolSearch, found: Found, figures: dict[str, Any], system: str
         name = NAMES[pipeline.role]
         for s, stage in enumerate(instance.stages):
             text = (f"{name} (instance {i}, stage {s}, {stage.layers} of {instance.layers} layers): "
-                    f"{search.table.describe(pipeline)} serve {pipeline.value:.4g} of "
-                    f"{rates.served:.4g} requests/s")
+                    f"{search.table.describe(pipeline)} can serve {pipeline.value:.4g} requests/s, "
+                    f"the cluster {rates.served:.4g}")
             reasons |= dict.fromkeys(stage.devices, text)
     return Plan(instances, reasons, figures)
 

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hetis_sim.policies.admission import dispatch_at_home
-from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
+from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.evolve import Effort
 from hetis_sim.policies.plan import Placement, Plan
 from hetis_sim.policies.pools import PoolRules, plan_pools
 from hetis_sim.policies.rated import prompt_rate, shortest_queue
+from hetis_sim.policies.settings import SearchSettings
 from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
 from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.lookup import require_int
 
 
 @dataclass(frozen=True)
-class SplitwiseSettings:
+class SplitwiseSettings(SearchSettings):
     """What a user may change.
 
     Attributes:
@@ -30,32 +31,19 @@ class SplitwiseSettings:
         mixing: whether instances of either pool do the other's work when it has too much.
         queue_tokens: prompt tokens at an instance from which its queue counts as long (the value of
             the source's simulator).
-        reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
-            for Hetis; vLLM leaves 0.01).
-        preemption: ``recompute`` or ``swap``.
-        evaluations: divisions of the cluster that the search looks at, at most.
-        seed: of the search.
     """
 
     high_end_bias: float = 0.25
     share_kinds: bool = True
     mixing: bool = True
     queue_tokens: int = 8192
-    reserve_fraction: float = 0.05
-    preemption: str = "recompute"
-    evaluations: int = 2000
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
+        super().__post_init__()
         require_finite("policy.high_end_bias", self.high_end_bias, 0.0)
         require(isinstance(self.share_kinds, bool), "policy.share_kinds", self.share_kinds, "true or false")
         require(isinstance(self.mixing, bool), "policy.mixing", self.mixing, "true or false")
         require_int("policy.queue_tokens", self.queue_tokens, 0, 1 << 30)
-        require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
-                "one of recompute, swap")
-        require_int("policy.evaluations", self.evaluations, 1, 1 << 30)
-        require_int("policy.seed", self.seed, 0, 1 << 63)
 
 
 class SplitwisePolicy(Policy):
@@ -84,7 +72,7 @@ class SplitwisePolicy(Policy):
     def __init__(self, settings: SplitwiseSettings | None = None) -> None:
         self.settings = settings or SplitwiseSettings()
         self.mixes_pools = self.settings.mixing
-        self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
+        self.preemption = self.settings.preemption_mode
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """The division into pools of highest rate.

@@ -9,7 +9,7 @@ from itertools import product
 from typing import ClassVar
 
 from hetis_sim.policies.admission import dispatch_at_home
-from hetis_sim.policies.base import PlanningProblem, Policy, PreemptionMode
+from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.bundles import FREE_SHARE, longest_context
 from hetis_sim.policies.estimate import Estimate, Estimator
 from hetis_sim.policies.layout import Draft, deal, gpu_types
@@ -17,32 +17,19 @@ from hetis_sim.policies.phases import ranks
 from hetis_sim.policies.plan import Placement, Plan
 from hetis_sim.policies.pools import does_not_fit
 from hetis_sim.policies.rated import RatedInstance, shortest_queue
+from hetis_sim.policies.settings import AdmissionSettings
 from hetis_sim.policies.shape import InstanceShape, instance_shape
 from hetis_sim.policies.view import InstanceLoad, InstanceView, RequestView
 from hetis_sim.policies.vllm import even_layers
-from hetis_sim.spec.errors import InfeasibleError, require, require_finite
+from hetis_sim.spec.errors import InfeasibleError
 
 BATCH_SHRINK = 0.9
 SHRINK_MOST = 0.3
 
 
 @dataclass(frozen=True)
-class VllmAllSettings:
-    """What a user may change.
-
-    Attributes:
-        reserve_fraction: share of each device's cache that admission leaves free for growth (ours, as
-            for Hetis; vLLM leaves 0.01).
-        preemption: ``recompute`` or ``swap``.
-    """
-
-    reserve_fraction: float = 0.05
-    preemption: str = "recompute"
-
-    def __post_init__(self) -> None:
-        require_finite("policy.reserve_fraction", self.reserve_fraction, 0.0, 0.9)
-        require(self.preemption in ("recompute", "swap"), "policy.preemption", self.preemption,
-                "one of recompute, swap")
+class VllmAllSettings(AdmissionSettings):
+    """What a user may change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +70,7 @@ class VllmAllPolicy(Policy):
 
     def __init__(self, settings: VllmAllSettings | None = None) -> None:
         self.settings = settings or VllmAllSettings()
-        self.preemption: PreemptionMode = "swap" if self.settings.preemption == "swap" else "recompute"
+        self.preemption = self.settings.preemption_mode
 
     def plan(self, problem: PlanningProblem) -> Plan:
         """The even pipelines of highest capacity.

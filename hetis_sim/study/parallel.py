@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import wait
 from typing import Generic, TypeVar
 
@@ -50,7 +51,7 @@ def fan_out(function: Callable[[T], R], tasks: Sequence[T], workers: int | None 
 
     Args:
         workers: processes; None for one per core. With one, everything runs in this process.
-        done: called whenever a task has ended.
+        done: called whenever a task has ended by itself, well or not.
 
     Raises:
         WorkerError: the first task, by order, that cannot run.
@@ -79,12 +80,18 @@ def _collect(futures: list[Future[_Answer[R]]], tasks: Sequence[T],
     """All values in order, or the error of the first task that has one, whichever ends first."""
     if done is not None:
         for future in futures:
-            future.add_done_callback(lambda _: done())
+            future.add_done_callback(partial(_count, done))
     try:
         return [_value(task, future.result()) for task, future in zip(tasks, futures, strict=True)]
     except BrokenProcessPool as error:
         raise WorkerError("a worker process ended abruptly (killed, or out of memory?); "
                           "one worker (study.workers=1, --workers 1) runs all in one process") from error
+
+
+def _count(done: Callable[[], None], future: Future[_Answer[R]]) -> None:
+    """Tasks that were dropped, or whose process ended, have not been done."""
+    if not future.cancelled() and future.exception() is None:
+        done()
 
 
 def _inline(function: Callable[[T], R], task: T, done: Callable[[], None] | None) -> _Answer[R]:

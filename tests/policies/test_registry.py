@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from hetis_sim.config import compose
+from hetis_sim.config import check_keys, compose
 from hetis_sim.policies import registry
 from hetis_sim.policies.base import PlanningProblem, Policy
 from hetis_sim.policies.plan import Plan
@@ -83,6 +83,24 @@ def test_an_unknown_setting_is_refused_with_the_near_ones() -> None:
     """The text names the key."""
     with pytest.raises(SpecError, match=r"policy\.detla=0\.1 .*did you mean delta"):
         make_policy({"name": "hetis", "detla": 0.1})
+
+
+@pytest.mark.parametrize(("words", "text"), [
+    (("policy.detla=0.1",), r"policy\.detla='0\.1' .*did you mean delta"),
+    (("policy=vllm", "policy.delta=0.1"), r"policy\.delta='0\.1' .*preemption"),
+    (("+policy=splitwise", "+policy.mixings=false"), r"policy\.mixings='false' .*did you mean mixing")])
+def test_an_unknown_setting_is_refused_before_hydra_does(words: tuple[str, ...], text: str) -> None:
+    """With the settings of the policy that is chosen, whichever it is."""
+    with pytest.raises(SpecError, match=text):
+        compose(*words)
+
+
+def test_a_setting_of_some_policy_of_a_sweep_is_let_through() -> None:
+    """Its jobs are composed one by one."""
+    check_keys(["policy=hetis,vllm", "policy.delta=0.1"])
+    with pytest.raises(SpecError, match=r"policy\.epsilon"):
+        check_keys(["policy=hetis,vllm", "policy.epsilon=0.1"])
+    check_keys(["policy=mine", "policy.anything=1"])
 
 
 @pytest.mark.parametrize(("key", "value"), [

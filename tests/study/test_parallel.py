@@ -48,9 +48,11 @@ def test_a_defect_in_a_process_comes_with_its_traceback(workers: int) -> None:
 
 
 def test_a_process_that_is_killed_is_an_error() -> None:
-    """Nobody waits for its result."""
+    """Nobody waits for its result, and it does not count as done."""
+    ended: list[int] = []
     with pytest.raises(WorkerError, match="ended abruptly"):
-        fan_out(die, range(2), workers=2)
+        fan_out(die, range(2), workers=2, done=lambda: ended.append(1))
+    assert ended == []
 
 
 def alive(pid: int) -> bool:

@@ -99,24 +99,57 @@ class Redispatcher:
         context = self._contexts.get(view)
         if not self.settings.redispatch or not context.workers:
             return None
-        growth = _growth(context, view)
+        growth = self._growth(context, view, running)
         wanted = self.settings.relief_blocks * growth[device] - view.free_units[device]
         here = [p.index for p in context.plan.positions if p.device == device]
-        candidates = [request for request in running if request.movable and request.placement
-                      and any(request.placement[p] for p in here)]
+        candidates = [request for request in running
+                      if request.movable and self._holds(context, request, here)]
         if wanted <= 0 or not candidates:
             return None
         room = {d: units - growth[d] for d, units in view.free_units.items()}
         lifo = self.settings.eviction == "lifo"
         best: Change | None = None
-        ordered = by_arrival(candidates) if lifo else _by_relief(context, view, candidates, here, wanted)
+        ordered = (_by_arrival(candidates) if lifo else
+                   self._by_relief(context, view, candidates, here, wanted)[:TRIALS])
         for request in ordered:
-            change = _take_off(context, view, request, here, wanted, room)
-            if change is not None and (best is None or better_relief(change, best, wanted)):
+            change = self._take_off(context, view, request, here, wanted, room)
+            if change is not None and (best is None or _better_relief(change, best, wanted)):
                 best = change
                 if lifo:
                     break
         return Move(best.request.request_id, best.placement) if best else None
+
+    # What depends on the unit of division.
+
+    def _growth(self, context: AttentionContext, view: InstanceView,
+                running: Sequence[RequestView]) -> dict[int, int]:
+        """Units per device for one block more of everything there that grows."""
+        growth = dict.fromkeys(context.plan.devices, 0)
+        for position in context.plan.positions:
+            growth[position.device] += view.groups[position.index] * position.layers
+        return growth
+
+    def _holds(self, context: AttentionContext, request: RequestView, here: Sequence[int]) -> bool:
+        """Whether a request has cache at one of these positions."""
+        return request.placement is not None and any(request.placement[p] for p in here)
+
+    def _by_relief(self, context: AttentionContext, view: InstanceView, candidates: Sequence[RequestView],
+                   here: Sequence[int], wanted: int) -> list[RequestView]:
+        """Candidates that can free enough with the fewest groups first, then those that free most."""
+        layers = [context.plan.positions[p].layers for p in here]
+
+        def key(request: RequestView) -> tuple[bool, float, int]:
+            assert request.placement is not None
+            blocks = view.blocks(request.context_tokens)
+            freed = blocks * sum(request.placement[p] * n for p, n in zip(here, layers, strict=True))
+            return (freed < wanted, -blocks if freed >= wanted else -freed, request.request_id)
+
+        return sorted(candidates, key=key)
+
+    def _take_off(self, context: AttentionContext, view: InstanceView, request: RequestView,
+                  here: Sequence[int], wanted: int, room: dict[int, int]) -> Change | None:
+        """What frees as much as is wanted, or as it can, at the positions ``here``."""
+        return _take_off(context, view, request, here, wanted, room)
 
 
 def _faster(change: Change, best: Change) -> bool:
@@ -126,7 +159,7 @@ def _faster(change: Change, best: Change) -> bool:
     return (change.moved, change.request.request_id) < (best.moved, best.request.request_id)
 
 
-def better_relief(change: Change, best: Change, wanted: int) -> bool:
+def _better_relief(change: Change, best: Change, wanted: int) -> bool:
     """The order of moves for memory: enough, or most, freed first; then as fast as can be."""
     if (change.freed >= wanted) != (best.freed >= wanted):
         return change.freed >= wanted
@@ -138,14 +171,6 @@ def better_relief(change: Change, best: Change, wanted: int) -> bool:
 def _moved(context: AttentionContext, old: Placement, new: Placement, tokens: int) -> int:
     """Group-layers times tokens that a move sends."""
     return tokens * sum(max(0, new[p.index] - old[p.index]) * p.layers for p in context.plan.positions)
-
-
-def _growth(context: AttentionContext, view: InstanceView) -> dict[int, int]:
-    """Units per device for one block more of everything it holds."""
-    growth = dict.fromkeys(context.plan.devices, 0)
-    for position in context.plan.positions:
-        growth[position.device] += view.groups[position.index] * position.layers
-    return growth
 
 
 def _least_possible(context: AttentionContext, view: InstanceView,
@@ -186,23 +211,9 @@ def _total_times(context: AttentionContext, groups: np.ndarray[Any, np.dtype[np.
     return total
 
 
-def by_arrival(candidates: Sequence[RequestView]) -> list[RequestView]:
+def _by_arrival(candidates: Sequence[RequestView]) -> list[RequestView]:
     """The latest first."""
     return sorted(candidates, key=lambda r: (-r.arrival_s, -r.request_id))
-
-
-def _by_relief(context: AttentionContext, view: InstanceView, candidates: Sequence[RequestView],
-               here: Sequence[int], wanted: int) -> list[RequestView]:
-    """Candidates that can free enough with the fewest groups first, then those that free most."""
-    layers = [context.plan.positions[p].layers for p in here]
-
-    def key(request: RequestView) -> tuple[bool, float, int]:
-        assert request.placement is not None
-        blocks = view.blocks(request.context_tokens)
-        freed = blocks * sum(request.placement[p] * n for p, n in zip(here, layers, strict=True))
-        return (freed < wanted, -blocks if freed >= wanted else -freed, request.request_id)
-
-    return sorted(candidates, key=key)[:TRIALS]
 
 
 def _take_off(context: AttentionContext, view: InstanceView, request: RequestView, here: Sequence[int],

@@ -9,18 +9,11 @@ import numpy as np
 from hetis_sim.policies.hetis.attention import AttentionContext, ContextTable
 from hetis_sim.policies.hetis.dispatcher import usable_load
 from hetis_sim.policies.hetis.placing import Load
-from hetis_sim.policies.hetis.redispatcher import (
-    TRIALS,
-    Change,
-    Redispatcher,
-    Shares,
-    better_relief,
-    by_arrival,
-)
+from hetis_sim.policies.hetis.redispatcher import Change, Redispatcher, Shares
 from hetis_sim.policies.hetis.settings import HetisSettings
 from hetis_sim.policies.hetis.units import Asked, TokenBlocks, Unit, WholeRequests, count_in, take_blocks
 from hetis_sim.policies.ranges import AnyPlacement, computed_groups, group_blocks, group_tokens
-from hetis_sim.policies.view import InstanceView, Move, RequestView
+from hetis_sim.policies.view import InstanceView, RequestView
 
 UNITS: dict[str, type[Unit]] = {"request": WholeRequests, "sequence": TokenBlocks}
 
@@ -81,32 +74,33 @@ class UnitRedispatcher(Redispatcher):
         after = context.total_time(rest.groups, rest.tokens)
         return Change(request, new, after, _moved(context, view, old, new, tokens))
 
-    def relieve(self, view: InstanceView, device: int, running: Sequence[RequestView]) -> Move | None:
-        """A move that frees cache on ``device``; see :meth:`Redispatcher.relieve`."""
-        context = self._contexts.get(view)
-        if not self.settings.redispatch or not context.workers:
-            return None
-        growth = _growth(context, running)
-        wanted = self.settings.relief_blocks * growth[device] - view.free_units[device]
-        here = [p.index for p in context.plan.positions if p.device == device]
-        candidates = [r for r in running if r.movable and r.placed is not None
-                      and any(computed_groups(context.plan, r.placed)[p] for p in here)]
-        if wanted <= 0 or not candidates:
-            return None
-        room = {d: units - growth[d] for d, units in view.free_units.items()}
-        lifo = self.settings.eviction == "lifo"
-        best: Change | None = None
-        ordered = by_arrival(candidates) if lifo else _by_relief(context, view, candidates, here, wanted)
-        for request in ordered:
-            change = self._off(context, view, request, here, wanted, room)
-            if change is not None and (best is None or better_relief(change, best, wanted)):
-                best = change
-                if lifo:
-                    break
-        return Move(best.request.request_id, best.placement) if best else None
+    def _growth(self, context: AttentionContext, view: InstanceView,
+                running: Sequence[RequestView]) -> dict[int, int]:
+        growth = dict.fromkeys(context.plan.devices, 0)
+        # Token ranges do not grow, tails do.
+        for request in running:
+            for position, n in zip(context.plan.positions, request.placement or (), strict=False):
+                growth[position.device] += n * position.layers
+        return growth
 
-    def _off(self, context: AttentionContext, view: InstanceView, request: RequestView,
-             here: Sequence[int], wanted: int, room: dict[int, int]) -> Change | None:
+    def _holds(self, context: AttentionContext, request: RequestView, here: Sequence[int]) -> bool:
+        placed = request.placed
+        return placed is not None and any(computed_groups(context.plan, placed)[p] for p in here)
+
+    def _by_relief(self, context: AttentionContext, view: InstanceView, candidates: Sequence[RequestView],
+                   here: Sequence[int], wanted: int) -> list[RequestView]:
+        """Candidates that can free enough with the least cache first, then those that free most."""
+
+        def key(request: RequestView) -> tuple[bool, int, int]:
+            assert request.placed is not None
+            held = group_blocks(context.plan, request.placed, view.blocks(request.context_tokens))
+            freed = sum(held[p] * context.plan.positions[p].layers for p in here)
+            return (freed < wanted, freed if freed >= wanted else -freed, request.request_id)
+
+        return sorted(candidates, key=key)
+
+    def _take_off(self, context: AttentionContext, view: InstanceView, request: RequestView,
+                  here: Sequence[int], wanted: int, room: dict[int, int]) -> Change | None:
         """Cache off a device, as much as is wanted and the unit allows, to where F is smallest."""
         old, tokens, size = request.placed, request.context_tokens, view.block_tokens
         assert old is not None
@@ -133,25 +127,3 @@ def _moved(context: AttentionContext, view: InstanceView, old: AnyPlacement, new
     before, after = (group_tokens(context.plan, p, tokens, view.block_tokens) for p in (old, new))
     return sum(max(0, b - a) * position.layers
                for position, a, b in zip(context.plan.positions, before, after, strict=True))
-
-
-def _growth(context: AttentionContext, running: Sequence[RequestView]) -> dict[int, int]:
-    """Units per device for one block more of every tail."""
-    growth = dict.fromkeys(context.plan.devices, 0)
-    for request in running:
-        for position, n in zip(context.plan.positions, request.placement or (), strict=False):
-            growth[position.device] += n * position.layers
-    return growth
-
-
-def _by_relief(context: AttentionContext, view: InstanceView, candidates: Sequence[RequestView],
-               here: Sequence[int], wanted: int) -> list[RequestView]:
-    """Candidates that can free enough with the least cache first, then those that free most."""
-
-    def key(request: RequestView) -> tuple[bool, int, int]:
-        assert request.placed is not None
-        held = group_blocks(context.plan, request.placed, view.blocks(request.context_tokens))
-        freed = sum(held[p] * context.plan.positions[p].layers for p in here)
-        return (freed < wanted, freed if freed >= wanted else -freed, request.request_id)
-
-    return sorted(candidates, key=key)[:TRIALS]
