@@ -15,6 +15,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from hetis_exec.distributed import NetSettings, Seat, meet
 from hetis_exec.messages import AttentionRequest, AttentionResult, Stop
 from hetis_exec.net.endpoint import NetworkEndpoint
 from hetis_exec.net.handshake import new_token
-from hetis_exec.net.meeting import MeetingPlace, host_meeting, join_meeting
+from hetis_exec.net.meeting import Meeting, MeetingPlace, host_meeting, join_meeting
 from hetis_exec.processes import PipeEndpoint
 from hetis_exec.transport import Endpoint
 
@@ -38,11 +39,11 @@ def echo(endpoint: Endpoint) -> None:
         endpoint.send(0, AttentionResult(message.after, message.layer, 1, message.queries, 0.0))
 
 
-def network(device: int, place: MeetingPlace, token: bytes, eager_bytes: int) -> NetworkEndpoint:
+def network(device: int, place: MeetingPlace, name: str, token: bytes, eager_bytes: int) -> NetworkEndpoint:
     """One end of a connection with wires."""
     seat = Seat(device, ((0, 1),), NetSettings(eager_bytes), PATIENCE_S)
     endpoint = NetworkEndpoint(device, eager_bytes)
-    meet(join_meeting(place), seat, endpoint, token, control=0)
+    meet(join_meeting(replace(place, prefix=name)), seat, endpoint, token, control=0)
     return endpoint
 
 
@@ -51,23 +52,25 @@ def echo_pipe(pipe: object) -> None:
     echo(PipeEndpoint(1, {0: pipe}))  # type: ignore[dict-item]
 
 
-def echo_network(place: MeetingPlace, token: bytes, eager_bytes: int) -> None:
+def echo_network(place: MeetingPlace, name: str, token: bytes, eager_bytes: int) -> None:
     """Life of the other process, on connections."""
-    endpoint = network(1, place, token, eager_bytes)
+    endpoint = network(1, place, name, token, eager_bytes)
     echo(endpoint)
     endpoint.close(1.0)
 
 
-def ends() -> dict[str, Endpoint]:
+def ends(meeting: Meeting) -> dict[str, Endpoint]:
     """The end of each kind of link that is here; the others answer in processes of their own."""
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
     context.Process(target=echo_pipe, args=(there,), daemon=True).start()
     made: dict[str, Endpoint] = {"pipes": PipeEndpoint(0, {1: here})}
     for name, eager_bytes in (("frames", EVERYTHING_BYTES), ("gloo", 0)):
-        meeting, token = host_meeting(prefix=name), new_token()
-        context.Process(target=echo_network, args=(meeting.place, token, eager_bytes), daemon=True).start()
-        made[name] = network(0, meeting.place, token, eager_bytes)
+        token = new_token()
+        process = context.Process(target=echo_network, args=(meeting.place, name, token, eager_bytes),
+                                  daemon=True)
+        process.start()
+        made[name] = network(0, meeting.place, name, token, eager_bytes)
     return made
 
 
@@ -85,7 +88,9 @@ def round_trip_s(endpoint: Endpoint, rows: int, seq: int) -> float:
 
 def main(rows: Sequence[int], rounds: int) -> None:
     """Print a table."""
-    links = ends()
+    # The store is there for as long as anybody may look something up.
+    meeting = host_meeting()
+    links = ends(meeting)
     print(f"{'rows':>6} {'KiB there':>10} {'KiB back':>9}", *[f"{name + ' (us)':>18}" for name in links])
     for count in rows:
         times: dict[str, list[float]] = {name: [] for name in links}

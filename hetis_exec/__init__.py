@@ -2,5 +2,5 @@
 
 The decisions are the simulator's: the controller, the scheduler and the policies are imported
 from :mod:`hetis_sim`, and nothing here decides anything. Workers are threads or processes of
-this host; what they compute with is a backend: torch for real models, NumPy for a toy.
+this host, or ranks of many; what they compute with is a backend: torch for real models, NumPy for a toy.
 """

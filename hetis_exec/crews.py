@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -93,7 +94,7 @@ def meeting_of(launch: Launch, given: ExecutorInput | None = None) -> Meeting:
     settings: dict[str, Any] = {"prefix": launch.run, "bind": launch.bind(),
                                 "interface": launch.interface, "start_s": start_s}
     if launch.rank == 0 and not launch.agent_store and given is not None:
-        return host_meeting(launch.master_addr, launch.master_port, **settings)
+        return host_meeting(settings["bind"], launch.master_port, **settings)
     return join_meeting(MeetingPlace(launch.master_addr, launch.master_port, **settings))
 
 
@@ -112,6 +113,8 @@ def serve_rank(config: ExecutionConfig, given: ExecutorInput, launch: Launch) ->
     """
     from hetis_exec.distributed import Seat, seats, serve
 
+    # Interrupts from the keyboard reach all ranks of a node; they are the driver's.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     workers_of(config, launch)
     if launch.leads_node:
         assert given.backend is not None

@@ -18,7 +18,7 @@ from hetis_exec.errors import ExecutorError
 from hetis_exec.messages import DRIVER, Failed, Stop
 from hetis_exec.net.endpoint import EAGER_BYTES, Channel, NetworkEndpoint
 from hetis_exec.net.frames import FrameSocket
-from hetis_exec.net.handshake import Hello, new_token
+from hetis_exec.net.handshake import Hello, new_token, run_token
 from hetis_exec.net.listener import Listener, connect
 from hetis_exec.net.meeting import (
     DRIVER_FIELDS,
@@ -100,7 +100,7 @@ def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
     """
     meeting = join_meeting(place)
     driver = meeting.look_up(DRIVER_KEY, DRIVER_FIELDS)
-    token = bytes.fromhex(driver["token"])
+    token = run_token(bytes.fromhex(driver["token"]))
     endpoint = NetworkEndpoint(seat.device, seat.settings.eager_bytes, seat.settings.shapes,
                                orphaned=lambda: os._exit(1))
     hello = Hello(seat.device, DRIVER, Channel.CONTROL)
@@ -215,7 +215,7 @@ class DistributedCrew:
         if self._meeting is None:
             self._meeting = host_meeting(start_s=self._start_s)
         place, token = self._meeting.place, new_token()
-        self._listener = Listener(place.bind, DRIVER, token, self._connected)
+        self._listener = Listener(place.bind, DRIVER, run_token(token), self._connected)
         host, port = self._listener.place
         # Workers are forked from a server that has imported what they need: torch takes seconds.
         context = multiprocessing.get_context("forkserver")
@@ -252,8 +252,11 @@ class DistributedCrew:
         known = {device for device, _ in found}
         found += [(device, how) for device in self.processes
                   if device not in known and (how := self._exit_of(device, 0.0))]
-        if not found and self._meeting is not None and (failure := self._meeting.failure()):
-            found = [failure]
+        if not found and not self._specs.keys() <= set(self._endpoint.peers):
+            # Whoever has called says for itself what is wrong.
+            assert self._meeting is not None
+            failure = self._meeting.failure()
+            return [failure] if failure else []
         return found
 
     def _exit_of(self, device: int, timeout_s: float) -> str:
@@ -276,6 +279,8 @@ class DistributedCrew:
             if process.exitcode is None:
                 process.kill()
                 process.join()
+        # What those of other hosts have to say is heard until they hang up.
+        self._endpoint.await_parting(max(0.0, deadline_s - time.monotonic()))
         self._endpoint.close(max(0.1, deadline_s - time.monotonic()))
         if self._listener is not None:
             self._listener.close()

@@ -50,13 +50,19 @@ class Channel(IntEnum):
 
 @dataclass(slots=True)
 class Link:
-    """A connection to a peer; ``wire`` carries its large arrays, if it has one."""
+    """A connection to a peer; ``wire`` carries its large arrays, if it has one.
+
+    Attributes:
+        parted: the peer has said goodbye.
+        ended: nothing comes from it any more.
+    """
 
     peer: int
     channel: Channel
     frames: FrameSocket
     wire: GlooWire | None = None
     parted: bool = False
+    ended: bool = False
     thread: Thread | None = None
 
 
@@ -184,7 +190,7 @@ class NetworkEndpoint:
                     link.parted = True
                 else:
                     self._put(self._message(link, frame), frame.due_s)
-        except (ExecutorError, RuntimeError) as error:
+        except (ExecutorError, RuntimeError, MemoryError) as error:
             self._lose(link, f"its connection has failed: {error}")
         else:
             self._lose(link, "its connection has ended")
@@ -207,6 +213,7 @@ class NetworkEndpoint:
 
     def _lose(self, link: Link, how: str) -> None:
         with self._changed:
+            link.ended = True
             known = self._closing or link.parted or link.peer in self.lost
             if not known:
                 self.lost[link.peer] = how, time.monotonic()
@@ -216,10 +223,13 @@ class NetworkEndpoint:
         if link.peer == DRIVER:
             # Whatever this worker waits for will not come.
             self._put(Stop(at_once=True), 0.0)
-            if self._orphaned is not None:
-                _daemon(LAST_S, self._orphaned)
+            _daemon(LAST_S, self._end)
         elif not known:
             _daemon(GRACE_S, lambda: self._report(link.peer, how))
+
+    def _end(self) -> None:
+        if self._orphaned is not None and not self._closing:
+            self._orphaned()
 
     def _report(self, peer: int, how: str) -> None:
         """Tell the driver of a lost peer, unless it has ended the run meanwhile."""
@@ -233,6 +243,11 @@ class NetworkEndpoint:
         deadline_s = time.monotonic() + timeout_s
         while not self.stopped and (left_s := deadline_s - time.monotonic()) > 0:
             self.receive(min(left_s, PATIENCE_S))
+
+    def await_parting(self, timeout_s: float) -> bool:
+        """Wait for all peers to hang up; whether they have."""
+        with self._changed:
+            return self._changed.wait_for(lambda: all(link.ended for link in self._links.values()), timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Send what is left and say goodbye, within a time."""

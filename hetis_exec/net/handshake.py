@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from hetis_exec.errors import ExecutorError
@@ -22,6 +24,9 @@ PROOF_BYTES = 32
 TOKEN_BYTES = 32
 PATIENCE_S = 10.0
 """How long the other end may take for its part."""
+
+SECRET_NAME = "HETIS_SECRET"
+"""Variable of the environment in which all hosts of a run may be given the same secret."""
 
 HELLO = struct.Struct(f"!{len(MAGIC)}siiB{NONCE_BYTES}s")
 
@@ -41,6 +46,15 @@ class Hello(NamedTuple):
 def new_token() -> bytes:
     """A token for one run."""
     return secrets.token_bytes(TOKEN_BYTES)
+
+
+def run_token(announced: bytes, environment: Mapping[str, str] | None = None) -> bytes:
+    """What proofs are made with: the token that the store holds and, where hosts share one, their secret.
+
+    With a secret it is not enough to reach the store.
+    """
+    secret = (os.environ if environment is None else environment).get(SECRET_NAME, "")
+    return hmac.new(secret.encode(), announced, hashlib.sha256).digest() if secret else announced
 
 
 def call(connection: socket.socket, token: bytes, hello: Hello) -> None:

@@ -19,7 +19,7 @@ from hetis_exec.net import endpoint as endpoints
 from hetis_exec.net.codec import encode
 from hetis_exec.net.endpoint import Channel, NetworkEndpoint
 from hetis_exec.net.frames import PREFIX, FrameError, FrameSocket
-from hetis_exec.net.handshake import HELLO, MAGIC, Hello, call, new_token
+from hetis_exec.net.handshake import HELLO, MAGIC, Hello, call, new_token, run_token
 from hetis_exec.net.listener import Listener, connect
 
 SOON_S = 20.0
@@ -119,6 +119,15 @@ def test_a_recorded_call_is_worth_nothing(door: Door) -> None:
         again.sendall(b"".join(said))
         assert hung_up(again)
     assert len(door.let_in) == 1
+
+
+def test_a_secret_of_the_hosts_is_worth_more_than_what_the_store_says(door: Door) -> None:
+    """Whoever has read the store, but does not know the secret, has another token."""
+    with_secret = run_token(door.token, {"HETIS_SECRET": "a"})
+    assert len({door.token, with_secret, run_token(door.token, {"HETIS_SECRET": "b"})}) == 3
+    assert run_token(door.token, {}) == run_token(door.token, {"HETIS_SECRET": ""}) == door.token
+    with pytest.raises(ExecutorError, match="does not know the token"):
+        connect(door.listener.place, with_secret, HELLO_THERE)
 
 
 def test_nobody_at_the_other_end_is_an_error_that_says_where() -> None:
@@ -277,6 +286,13 @@ def test_a_worker_ends_with_its_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     made[DRIVER]._links[0, Channel.CONTROL].frames.close(0.0)
     assert made[0].receive(SOON_S) == Stop(at_once=True)
     until(lambda: ended == [1], "the process ends")
+    # Not so if it is about to end by itself.
+    other = joined((DRIVER, 0, Channel.CONTROL))
+    other[0]._orphaned = lambda: ended.append(2)
+    other[DRIVER]._links[0, Channel.CONTROL].frames.close(0.0)
+    other[0].close(1.0)
+    time.sleep(0.2)
+    assert ended == [1]
 
 
 @pytest.mark.parametrize("stopped", [False, True])
@@ -312,6 +328,18 @@ def test_a_head_with_other_arrays_than_its_frame_is_refused() -> None:
     made[0]._links[1, Channel.DATA].frames.send(encode(hidden(100))[0], [np.zeros(3)])
     until(lambda: 0 in made[1].lost, "the loss is noticed")
     assert "bytes of arrays" in made[1].lost[0][0]
+
+
+def test_the_driver_hears_workers_out() -> None:
+    """What they say between being told to stop and hanging up counts."""
+    made = joined((DRIVER, 0, Channel.CONTROL), (DRIVER, 1, Channel.CONTROL))
+    made[0].close(1.0)
+    assert not made[DRIVER].await_parting(0.05)
+    made[1].send(DRIVER, Failed(1, "at last"))
+    made[1].close(1.0)
+    assert made[DRIVER].await_parting(SOON_S)
+    assert made[DRIVER].receive(0.0) == Failed(1, "at last")
+    assert not made[DRIVER].lost
 
 
 def test_close_writes_what_is_left() -> None:
