@@ -78,6 +78,28 @@ class Shard(Protocol):
         """The next token after each row of activations."""
 
 
+class Leaving(Protocol):
+    """Keys and values on their way out of a device's memory, while it goes on with other work."""
+
+    def done(self) -> bool:
+        """Whether they are there."""
+
+    def arrays(self) -> list[Array]:
+        """Keys and values; waits until they are there."""
+
+
+class Arrived(NamedTuple):
+    """What was there at once."""
+
+    found: list[Array]
+
+    def done(self) -> bool:
+        return True
+
+    def arrays(self) -> list[Array]:
+        return self.found
+
+
 class Kernels(Protocol):
     """One worker's memory for cache, in units, and what is computed on it.
 
@@ -102,6 +124,9 @@ class Kernels(Protocol):
     def stopwatch(self) -> Stopwatch:
         """Times what is asked of the device."""
 
+    def enter(self) -> None:
+        """To be called by the thread that will ask for all work from now on."""
+
     def synchronize(self) -> None:
         """Wait until the device has done all that it has been asked to do."""
 
@@ -111,11 +136,14 @@ class Kernels(Protocol):
     def spots(self, units: Units, offsets: Units) -> Spots:
         """Where tokens are to be stored: units (layers, tokens), and offsets in them, shape (tokens,)."""
 
-    def write(self, spots: Spots, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store tokens of one of the layers; keys and values have shape (tokens, d)."""
+    def write(self, spots: Spots, layer: int | slice, keys: Tensor, values: Tensor) -> None:
+        """Store tokens of one of the layers, or of several one after the other, shape (all tokens, d)."""
 
     def read(self, units: Units) -> tuple[Tensor, Tensor]:
         """Copies of keys and values; units (..., blocks) give (..., blocks * block_tokens, d)."""
+
+    def leave(self, units: Units, tokens: slice) -> Leaving:
+        """The same as arrays of messages, of some of the tokens; what is read may be freed meanwhile."""
 
     def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> Any:
         """Decode attention to come in every layer.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hetis_exec.backend import Tensor
+from hetis_exec.backend import Leaving, Tensor
 from hetis_exec.errors import CacheError
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.messages import (
@@ -57,6 +59,7 @@ class CacheKeeper:
         self._send = send
         self._early: list[CacheData] = []
         self._copies: list[Send | Park] = []
+        self._leaving: deque[tuple[Leaving, Callable[[Array, Array], None]]] = deque()
         self._expected: dict[int, int] = {}
 
     def apply(self, control: Control) -> None:
@@ -93,6 +96,17 @@ class CacheKeeper:
     def ready(self, request_id: int, stage: int, groups: Sequence[int]) -> bool:
         """Whether all of the groups' tokens are here."""
         return all(self.pool.table(TableKey(request_id, stage, g)).ready for g in groups)
+
+    @property
+    def copying(self) -> bool:
+        """Whether copies are on their way out of the device's memory."""
+        return bool(self._leaving)
+
+    def send_copies(self) -> None:
+        """Pass on the copies that have left the device, in order."""
+        while self._leaving and self._leaving[0][0].done():
+            leaving, then = self._leaving.popleft()
+            then(*leaving.arrays())
 
     # -- operations --------------------------------------------------------------------------------
 
@@ -145,32 +159,43 @@ class CacheKeeper:
     def _copy(self, op: Send | Park) -> None:
         keys = [TableKey(op.request_id, op.stage, g) for g in op.groups]
         if isinstance(op, Park):
-            k, v = self._read_layers(op, 0, op.tokens, slice(None))
-            for n, key in enumerate(keys):
-                self.parked[key] = Parked(k[:, n], v[:, n])
-            self._count(op.tag, -1)
+            self._leave(op, 0, op.tokens, slice(None), partial(self._park, op, keys))
             return
-        groups, abroad = op.groups, op.abroad
+        deliver, abroad = partial(self._deliver, op, self.seq), op.abroad
         if op.parked:
             parts = [self.parked.pop(key) for key in keys]
-            k, v = np.stack([part.keys for part in parts], 1), np.stack([part.values for part in parts], 1)
+            deliver(np.stack([part.keys for part in parts], 1), np.stack([part.values for part in parts], 1))
         elif all(key in self.pool.tables for key in keys):
             whole = slice(None) if abroad is None else slice(abroad.first, abroad.first + abroad.layers)
-            k, v = self._read_layers(op, op.first, op.last, whole)
+            self._leave(op, op.first, op.last, whole, deliver)
         else:
             # The request has given this cache up: its target only counts the piece.
-            groups, k, v = (), np.empty((0, 0, 0, 0)), np.empty((0, 0, 0, 0))
-        after, stage, at = self.seq, op.stage, 0
-        if abroad is not None:
-            after, stage, at = abroad.after, abroad.stage, abroad.at
-        self._send(op.target, CacheData(after, op.tag, op.request_id, stage, tuple(range(at, at + len(k))),
-                                        groups, op.first, k, v, op.final))
+            nothing = np.empty((0, 0, 0, 0))
+            self._deliver(op._replace(groups=()), self.seq, nothing, nothing)
 
-    def _read_layers(self, op: Send | Park, first: int, last: int, layers: slice) -> tuple[Array, Array]:
-        """Keys and values of layers, shapes (layers, groups, tokens, head_dim)."""
-        k, v = self.pool.read_layers(op.request_id, op.stage, op.groups, first, last, layers)
-        keys, values = self.pool.kernels.pack((k, v))
-        return keys, values
+    def _leave(self, op: Send | Park, first: int, last: int, layers: slice,
+               then: Callable[[Array, Array], None]) -> None:
+        """Have keys and values copied, shapes (layers, groups, tokens, head_dim), and go on with other work.
+
+        Final pieces are waited for: a step may wait for them elsewhere.
+        """
+        leaving = self.pool.leave(op.request_id, op.stage, op.groups, first, last, layers)
+        self._leaving.append((leaving, then))
+        if isinstance(op, Send) and op.final:
+            leaving.arrays()
+        self.send_copies()
+
+    def _park(self, op: Park, keys: Sequence[TableKey], k: Array, v: Array) -> None:
+        for n, key in enumerate(keys):
+            self.parked[key] = Parked(k[:, n], v[:, n])
+        self._count(op.tag, -1)
+
+    def _deliver(self, op: Send, after: int, k: Array, v: Array) -> None:
+        stage, at = op.stage, 0
+        if op.abroad is not None:
+            after, stage, at = op.abroad.after, op.abroad.stage, op.abroad.at
+        self._send(op.target, CacheData(after, op.tag, op.request_id, stage, tuple(range(at, at + len(k))),
+                                        op.groups, op.first, k, v, op.final))
 
     def _store(self, data: CacheData) -> None:
         """Write a piece of cache, unless its table has been closed meanwhile, and count it."""
@@ -181,8 +206,9 @@ class CacheKeeper:
         if found:
             here = list(found)
             spots = self.pool.spots(list(found.values()), data.start, keys.shape[2], data.layers)
-            for m in range(len(data.layers)):
-                self.pool.write_groups(spots, m, keys[m, here], values[m, here])
+            if len(here) < len(data.groups):
+                keys, values = keys[:, here], values[:, here]
+            self.pool.write_groups(spots, slice(None), keys, values)
         for key in found.values():
             tables[key].ready = tables[key].ready or data.final
         if not data.final:

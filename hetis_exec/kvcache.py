@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis_exec.backend import Kernels, Spots, Tensor
+from hetis_exec.backend import Kernels, Leaving, Spots, Tensor
 from hetis_exec.errors import CacheError
 
 
@@ -136,8 +136,8 @@ class KvPool:
             units = units[list(layers)]
         return self.kernels.spots(units, np.tile(offsets, len(keys)))
 
-    def write_groups(self, spots: Spots, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Store tokens, one key's after the other's; shapes (..., head_dim)."""
+    def write_groups(self, spots: Spots, layer: int | slice, keys: Tensor, values: Tensor) -> None:
+        """Store tokens, one key's after the other's, of one layer or of several; shapes (..., head_dim)."""
         self.kernels.write(spots, layer, keys.reshape(-1, keys.shape[-1]),
                            values.reshape(-1, values.shape[-1]))
 
@@ -152,10 +152,22 @@ class KvPool:
         """The same of several layers, shapes (layers, groups, tokens, head_dim)."""
         return self._read(request_id, stage, groups, layers, first, last)
 
+    def leave(self, request_id: int, stage: int, groups: Sequence[int], first: int, last: int,
+              layers: slice) -> Leaving:
+        """The same as arrays of messages, on their way out of the device's memory."""
+        units, here = self._where(request_id, stage, groups, layers, first, last)
+        return self.kernels.leave(units, here)
+
     def _read(self, request_id: int, stage: int, groups: Sequence[int], layers: slice, first: int,
               last: int) -> tuple[Tensor, Tensor]:
+        units, here = self._where(request_id, stage, groups, layers, first, last)
+        keys, values = self.kernels.read(units)
+        return keys[:, :, here], values[:, :, here]
+
+    def _where(self, request_id: int, stage: int, groups: Sequence[int], layers: slice, first: int,
+               last: int) -> tuple[NDArray[np.int64], slice]:
+        """Units (layers, groups, blocks) that hold some tokens, and which tokens of them."""
         begin, end = first // self.block_tokens, -(-last // self.block_tokens)
         tables = [self.table(TableKey(request_id, stage, g)).units[layers, begin:end] for g in groups]
-        keys, values = self.kernels.read(np.stack(tables, axis=1))
-        here = slice(first - begin * self.block_tokens, last - begin * self.block_tokens)
-        return keys[:, :, here], values[:, :, here]
+        return np.stack(tables, axis=1), slice(first - begin * self.block_tokens,
+                                               last - begin * self.block_tokens)

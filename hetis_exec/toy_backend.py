@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis_exec.backend import CacheTable, Shard
+from hetis_exec.backend import Arrived, CacheTable, Shard
 from hetis_exec.messages import Array
 from hetis_exec.stopwatch import HostStopwatch
 from hetis_exec.toy_model import ToyModel, ToyShard, softmax
@@ -105,6 +105,9 @@ class ToyKernels:
     def stopwatch(self) -> HostStopwatch:
         return HostStopwatch()
 
+    def enter(self) -> None:
+        """Any thread will do."""
+
     def synchronize(self) -> None:
         """Nothing is ever left to be done."""
 
@@ -115,14 +118,18 @@ class ToyKernels:
     def spots(self, units: Units, offsets: Units) -> tuple[Units, Units]:
         return units, offsets
 
-    def write(self, spots: tuple[Units, Units], layer: int, keys: Array, values: Array) -> None:
-        units, offsets = spots
-        self._keys[units[layer], offsets] = keys
-        self._values[units[layer], offsets] = values
+    def write(self, spots: tuple[Units, Units], layer: int | slice, keys: Array, values: Array) -> None:
+        units, offsets = spots[0][layer], spots[1]
+        self._keys[units, offsets] = keys.reshape(*units.shape, keys.shape[-1])
+        self._values[units, offsets] = values.reshape(*units.shape, values.shape[-1])
 
     def read(self, units: Units) -> tuple[Array, Array]:
         shape = (*units.shape[:-1], units.shape[-1] * self._block_tokens, self._keys.shape[-1])
         return self._keys[units].reshape(shape), self._values[units].reshape(shape)
+
+    def leave(self, units: Units, tokens: slice) -> Arrived:
+        keys, values = self.read(units)
+        return Arrived([keys[..., tokens, :], values[..., tokens, :]])
 
     def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> ToyDecode:
         return ToyDecode(tables, positions)

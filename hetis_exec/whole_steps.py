@@ -80,7 +80,6 @@ class WholeSteps:
             asked: Asked) -> Tokens:
         """The next token of each request, after one new token each at the given positions."""
         kernels, number = self._kernels, len(request_ids)
-        kernels.enter()
         spans = kernels.tables.spans(self._tables_of(request_ids))
         if kernels.tables.generation != self._generation:
             # Graphs would read the old array.
@@ -140,7 +139,8 @@ class WholeSteps:
         self._compute(step.inputs, size, LONG)
         torch.cuda.synchronize(self._kernels.device)
         step.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(step.graph, pool=self._memory, capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream(self._kernels.device, priority=-1)
+        with torch.cuda.graph(step.graph, self._memory, stream, capture_error_mode="thread_local"):
             step.logits, step.likeliest = self._compute(step.inputs, size, LONG)
         self._memory = step.graph.pool()
 

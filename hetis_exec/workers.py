@@ -42,6 +42,10 @@ BEAT_S = 0.2
 """A worker that works or waits shows that it is alive this often."""
 
 
+COPY_S = 5e-4
+"""Copies that are on their way out of a device are looked after so often."""
+
+
 class Stopped(Exception):  # noqa: N818 - not an error
     """The driver has said stop."""
 
@@ -65,6 +69,7 @@ class Worker(ABC):
     def run(self) -> None:
         """Work until told to stop; whatever goes wrong is reported to the driver."""
         try:
+            self.cache.pool.kernels.enter()
             while True:
                 self.turn()
         except Stopped:
@@ -87,7 +92,8 @@ class Worker(ABC):
             Stopped: it said so.
         """
         self.beat()
-        message = self._endpoint.receive(BEAT_S)
+        message = self._endpoint.receive(COPY_S if self.cache.copying else BEAT_S)
+        self.cache.send_copies()
         if isinstance(message, Stop) and message.at_once:
             raise Stopped
         if isinstance(message, CacheData):

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
-from hetis_exec.backend import CacheTable
+from hetis_exec.backend import Arrived, CacheTable
 from hetis_exec.kernels.wire import array_of, tensor_of
 from hetis_exec.messages import Array
 from hetis_exec.stopwatch import HostStopwatch
@@ -108,6 +108,9 @@ class CpuKernels:
     def stopwatch(self) -> HostStopwatch:
         return HostStopwatch()
 
+    def enter(self) -> None:
+        """Any thread will do."""
+
     def synchronize(self) -> None:
         """A processor has done what it was asked to do when the call returns."""
 
@@ -122,8 +125,9 @@ class CpuKernels:
     def spots(self, units: Units, offsets: Units) -> torch.Tensor:
         return torch.from_numpy(units * self._block_tokens + offsets)
 
-    def write(self, spots: torch.Tensor, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._store(spots[layer], keys, values)
+    def write(self, spots: torch.Tensor, layer: int | slice, keys: torch.Tensor,
+              values: torch.Tensor) -> None:
+        self._store(spots[layer].flatten(), keys, values)
 
     def _store(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         self._keys.view(-1, self._head_dim).index_copy_(0, slots, keys)
@@ -132,6 +136,9 @@ class CpuKernels:
     def read(self, units: Units) -> tuple[torch.Tensor, torch.Tensor]:
         at = torch.from_numpy(np.ascontiguousarray(units))
         return self._keys[at].flatten(-3, -2), self._values[at].flatten(-3, -2)
+
+    def leave(self, units: Units, tokens: slice) -> Arrived:
+        return Arrived([array_of(part[..., tokens, :]) for part in self.read(units)])
 
     # -- decode attention ----------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from hetis_exec.backend import CacheTable
+from hetis_exec.backend import Arrived, CacheTable, Leaving
 from hetis_exec.kernels.gathered import GatheredDecode
 from hetis_exec.kernels.tables import DeviceTables, to_device
 from hetis_exec.kernels.wire import array_of, tensor_of
@@ -78,6 +78,8 @@ class CudaKernels:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.tables = DeviceTables(device, min(1 << 28, max(1 << 12, 2 * capacity_units)))
         self._gathered = GatheredDecode()
+        self._aside = torch.cuda.Stream(device) if self._cuda else None
+        self._last_leaving: torch.cuda.Event | None = None
         self._flash = self.capability >= FLASH_FROM and dtype != torch.float32 and head_dim <= FLASH_HEAD_DIM
 
     # -- arrays --------------------------------------------------------------------------------------
@@ -107,6 +109,13 @@ class CudaKernels:
     def stopwatch(self) -> Stopwatch:
         return EventStopwatch(self.device) if self._cuda else HostStopwatch()
 
+    def enter(self) -> None:
+        """Have this thread work on the device, on a stream that goes before copies which have time."""
+        if self._cuda:
+            torch.cuda.set_device(self.device)
+            torch.cuda.synchronize(self.device)
+            torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))
+
     def synchronize(self) -> None:
         if self._cuda:
             torch.cuda.synchronize(self.device)
@@ -123,6 +132,11 @@ class CudaKernels:
 
     def clear(self, table: CacheTable) -> None:
         self.tables.forget(table)
+        if self._last_leaving is not None:
+            # What is written here from now on must not overtake a copy.
+            torch.cuda.current_stream(self.device).wait_event(self._last_leaving)
+            if self._last_leaving.query():
+                self._last_leaving = None
         if self._poison is not None:
             at = to_device(table.units.ravel(), self.device)
             self.keys[at] = self._poison
@@ -131,28 +145,37 @@ class CudaKernels:
     def spots(self, units: Units, offsets: Units) -> torch.Tensor:
         return to_device(units * self.block_tokens + offsets, self.device)
 
-    def write(self, spots: torch.Tensor, layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def write(self, spots: torch.Tensor, layer: int | slice, keys: torch.Tensor,
+              values: torch.Tensor) -> None:
         for pool, new in ((self.keys, keys), (self.values, values)):
-            pool.view(-1, self.head_dim).index_copy_(0, spots[layer], new)
+            pool.view(-1, self.head_dim).index_copy_(0, spots[layer].flatten(), new)
 
     def read(self, units: Units) -> tuple[torch.Tensor, torch.Tensor]:
         at = to_device(np.ascontiguousarray(units), self.device)
         return self.keys[at].flatten(-3, -2), self.values[at].flatten(-3, -2)
 
+    def leave(self, units: Units, tokens: slice) -> Leaving:
+        if self._aside is None:
+            return Arrived([array_of(part[..., tokens, :]) for part in self.read(units)])
+        self._aside.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._aside):
+            parts = [part[..., tokens, :] for part in self.read(units)]
+            copies = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
+            for copy, part in zip(copies, parts, strict=True):
+                copy.copy_(part, non_blocking=True)
+            event = new_event()
+            event.record(self._aside)
+        self._last_leaving = event
+        return OnTheWay(event, copies)
+
     # -- attention -----------------------------------------------------------------------------------
 
     def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
-        self.enter()
         spans, at = self.tables.spans(tables), np.array(positions, dtype=np.int64)
         rows = len(at)
         sent = to_device(np.concatenate((spans.ravel(), at)), self.device)
         longest = int(at.max())
         return DecodePlan(sent[:2 * rows].view(rows, 2), sent[2 * rows:], longest, self.splits(rows, longest))
-
-    def enter(self) -> None:
-        """Make the device that of this thread: Triton starts its kernels there."""
-        if self._cuda and torch.cuda.current_device() != self.device.index:
-            torch.cuda.set_device(self.device)
 
     def splits(self, rows: int, longest: int, heads: int = 1) -> int:
         """Pieces of each row."""
@@ -195,6 +218,22 @@ class CudaKernels:
             k, v = (x[:, :, None].expand(1, groups, r, total, d).flatten(1, 2) for x in (k, v))
         out = scaled_dot_product_attention(q, k, v, **options)
         return out[0].transpose(0, 1).reshape(new, groups, r, d)
+
+
+@dataclass(frozen=True, slots=True)
+class OnTheWay:
+    """See :class:`hetis_exec.backend.Leaving`."""
+
+    event: torch.cuda.Event
+    copies: list[torch.Tensor]
+
+    def done(self) -> bool:
+        there: bool = self.event.query()
+        return there
+
+    def arrays(self) -> list[Array]:
+        self.event.synchronize()
+        return [array_of(copy) for copy in self.copies]
 
 
 def new_event(timing: bool = False) -> torch.cuda.Event:
