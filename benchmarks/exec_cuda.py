@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -254,23 +254,28 @@ def section_kernel(machine: Machine) -> None:
 
 
 def section_tune(machine: Machine) -> None:
-    """Tiles, warps and stages of the decode kernel."""
+    """Tiles, warps, stages and pieces of the decode kernel: with matrix units, and as older cards have it."""
     paged = triton_kernels("paged")
-    cases = [(2, 4, 16, 2, 20)] if machine.tiny else [(8, 4, 128, 32, 1024), (8, 4, 128, 8, 4096),
-                                                      (40, 1, 128, 8, 1024)]
-    until = time.monotonic() + 40
-    for groups, heads, head_dim, batch, context in cases:
+    usual, older = paged.Launch(True, 64, 4, 3), paged.Launch(False, 8, 4, 2)
+    llama3, llama2 = (8, 4, 128), (40, 1, 128)
+    cases: list[tuple[tuple[int, int, int], int, int, list[Any], Sequence[int]]] = [
+        (llama3, 32, 1024, [usual, replace(usual, warps=2), replace(usual, tile=128, stages=2)], (1, 2, 3)),
+        (llama3, 64, 1024, [usual, replace(usual, warps=2)], (1, 2)),
+        (llama3, 8, 1024, [usual, replace(usual, tile=32)], (4, 8, 10)),
+        (llama3, 1, 2048, [usual, replace(usual, tile=32)], (16, 32)),
+        (llama2, 8, 1024, [usual, replace(usual, warps=2), replace(usual, warps=8)], (1, 2)),
+        (llama3, 8, 1024,
+         [replace(older, tile=tile, warps=warps, stages=stages)
+          for tile, warps, stages in ((8, 4, 2), (4, 4, 2), (4, 2, 2), (8, 4, 1), (4, 4, 3))], (8,)),
+        (llama2, 8, 1024, [replace(older, tile=tile, warps=warps)
+                           for tile, warps in ((32, 4), (16, 4), (8, 4), (16, 2), (8, 2))], (2,))]
+    if machine.tiny:
+        cases = [((2, 4, 16), 2, 20, [replace(usual, tile=16), older], (1, 2))]
+    for (groups, heads, head_dim), batch, context, launches, pieces in cases:
         cache = Cache(machine, batch, groups, head_dim, context)
         given = inputs(machine, batch, groups, heads, head_dim)
-        options = [(dot, tile, warps, stages) for dot, tiles in ((True, (32, 64, 128)), (False, (16, 32)))
-                   for tile in tiles for warps in (4, 8, 2) for stages in (3, 2, 4, 1)
-                   if (dot or tile * heads * head_dim <= 16384) and not (dot and heads == 1)]
-        usual = cache.plan().splits
-        for n, (dot, tile, warps, stages) in enumerate(options[:2] if machine.tiny else options):
-            if time.monotonic() > until:
-                return
-            launch = paged.Launch(dot, tile, warps, stages)
-            for splits in sorted({usual, 2 * usual, max(1, usual // 2)}) if n % 4 == 0 else (usual,):
+        for launch in launches:
+            for splits in pieces:
                 def call(cache: Cache = cache, given: list[torch.Tensor] = given, splits: int = splits,
                          launch: Any = launch) -> None:
                     for layer in range(cache.layers):

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from hetis_exec.errors import ExecutorError
-from hetis_exec.messages import Arrived, Control, Onward, Row, StageDone, Task, Tokens
+from hetis_exec.messages import Arrived, Control, Onward, Row, StageDone, Task
 from hetis_exec.mirror import Mirror, Shipment
 from hetis_exec.records import Measurements, RunRecord, StepRecord
 from hetis_exec.texts import Texts
@@ -183,9 +183,9 @@ class InstanceDriver:
         self._runs[self._seq] = StepRun(step, record, [row.request_id for row in rows if row.samples], fresh)
         self._first_stage = self._seq
 
-    def _rows(self, step: Step) -> list[tuple[Row, Tokens]]:
+    def _rows(self, step: Step) -> list[tuple[Row, list[int]]]:
         """The batch, without the holders that each stage fills in, and its new token ids."""
-        rows: list[tuple[Row, Tokens]] = []
+        rows: list[tuple[Row, list[int]]] = []
         lane = self._engine.lanes[step.lane]
         for state in lane.members.values() if step.decoding else ():
             position = lane.cached_tokens(state) - 1
@@ -196,26 +196,30 @@ class InstanceDriver:
         return rows
 
     def _row(self, state: RequestState, position: int, new_tokens: int, *, samples: bool, prefill: bool,
-             push_tag: int = -1) -> tuple[Row, Tokens]:
+             push_tag: int = -1) -> tuple[Row, list[int]]:
         text = self._texts[state.request_id]
         if samples and len(text.tokens) != position + new_tokens:
             raise ExecutorError(f"request {state.request_id} has {len(text.tokens)} tokens, its cache is to "
                                 f"have {position + new_tokens}")
-        tokens = np.array(text.tokens[position:position + new_tokens], dtype=np.int64)
         row = Row(state.request_id, position, new_tokens, samples, prefill, (), push_tag,
-                  text.sample if samples else None)
-        return row, tokens
+                  sample=text.sample if samples else None)
+        return row, text.tokens[position:position + new_tokens]
 
-    def _tasks(self, rows: list[tuple[Row, Tokens]], streams: Streams) -> dict[int, Task]:
+    def _tasks(self, rows: list[tuple[Row, list[int]]], streams: Streams) -> dict[int, Task]:
         tasks: dict[int, Task] = {}
         for stage, part in enumerate(self._engine.plan.stages):
-            held = tuple(row._replace(holders=self.mirror.devices(row.request_id, stage),
-                                      onward=streams.get(row.request_id, NOWHERE).get(stage, ()))
-                         for row, _ in rows)
-            tokens = np.concatenate([tokens for _, tokens in rows]) if stage == 0 else None
+            held = tuple(self._at_stage(row, stage, streams) for row, _ in rows)
+            tokens = np.array([token for _, new in rows for token in new]) if stage == 0 else None
             for device in part.devices:
                 tasks[device] = Task(held, tokens)
         return tasks
+
+    def _at_stage(self, row: Row, stage: int, streams: Streams) -> Row:
+        """The same, with what one stage is to know."""
+        request_id, position, new_tokens, samples, prefill, _, push_tag, sample, _ = row
+        onward = streams.get(request_id, NOWHERE).get(stage, ()) if streams else ()
+        return Row(request_id, position, new_tokens, samples, prefill,
+                   self.mirror.devices(request_id, stage), push_tag, sample, onward)
 
     # -- transfers -----------------------------------------------------------------------------------
 

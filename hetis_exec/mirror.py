@@ -117,6 +117,7 @@ class Mirror:
         self._ops: defaultdict[int, Ops] = defaultdict(Ops)
         self._shipments: list[Shipment] = []
         self._tags = 0
+        self._devices_at: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def follow(self) -> None:
         """Compare with the control plane and note what is to be done."""
@@ -132,7 +133,7 @@ class Mirror:
             known = self.known.get(state.request_id)
             if known is None:
                 self._admit(state, state.shape)
-            else:
+            elif not self._is_quiet(known, state):
                 self._update(known, state)
         for request_id in [r for r in self.parked if r not in active]:
             self._forget(request_id)
@@ -147,7 +148,11 @@ class Mirror:
 
     def devices(self, request_id: int, stage: int) -> tuple[int, ...]:
         """Device that holds each group of a request at a stage."""
-        return tuple(self._positions[p].device for p in self.known[request_id].holders[stage])
+        places = self.known[request_id].holders[stage]
+        found = self._devices_at.get(places)
+        if found is None:
+            found = self._devices_at[places] = tuple(self._positions[p].device for p in places)
+        return found
 
     def complete_tokens(self, state: RequestState) -> int:
         """Cached tokens of a request that have been computed; the iteration under way is not."""
@@ -216,6 +221,11 @@ class Mirror:
         holders = self.parked.pop(request_id)
         for device in sorted({self._positions[p].device for stage in holders for p in stage}):
             self._ops[device].closes.append(Forget(request_id))
+
+    def _is_quiet(self, held: Holding, state: RequestState) -> bool:
+        """Whether a request just decodes, in the blocks that it has: most do, most of the time."""
+        return (held.move is None and state.move is None and not held.staged
+                and state.status == Status.DECODE and self._blocks(state) == held.blocks)
 
     def _update(self, held: Holding, state: RequestState) -> None:
         move = held.move

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+import select
 import signal
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import combinations
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 
 from hetis_exec.crew import STOP_AT_ONCE_S, STOP_S, WorkerSpec, build_worker
 from hetis_exec.messages import DRIVER, Failed, Message, Stop
 from hetis_exec.shaping import Shaper, Shapes
 from hetis_exec.transport import Endpoint, Inbox
 
+AT_ONCE_BYTES = 1 << 15
+"""Messages up to this size are written by whoever sends them: a free pipe has room for several."""
+
+Packed = memoryview | bytes
+
 
 class PipeEndpoint:
     """One party of a set of processes: a pipe to every other one.
 
-    A thread of its own writes, so that a party whose peer is busy or gone goes on receiving.
+    A party whose peer is busy or gone goes on receiving: what a pipe does not take at once is written
+    by a thread of its own, and so is all that comes after it.
     A pipe whose other end is gone is forgotten: the driver sees to the rest. If it is the driver
     that is gone, the party is told to stop.
     """
@@ -31,8 +41,14 @@ class PipeEndpoint:
         self._pipes = pipes
         self._inbox = Inbox()
         self._shaper = Shaper(address, shapes or {})
-        self._outbox: SimpleQueue[tuple[int, float, Message] | None] = SimpleQueue()
-        self._open = list(pipes.values())
+        self._outbox: SimpleQueue[tuple[Connection, Packed] | None] = SimpleQueue()
+        self._in_outbox = 0
+        self._counting = Lock()
+        self._readable = select.poll()
+        self._open: dict[int, Connection] = {}
+        for pipe in pipes.values():
+            self._open[pipe.fileno()] = pipe
+            self._readable.register(pipe, select.POLLIN)
         self._writer = Thread(target=self._write, name=f"outbox-{address}", daemon=True)
         self._writer.start()
 
@@ -40,8 +56,16 @@ class PipeEndpoint:
         """Have a message written."""
         if target == self._address:
             self._inbox.put(message)
-        else:
-            self._outbox.put((target, self._shaper.due_s(target, message), message))
+            return
+        due_s = self._shaper.due_s(target, message)
+        pipe, packed = self._pipes[target], ForkingPickler.dumps((due_s, message))
+        if not self._in_outbox and len(packed) <= AT_ONCE_BYTES and _takes(pipe):
+            _write_to(pipe, packed)
+            return
+        with self._counting:
+            self._in_outbox += 1
+        self._outbox.put((pipe, packed))
+
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message from anyone, within the time."""
@@ -51,9 +75,9 @@ class PipeEndpoint:
             left_s = max(0.0, min(deadline_s, self._inbox.next_due_s) - now_s)
             if not self._open:
                 time.sleep(left_s)
-            elif ready := wait(self._open, left_s):
-                assert isinstance(ready[0], Connection)
-                if not self._take_in(ready[0]):
+            elif ready := self._readable.poll(math.ceil(1e3 * left_s)):
+                stopped = [not self._take_in(self._open[number]) for number, _ in ready]
+                if any(stopped):
                     return Stop(at_once=True)
                 continue
             if now_s + left_s >= deadline_s:
@@ -62,13 +86,13 @@ class PipeEndpoint:
 
     def _take_in(self, pipe: Connection) -> bool:
         """Take in one message; False if the driver is gone."""
-        # Whoever has just been heard goes to the end of the line.
-        self._open.remove(pipe)
         try:
             due_s, message = pipe.recv()
         except (EOFError, OSError):
+            number = pipe.fileno()
+            self._readable.unregister(number)
+            del self._open[number]
             return pipe is not self._pipes.get(DRIVER)
-        self._open.append(pipe)
         self._inbox.put(message, due_s)
         return True
 
@@ -79,11 +103,21 @@ class PipeEndpoint:
 
     def _write(self) -> None:
         while (item := self._outbox.get()) is not None:
-            target, due_s, message = item
-            try:
-                self._pipes[target].send((due_s, message))
-            except OSError:
-                continue
+            _write_to(*item)
+            with self._counting:
+                self._in_outbox -= 1
+
+
+def _takes(pipe: Connection) -> bool:
+    """Whether a pipe takes a small message at once; it says so while most of its buffer is free."""
+    asked = select.poll()
+    asked.register(pipe, select.POLLOUT)
+    return asked.poll(0) == [(pipe.fileno(), select.POLLOUT)]
+
+
+def _write_to(pipe: Connection, packed: Packed) -> None:
+    with suppress(OSError):
+        pipe.send_bytes(packed)
 
 
 def _work(spec: WorkerSpec, pipes: dict[int, Connection], shapes: Shapes) -> None:

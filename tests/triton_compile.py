@@ -64,8 +64,8 @@ def decode(target: int, kind: str, heads: int, head_dim: int, whole: bool) -> di
 def join(target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
     """The second kernel of decode attention in pieces."""
     pointers = {**dict.fromkeys(("parts", "tops", "sums"), "*fp32"), "out": f"*{kind}", "spans": "*i64"}
-    return compiled(paged.join_pieces, target, pointers, {},
-                    {"G": heads, "D": head_dim, "D_PAD": paged.power_of_two(head_dim), "SPLITS": 16}, 4)
+    return compiled(paged.join_pieces, target, pointers, {"splits": "i32"},
+                    {"G": heads, "D": head_dim, "D_PAD": paged.power_of_two(head_dim), "SPLITS_PAD": 16}, 4)
 
 
 def add_norm(target: int, kind: str, adds: bool, layer_norm: bool) -> dict[str, Any]:

@@ -71,8 +71,9 @@ class CudaKernels:
         self._poison = poison
         self._cuda = device.type == "cuda"
         self.capability: tuple[int, int] = torch.cuda.get_device_capability(device) if self._cuda else (0, 0)
-        self.processors: int = (torch.cuda.get_device_properties(device).multi_processor_count
-                                if self._cuda else 1)
+        about: Any = torch.cuda.get_device_properties(device) if self._cuda else None
+        self._processors = about.multi_processor_count if self._cuda else 1
+        self._shared_bytes = about.shared_memory_per_multiprocessor if self._cuda else 0
         shape = (max(1, capacity_units), block_tokens, head_dim)
         # Zeros, because masked places are gathered as well: 0 times nan would be nan.
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
@@ -177,12 +178,15 @@ class CudaKernels:
         longest = int(at.max())
         return DecodePlan(sent[:2 * rows].view(rows, 2), sent[2 * rows:], longest, self.splits(rows, longest))
 
-    def splits(self, rows: int, longest: int, heads: int = 1) -> int:
+    def splits(self, rows: int, longest: int) -> int:
         """Pieces of each row."""
-        if self.paged is None:
+        paged = self.paged
+        if paged is None:
             return 1
-        launch = self.paged.choose_launch(heads, self.head_dim, self.dtype, self.capability)
-        found: int = self.paged.choose_splits(rows, longest, launch, self.processors)
+        launch = paged.choose_launch(1, self.head_dim, self.dtype, self.capability)
+        resident = paged.resident_programs(launch, self.head_dim, self.dtype, self._processors,
+                                           self._shared_bytes)
+        found: int = paged.choose_splits(rows, longest, launch, resident)
         return found
 
     def decode(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,

@@ -6,9 +6,10 @@ blocks each layer has room for. A program computes one row, or one of several pi
 second kernel joins (Dao et al. 2023, Flash-Decoding). The new token's keys and values are stored on the
 way: no program reads them back.
 
-Scores are products of matrix units where those take the type and the group has enough heads to be
-worth the padding. Otherwise each place of a tile has a running softmax of its own, and places are
-joined at the end: the loop then needs no exchange between threads but the sums of the scores.
+Scores are products of matrix units where those take the type: even for a single head, padded to 16
+rows, they leave the loop to wait for memory alone. Otherwise each place of a tile has a running softmax
+of its own, and places are joined at the end: the loop then needs no exchange between threads but the
+sums of the scores.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ import triton.language as tl
 STARTING = Lock()
 """Workers may be threads of one process; a kernel that is started for the first time is compiled then."""
 
+SPLITS_MAX = 64
+
 NO_SCORE = tl.constexpr(-1e30)
 """Less than any score, and yet a number: its difference to itself is 0."""
 
 LOG2_E = 1.4426950408889634
 DOT_FROM = (8, 0)
-DOT_GROUP = 4
 DOT_ROWS = 16
-"""Matrix units are used from this compute capability and this many query heads of a group on, and take
-this many rows."""
+"""Matrix units are used from this compute capability on, and take this many rows."""
 
 
 @triton.jit(do_not_specialize=["layer", "groups", "splits"])
@@ -131,17 +132,18 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
                 tl.store(parts + piece * (G * D) + heads, mixed, mask=stored)
 
 
-@triton.jit
-def join_pieces(parts, tops, sums, out, spans, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr,
-                SPLITS: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def join_pieces(parts, tops, sums, out, spans, splits, G: tl.constexpr, D: tl.constexpr,
+                D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr):
     """One head of one row: its pieces, weighted by their sums; pieces without tokens were not written."""
     row = tl.program_id(0)
     head = tl.program_id(1)
     if tl.load(spans + 2 * row) >= 0:
         d = tl.arange(0, D_PAD)
-        piece = (row.to(tl.int64) * SPLITS + tl.arange(0, SPLITS)) * G + head
-        top = tl.load(tops + piece)
-        total = tl.load(sums + piece)
+        split = tl.arange(0, SPLITS_PAD)
+        piece = (row.to(tl.int64) * splits + split) * G + head
+        top = tl.load(tops + piece, mask=split < splits, other=NO_SCORE)
+        total = tl.load(sums + piece, mask=split < splits, other=0.0)
         weights = tl.where(total > 0.0, tl.exp2(top - tl.max(top, 0)), 0.0)
         mixed = tl.load(parts + piece[:, None] * D + d[None, :],
                         mask=(total > 0.0)[:, None] & (d < D)[None, :], other=0.0)
@@ -179,18 +181,26 @@ def padded_heads(heads: int, launch: Launch) -> int:
 def choose_launch(heads: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> Launch:
     """For G query heads of a group; matrix units take 16-bit types only."""
     wide = power_of_two(head_dim)
-    if capability >= DOT_FROM and dtype != torch.float32 and heads >= DOT_GROUP and wide >= DOT_ROWS:
+    if capability >= DOT_FROM and dtype != torch.float32 and wide >= DOT_ROWS:
         return Launch(True, 64 if wide <= 128 else 32, 4, 3)
     # Each thread keeps its share of (heads, tile, head_dim) in registers.
-    tile = max(4, min(64, 8192 // (power_of_two(heads) * wide)))
+    tile = max(4, min(32, 4096 // (power_of_two(heads) * wide)))
     return Launch(False, tile, 4, 2)
 
 
-def choose_splits(rows: int, longest: int, launch: Launch, processors: int) -> int:
-    """Pieces of each row, a power of two: enough programs for the card, none without some tiles to do."""
-    wanted = max(1, 8 * processors // max(1, rows))
+def choose_splits(rows: int, longest: int, launch: Launch, resident: int) -> int:
+    """Pieces of each row: as many programs as the card holds at a time, none without some tiles to do."""
     most = max(1, longest // (2 * launch.tile))
-    return min(64, 1 << (min(wanted, most).bit_length() - 1))
+    return max(1, min(SPLITS_MAX, most, resident // max(1, rows)))
+
+
+def resident_programs(launch: Launch, head_dim: int, dtype: torch.dtype, processors: int,
+                      shared_bytes: int) -> int:
+    """Programs that a card holds at a time, by the shared memory that each takes for its tiles."""
+    if not launch.dot:
+        return 4 * processors
+    program_bytes = 2 * launch.tile * power_of_two(head_dim) * dtype.itemsize + (8 << 10)
+    return processors * max(1, min(8, shared_bytes // program_bytes))
 
 
 def decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
@@ -217,6 +227,6 @@ def decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tenso
             G_PAD=padded_heads(heads, launch), D=d, D_PAD=d_pad, BLOCK=key_pool.shape[1], TILE=launch.tile,
             WHOLE=splits == 1, DOT=launch.dot, STAGES=launch.stages, num_warps=launch.warps)
         if splits > 1:
-            join_pieces[rows, heads](parts, tops, sums, out, spans, G=heads, D=d, D_PAD=d_pad, SPLITS=splits,
-                                     num_warps=4)
+            join_pieces[rows, heads](parts, tops, sums, out, spans, splits, G=heads, D=d, D_PAD=d_pad,
+                                     SPLITS_PAD=power_of_two(splits), num_warps=4)
     return out

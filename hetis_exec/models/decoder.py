@@ -145,14 +145,16 @@ class DecoderShard:
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Shape (rows, vocab), in float32."""
         assert self._final_norm is not None
-        return self._head_of(self._operations.norm(hidden, self._final_norm))
+        return self._head_of(self._operations.norm(hidden, self._final_norm)).float()
 
     def _head_of(self, normal: torch.Tensor) -> torch.Tensor:
         assert self._head is not None
-        return functional.linear(normal, self._head).float()
+        return functional.linear(normal, self._head)
 
     def whole_step(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
         """Logits (tokens, vocab) of one token for each request, where all layers and groups are here.
+
+        They are of the run's type: whoever draws from them widens them.
 
         ``attend(layer, q, k, v)`` is the attention to each request's own tokens, of the shape of q.
         """
