@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hetis_exec.backend import Asked
-from hetis_exec.kernels.cuda import CudaKernels, DecodePlan
+from hetis_exec.kernels.cuda import URGENT, CudaKernels, DecodePlan, new_stream
 from hetis_exec.kvcache import KvPool, Table, TableKey
 from hetis_exec.messages import Tokens
 from hetis_exec.models.decoder import DecoderShard
@@ -139,7 +139,7 @@ class WholeSteps:
         self._compute(step.inputs, size, LONG)
         torch.cuda.synchronize(self._kernels.device)
         step.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream(self._kernels.device, priority=-1)
+        stream = new_stream(self._kernels.device, URGENT)
         with torch.cuda.graph(step.graph, self._memory, stream, capture_error_mode="thread_local"):
             step.logits, step.likeliest = self._compute(step.inputs, size, LONG)
         self._memory = step.graph.pool()

@@ -27,6 +27,9 @@ from hetis_exec.stopwatch import HostStopwatch, Stopwatch
 
 Units = NDArray[np.int64]
 
+URGENT = -1
+"""Priority of the stream on which steps are computed."""
+
 FLASH_FROM = (8, 0)
 FLASH_HEAD_DIM = 256
 """Torch's flash attention, which takes grouped query heads as they are, knows these cards and heads."""
@@ -79,7 +82,7 @@ class CudaKernels:
         self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.tables = DeviceTables(device, min(1 << 28, max(1 << 12, 2 * capacity_units)))
         self._gathered = GatheredDecode()
-        self._aside = torch.cuda.Stream(device) if self._cuda else None
+        self._aside = new_stream(device) if self._cuda else None
         self._last_leaving: torch.cuda.Event | None = None
         self._flash = self.capability >= FLASH_FROM and dtype != torch.float32 and head_dim <= FLASH_HEAD_DIM
 
@@ -115,7 +118,7 @@ class CudaKernels:
         if self._cuda:
             torch.cuda.set_device(self.device)
             torch.cuda.synchronize(self.device)
-            torch.cuda.set_stream(torch.cuda.Stream(self.device, priority=-1))
+            torch.cuda.set_stream(new_stream(self.device, URGENT))
 
     def synchronize(self) -> None:
         if self._cuda:
@@ -136,7 +139,7 @@ class CudaKernels:
         if self._last_leaving is not None:
             # What is written here from now on must not overtake a copy.
             torch.cuda.current_stream(self.device).wait_event(self._last_leaving)
-            if self._last_leaving.query():
+            if is_over(self._last_leaving):
                 self._last_leaving = None
         if self._poison is not None:
             at = to_device(table.units.ravel(), self.device)
@@ -232,12 +235,23 @@ class OnTheWay:
     copies: list[torch.Tensor]
 
     def done(self) -> bool:
-        there: bool = self.event.query()
-        return there
+        return is_over(self.event)
 
     def arrays(self) -> list[Array]:
         self.event.synchronize()
         return [array_of(copy) for copy in self.copies]
+
+
+def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:
+    """A stream; lower numbers go first."""
+    make: Any = torch.cuda.Stream
+    stream: torch.cuda.Stream = make(device, priority=priority)
+    return stream
+
+
+def is_over(event: Any) -> bool:
+    """Whether what an event stands for has happened."""
+    return bool(event.query())
 
 
 def new_event(timing: bool = False) -> torch.cuda.Event:
