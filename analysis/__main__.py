@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fidelity": ("analysis.fidelity.command", "how far off simulated runs are from measured ones of others"),
     "paper": ("analysis.paper.command", "the evaluation of the Hetis paper, run in the simulator"),
     "report": ("analysis.report.command", "a page and figures of run folders"),
+    "validation": ("analysis.validation.command", "figures of real runs beside simulated ones"),
 }
 """Where each command's ``main`` is, and what it makes. Modules are imported when they are asked for."""
 

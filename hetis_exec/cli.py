@@ -2,8 +2,9 @@
 
 ``replay`` serves a workload with a model on workers of this host, or of many where torchrun starts it, and
 takes the words of ``python -m hetis_sim run`` (Hydra overrides); so do ``serve``, an HTTP server with the API
-of OpenAI, and ``generate``, which prints how a model goes on with a prompt. ``toy`` runs a small trace on a
-toy model.
+of OpenAI, ``generate``, which prints how a model goes on with a prompt, and ``calibrate`` and ``validate``,
+which measure this machine for the simulator and how far that is off. ``toy`` runs a small trace on a toy
+model.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _hydra(words[1:], _serve)
     if words[:1] == ["serve"]:
         return _hydra([*words[1:], *NO_FOLDER], _serve_http)
+    if words[:1] in (["calibrate"], ["validate"]):
+        return _measure(words[0], words[1:])
     if words[:1] == ["generate"] and not {"-h", "--help"} & set(words):
         return _generate(words[1:])
     options = _parser().parse_args(words)
@@ -62,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
                         "[key=value ...]")
     commands.add_parser("generate", help="a text that goes on: model.path=folder [key=value ...] \"prompt\"; "
                         "- reads the prompt from standard input")
+    commands.add_parser("calibrate", help="measure this machine: [--quick] [key=value ...]")
+    commands.add_parser("validate", help="real runs beside simulated ones: profile=FOLDER [key=value ...]")
     toy = commands.add_parser(
         "toy", help="a small trace on a toy model", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     toy.add_argument("--policy", default="hetis", help=f"one of {', '.join(policy_names())}")
@@ -121,6 +126,13 @@ def _hydra(words: list[str], use: Callable[[Execution], bool]) -> int:
 
     with_hydra(task, words, MAIN, ExecutionConfig)
     return 1 if any(failed) else 0
+
+
+def _measure(command: str, words: list[str]) -> int:
+    """Calibrate or validate."""
+    from hetis_exec import measure_cli
+
+    return measure_cli.calibrate(words) if command == "calibrate" else measure_cli.validate(words)
 
 
 def _failed(config: ExecutionConfig, launch: Launch | None, use: Callable[[Execution], bool]) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hetis_exec.measure_config import CalibrateConfig, ValidateConfig
 from hetis_exec.models.architecture import ELEMENT_BYTES, ELEMENT_TYPES
 from hetis_exec.shaping import NetworkConfig
 from hetis_sim.config import RunConfig, compose, register
@@ -62,6 +63,9 @@ class ExecutorConfig:
         network: slow links to emulate between workers of one host.
         check: repeat the run in the simulator with the measured times, and compare all decisions.
         record: also write ``record.json``, from which the run can be replayed.
+        throttle: by type of device, a factor on the time of its computing, or ``dense`` and ``attention``
+            with a factor each; see :mod:`hetis_exec.throttle`.
+        pin: ``none``; ``auto``, one core after the other; or a core for each device of the cluster.
     """
 
     workers: str = "auto"
@@ -81,6 +85,8 @@ class ExecutorConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     check: bool = True
     record: bool = False
+    throttle: Any = None
+    pin: Any = "none"
 
     def __post_init__(self) -> None:
         require(self.workers in WORKERS, "executor.workers", self.workers, f"one of {', '.join(WORKERS)}")
@@ -126,11 +132,14 @@ class ExecutionConfig(RunConfig):
     Attributes:
         model: see :class:`ExecModelConfig`.
         executor: see :class:`ExecutorConfig`.
+        calibrate, validate: see :class:`CalibrateConfig` and :class:`ValidateConfig`.
         serve: see :class:`ServeConfig`.
     """
 
     model: ExecModelConfig = field(default_factory=ExecModelConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
 
     def for_control(self, element_bytes: int = ELEMENT_BYTES) -> RunConfig:

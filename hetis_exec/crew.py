@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from typing import Protocol
@@ -12,6 +12,7 @@ from hetis_exec.backend import Backend
 from hetis_exec.kvcache import KvPool
 from hetis_exec.messages import DRIVER, Stop
 from hetis_exec.primary import PrimaryWorker, Rank
+from hetis_exec.throttle import NONE, Throttle
 from hetis_exec.transport import Endpoint, InProcessTransport, Transport
 from hetis_exec.workers import AttentionWorker, Worker
 from hetis_sim.control.engine import Engine
@@ -31,6 +32,8 @@ class WorkerSpec:
         capacity_units: of its cache, as the ledger has it.
         backend: what it computes with.
         timeout_s: how long it waits for a peer.
+        throttle: slows it down.
+        core: that it may run on alone, where it is a process; None for any.
     """
 
     device: int
@@ -41,17 +44,23 @@ class WorkerSpec:
     block_tokens: int
     backend: Backend
     timeout_s: float
+    throttle: Throttle = NONE
+    core: int | None = None
 
 
-def worker_specs(engine: Engine, backend: Backend, timeout_s: float) -> list[WorkerSpec]:
-    """One worker for each device of an instance."""
+def worker_specs(engine: Engine, backend: Backend, timeout_s: float,
+                 throttles: Mapping[int, Throttle] | None = None,
+                 cores: Mapping[int, int] | None = None) -> list[WorkerSpec]:
+    """One worker for each device of an instance; throttles and cores by device."""
+    throttles, cores = throttles or {}, cores or {}
     plan = engine.plan
     places = [(device, s, rank) for s, stage in enumerate(plan.stages)
               for rank, device in enumerate(stage.devices)]
     places += [(device, -1, 0) for device in plan.attention_workers]
     block_tokens = engine.settings.limits.block_tokens
     return [WorkerSpec(device, plan, stage, rank, engine.capacity_units[device], block_tokens, backend,
-                       timeout_s) for device, stage, rank in places]
+                       timeout_s, throttles.get(device, NONE), cores.get(device))
+            for device, stage, rank in places]
 
 
 def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
@@ -59,11 +68,12 @@ def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
     pool = KvPool(spec.capacity_units, spec.block_tokens,
                   spec.backend.kernels(spec.device, spec.capacity_units, spec.block_tokens))
     if spec.stage < 0:
-        return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s)
+        return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s, spec.throttle)
     shard = spec.backend.shard(spec.device, spec.plan, spec.stage, spec.rank)
     place = Rank(spec.plan, spec.stage, spec.rank)
-    steps = spec.backend.whole_steps(spec.device, spec.plan, shard, pool)
-    return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard, steps)
+    # Parts of a step that is one piece could not be slowed down apart.
+    steps = spec.backend.whole_steps(spec.device, spec.plan, shard, pool) if spec.throttle == NONE else None
+    return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard, steps, spec.throttle)
 
 
 class Crew(Protocol):

@@ -102,7 +102,8 @@ def all_specs(given: ExecutorInput) -> list[WorkerSpec]:
     """The workers of a run, as the driver makes them."""
     assert given.backend is not None
     return [spec for engine in given.controller().engines
-            for spec in worker_specs(engine, given.backend, 2 * given.timeout_s)]
+            for spec in worker_specs(engine, given.backend, 2 * given.timeout_s, given.throttles,
+                                     given.cores)]
 
 
 def serve_rank(config: ExecutionConfig, given: ExecutorInput, launch: Launch) -> bool:

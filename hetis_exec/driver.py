@@ -25,6 +25,7 @@ from hetis_exec.messages import Arrived, Beat, Failed, Report, StageDone, Tokens
 from hetis_exec.records import Measurements, RunRecord, no_record
 from hetis_exec.sources import POLL_S, Arrival, Ended, Source, Trace
 from hetis_exec.texts import Listener, Prompt, Text, Texts
+from hetis_exec.throttle import Throttle
 from hetis_exec.totals import Totals
 from hetis_exec.toy_backend import ToyBackend
 from hetis_sim.control.controller import Controller
@@ -63,6 +64,7 @@ class ExecutorInput:
         here: devices whose workers live on this host; None for all.
         prompts: of requests; those that are not named are random tokens.
         endless: nothing is kept of requests and steps that are over, but for totals.
+        throttles, cores: of workers, by device; see :mod:`hetis_exec.throttle`.
     """
 
     cluster: ClusterSpec
@@ -80,6 +82,8 @@ class ExecutorInput:
     here: Container[int] | None = None
     prompts: Mapping[int, Prompt] = field(default_factory=dict)
     endless: bool = False
+    throttles: Mapping[int, Throttle] = field(default_factory=dict)
+    cores: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require_finite("executor.timeout_s", self.timeout_s, 0.0, open_low=True)
@@ -177,7 +181,8 @@ class Executor:
         self._backend.check(engines, given.here)
         self.record = no_record() if given.endless else RunRecord(decisions=self.controller.log.lines)
         self.crew = make_crew([spec for engine in engines
-                               for spec in worker_specs(engine, self._backend, 2 * given.timeout_s)])
+                               for spec in worker_specs(engine, self._backend, 2 * given.timeout_s,
+                                                        given.throttles, given.cores)])
         self._texts: Texts = {r.request_id: given.text(r) for r in given.requests}
         make = Totals if given.endless else Measurements
         self.measurements: Measurements = make([device.label for device in given.cluster.devices], engines,

@@ -303,6 +303,7 @@ class StageTimes(NamedTuple):
         dense_s, attention_s: computing.
         head_transfer_s: packing for attention workers and waiting for them.
         collective_s: sums over the ranks.
+        packing_s: of ``head_transfer_s``, what the rank itself was busy with.
     """
 
     sent_s: float
@@ -313,6 +314,7 @@ class StageTimes(NamedTuple):
     attention_s: float
     head_transfer_s: float
     collective_s: float
+    packing_s: float = 0.0
 
 
 class StageDone(NamedTuple):

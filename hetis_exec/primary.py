@@ -34,12 +34,14 @@ from hetis_exec.messages import (
     Task,
     Tokens,
 )
+from hetis_exec.throttle import NONE, Throttle, throttled
 from hetis_exec.transport import Endpoint
 from hetis_exec.workers import Stopped, Worker
 from hetis_sim.policies.plan import InstancePlan
 
-DENSE, ATTENTION, HEAD_TRANSFER, COLLECTIVE = PARTS = ("dense", "attention", "head_transfer", "collective")
-"""Parts of a stage's time, in the order of :class:`StageTimes`."""
+DENSE, ATTENTION, HEAD_TRANSFER, COLLECTIVE, PACKING = PARTS = (
+    "dense", "attention", "head_transfer", "collective", "packing")
+"""Parts of a stage's time, in the order of :class:`StageTimes`, whose head transfer contains packing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +112,8 @@ class PrimaryWorker(Worker):
     """Dense modules, prefill attention, and decode attention of the heads that stay here."""
 
     def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float, place: Rank,
-                 shard: Shard, whole_steps: WholeSteps | None = None) -> None:
-        super().__init__(device, endpoint, pool, timeout_s)
+                 shard: Shard, whole_steps: WholeSteps | None = None, throttle: Throttle = NONE) -> None:
+        super().__init__(device, endpoint, pool, timeout_s, throttle)
         self._place = place
         self._shard = shard
         self._kernels = pool.kernels
@@ -119,7 +121,7 @@ class PrimaryWorker(Worker):
         self._box: dict[tuple[object, ...], Message] = {}
         self._whole_steps = whole_steps
         self._all_here = (device,) * len(shard.groups)
-        self._stopwatch = pool.kernels.stopwatch()
+        self._stopwatch = throttled(pool.kernels.stopwatch(), throttle, pool.kernels.synchronize)
         self._free_s = 0.0
 
     def turn(self) -> None:
@@ -228,6 +230,7 @@ class PrimaryWorker(Worker):
             tokens = self._sample(batch, hidden)
             self._stopwatch.lap(DENSE)
         spent = self._stopwatch.read()
+        spent[HEAD_TRANSFER] = spent.get(HEAD_TRANSFER, 0.0) + spent.get(PACKING, 0.0)
         ended_s = time.perf_counter()
         times = StageTimes(sent_s, self._free_s, begun_s, ended_s, *(spent.get(part, 0.0) for part in PARTS))
         self._free_s = ended_s
@@ -282,7 +285,7 @@ class PrimaryWorker(Worker):
             parts = kernels.pack([share.of(x) for x in (q, k, v)])
             self.send(device, AttentionRequest(batch.seq, self.device, self._place.stage, layer, items,
                                                *parts))
-        lap(HEAD_TRANSFER)
+        lap(PACKING)
         local = batch.local
         if local.items:
             found = self.cache.decode_attention(batch.plan, layer, *(local.of(x) for x in (q, k, v)))
@@ -296,13 +299,14 @@ class PrimaryWorker(Worker):
             key = AttentionResult, batch.seq, layer, device
             result = self._fetch(key, f"heads from device {device}")
             assert isinstance(result, AttentionResult)
+            lap(HEAD_TRANSFER)
             values = kernels.from_wire(result.values)
             if share.whole:
                 attended = values.reshape(q.shape)
             else:
                 attended[share.at] = values
             batch.worker_busy_s[device] = batch.worker_busy_s.get(device, 0.0) + result.busy_s
-        lap(HEAD_TRANSFER)
+            lap(PACKING)
         projected = self._shard.project(layer, attended)
         lap(DENSE)
         return projected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import multiprocessing
+import os
 import select
 import signal
 import time
@@ -123,6 +124,8 @@ def _write_to(pipe: Connection, packed: Packed) -> None:
 def _work(spec: WorkerSpec, pipes: dict[int, Connection], shapes: Shapes) -> None:
     """Life of a worker process. Interrupts from the keyboard are the driver's."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if spec.core is not None:
+        os.sched_setaffinity(0, {spec.core})
     endpoint = PipeEndpoint(spec.device, pipes, shapes)
     try:
         worker = build_worker(spec, endpoint)

@@ -16,6 +16,7 @@ from hetis_exec.language.workload import Texts, TextSettings, texts_of
 from hetis_exec.launch import Launch, check_place
 from hetis_exec.models.architecture import ELEMENT_TYPES, Architecture, made_up, read_architecture
 from hetis_exec.replay import replay
+from hetis_exec.throttle import by_device, cores, described, read_throttles
 from hetis_sim.metrics import Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
 from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.run import Prepared, prepare
@@ -93,11 +94,14 @@ def prepare_execution(config: ExecutionConfig, launch: Launch | None = None) -> 
                            cuda_graphs=settings.cuda_graphs)
     wishes = TextSettings(settings.max_tokens, settings.ignore_eos, settings.chat)
     requests, prompts, texts = texts_of(prepared.workload, folder, wishes, prepared.model.vocab)
+    throttles = read_throttles(settings.throttle, prepared.cluster)
+    devices = [device for instance in prepared.plan.instances for device in instance.devices]
     given = ExecutorInput(prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan,
                           requests, prepared.settings, settings.seed, settings.timeout_s,
                           log_decisions=settings.check or settings.record or config.sim.log_decisions,
                           debug=config.sim.debug, backend=backend,
-                          here=here, prompts=prompts)
+                          here=here, prompts=prompts, throttles=by_device(throttles, prepared.cluster),
+                          cores=cores(settings.pin, devices, sorted(os.sched_getaffinity(0))))
     return Execution(config, prepared, given, launch, texts)
 
 
@@ -155,6 +159,8 @@ def write_measured(measured: Measured, path: Path) -> Path:
                 "plan": value_sha256(prepared.plan.to_dict()["instances"])},
         extra={"workload": dict(about), "executor": {
             "torch": metadata.version("torch"), "cores": os.cpu_count(),
+            "throttle": described(read_throttles(config.executor.throttle, prepared.cluster)),
+            "pin": config.executor.pin,
             "checked_decisions": measured.checked,
             "error": None if measured.error is None else str(measured.error)}})
     folder = write_run(path, recorder=measured.result.recorder, summary=measured.summary, manifest=manifest,

@@ -36,6 +36,7 @@ from hetis_exec.messages import (
     Message,
     Stop,
 )
+from hetis_exec.throttle import NONE, Throttle
 from hetis_exec.transport import Endpoint
 
 BEAT_S = 0.2
@@ -56,10 +57,13 @@ class Worker(ABC):
     Attributes:
         device: id of the device.
         cache: its cache.
+        throttle: how it is slowed down.
     """
 
-    def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float) -> None:
+    def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float,
+                 throttle: Throttle = NONE) -> None:
         self.device = device
+        self.throttle = throttle
         self.cache = CacheKeeper(device, pool, endpoint.send)
         self.send = endpoint.send
         self._endpoint = endpoint
@@ -138,8 +142,9 @@ class Batch:
 class AttentionWorker(Worker):
     """Cache and decode attention of one device, for all stages of its instance."""
 
-    def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float) -> None:
-        super().__init__(device, endpoint, pool, timeout_s)
+    def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float,
+                 throttle: Throttle = NONE) -> None:
+        super().__init__(device, endpoint, pool, timeout_s, throttle)
         self._requests: deque[AttentionRequest] = deque()
         self._batches: dict[int, Batch] = {}
 
@@ -172,6 +177,7 @@ class AttentionWorker(Worker):
         kernels = self.cache.pool.kernels
         q, k, v = (kernels.from_wire(array) for array in (request.queries, request.keys, request.values))
         values = kernels.to_wire(self.cache.decode_attention(self._plan(request), request.layer, q, k, v))
+        self.throttle.after_attention(begun_s, kernels.synchronize)
         self.send(request.sender, AttentionResult(request.after, request.layer, self.device, values,
                                                   time.perf_counter() - begun_s))
 

@@ -184,7 +184,8 @@ def workload(count: int, prompt: tuple[int, int] = (3, 30), output: tuple[int, i
 def given(plan: Plan, policy: Policy, requests: Sequence[Request], units: int | Mapping[int, int] = 4000,
           hosts: Sequence[int] = (), **changes: Any) -> ExecutorInput:
     """The input of a run; ``changes`` go to the scheduler's settings or to the executor."""
-    own = {key: changes.pop(key) for key in ("timeout_s", "seed", "model", "backend") if key in changes}
+    own = {key: changes.pop(key) for key in ("timeout_s", "seed", "model", "backend", "throttles", "cores")
+           if key in changes}
     settings = SchedulerSettings(limits=LIMITS, **{"rebalance_interval": 2, **changes})
     model = own.pop("model", MODEL)
     cluster = cluster_for(plan, units, hosts, model)

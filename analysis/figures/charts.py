@@ -151,6 +151,25 @@ class DotChart(Chart):
     rules: Sequence[Rule] = ()
 
 
+@dataclass(frozen=True)
+class Points:
+    """One cloud of points: one value against another."""
+
+    name: str
+    x: Floats
+    y: Floats
+    style: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScatterChart(Chart):
+    """Clouds of points over two axes of the same quantity, with the line on which both are equal."""
+
+    x: Axis
+    y: Axis
+    clouds: Sequence[Points]
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeatMap(Chart):
     """A value for each row and each stretch of the x axis.

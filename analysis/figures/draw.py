@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from analysis.figures import style
-from analysis.figures.charts import BarChart, Chart, Diagram, DotChart, HeatMap, SpanChart, XYChart
+from analysis.figures.charts import (
+    BarChart,
+    Chart,
+    Diagram,
+    DotChart,
+    HeatMap,
+    ScatterChart,
+    SpanChart,
+    XYChart,
+)
 from hetis_sim.spec.errors import require
 
 if TYPE_CHECKING:
@@ -59,10 +68,11 @@ def draw_chart(chart: Chart) -> Figure:
     from analysis.figures.draw_dots import draw_dots
     from analysis.figures.draw_marks import draw_bars, draw_lines
     from analysis.figures.draw_places import draw_diagram, draw_map, draw_spans
+    from analysis.figures.draw_scatter import draw_scatter
 
     drawers: dict[type[Chart], Callable[[Any], Figure]] = {
         XYChart: draw_lines, BarChart: draw_bars, DotChart: draw_dots, HeatMap: draw_map,
-        SpanChart: draw_spans, Diagram: draw_diagram}
+        ScatterChart: draw_scatter, SpanChart: draw_spans, Diagram: draw_diagram}
     figure = drawers[type(chart)](chart)
     # A corner of the figure itself says what the numbers are, wherever it is pasted.
     text = f"{chart.origin}{f', {chart.note}' if chart.note else ''}"

@@ -26,6 +26,9 @@ from hetis_exec.stopwatch import HostStopwatch
 CHUNK_BYTES = 4 << 20
 """Keys and values that are gathered at a time: about what a core's share of the caches holds."""
 
+FILL_BYTES = 128 << 10
+"""Keys and values of no use that are read rather than begin another piece: that costs about as much."""
+
 Units = NDArray[np.int64]
 
 
@@ -155,12 +158,17 @@ class CpuKernels:
             chunks=self._chunks([units[n] for n in order], at[order]))
 
     def _chunks(self, tables: Sequence[Units], positions: Units) -> list[Chunk]:
-        """Rows from the longest to the shortest, in pieces of at most chunk_bytes, one row at least."""
-        begins = [0]
+        """Rows from the longest to the shortest, in pieces of at most chunk_bytes, one row at least.
+
+        A piece ends where filling its short rows up would cost more than another piece.
+        """
+        begins, blocks = [0], positions // self._block_tokens + 1
         while begins[-1] < len(tables):
             first = begins[-1]
-            blocks = int(positions[first]) // self._block_tokens + 1
-            begins.append(min(len(tables), first + max(1, self._chunk_bytes // (blocks * self._block_bytes))))
+            longest = int(blocks[first])
+            last = first + max(1, self._chunk_bytes // (longest * self._block_bytes))
+            filled = np.cumsum(longest - blocks[first:last]) * self._block_bytes
+            begins.append(first + int(np.searchsorted(filled, FILL_BYTES, side="right")))
         return [self._chunk(slice(a, b), tables[a:b], positions[a:b] + 1) for a, b in pairwise(begins)]
 
     def _chunk(self, rows: slice, tables: Sequence[Units], tokens: Units) -> Chunk:

@@ -1,0 +1,1 @@
+"""Figures of a validation: real runs beside simulated ones."""

@@ -1,0 +1,394 @@
+"""Fits the modules of a profile to samples, and says how well they predict samples they did not see.
+
+Coefficients make the mean relative error least and are never negative: a linear program. Held out are
+whole groups: all samples of a batch size, of a prompt, of a message size. Every group is predicted once,
+by a fit to the others; what is written was fitted to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.optimize import linprog
+
+from hetis_exec.calibrate.samples import medians
+from hetis_exec.calibrate.surface import fit_surface
+from hetis_sim.cost.attention import DecodeClass, PrefillClass
+from hetis_sim.cost.curve import Curve
+from hetis_sim.cost.host import HostOverhead
+from hetis_sim.cost.model import AttentionCost
+from hetis_sim.cost.profile import MODELS
+from hetis_sim.cost.tables import TokenTables
+from hetis_sim.spec.model import ModelSpec
+
+Floats = npt.NDArray[np.float64]
+Predict = Callable[[pd.DataFrame], Floats]
+
+FOLDS = 4
+POINTS_MIN = 4
+BLOCKS = (1, 16, 64, 128)
+"""Sizes of a block of queries that are tried: kernels round prompts up to whole blocks."""
+
+NO_LIMIT_PER_S = 1e18
+MESSAGE_MIN_S = 1e-6
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """One module of one device, link or host.
+
+    Attributes:
+        coefficients: the form for a profile.
+        ranges: of the points it was fitted to.
+        errors: relative, of every held-out point; with its sign, predicted over measured.
+        points, samples: how many it was fitted to.
+    """
+
+    module: str
+    subject: str
+    coefficients: dict[str, Any]
+    ranges: dict[str, tuple[float, float]]
+    errors: Floats
+    points: int
+    samples: int
+    note: str = ""
+
+    @property
+    def median(self) -> float:
+        """Median absolute error; nan where nothing could be held out."""
+        return float(np.median(np.abs(self.errors))) if len(self.errors) else float("nan")
+
+    @property
+    def p95(self) -> float:
+        """Its 95th percentile."""
+        return float(np.quantile(np.abs(self.errors), 0.95)) if len(self.errors) else float("nan")
+
+    def body(self, source: str) -> dict[str, Any]:
+        """The form for a profile file."""
+        held_out = {"n": len(self.errors), "median": _short(self.median), "p95": _short(self.p95),
+                    "rows": f"each of {FOLDS} parts of the groups, by a fit to the others"}
+        return {"model": MODELS[self.module], "status": "measured", "coefficients": self.coefficients,
+                "range": {key: list(ends) for key, ends in self.ranges.items()},
+                "held_out": held_out if len(self.errors) else None, "sources": [{"text": source}],
+                "note": self.note}
+
+
+@dataclass(frozen=True)
+class Fits:
+    """What could be fitted, and what could not: (module, subject, reason)."""
+
+    found: list[Fitted] = field(default_factory=list)
+    refused: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _ends(values: Any) -> tuple[float, float]:
+    return float(np.min(values)), float(np.max(values))
+
+
+# -- the machinery ---------------------------------------------------------------------------------------
+
+
+def least_relative(columns: Sequence[Floats], seconds: Floats) -> Floats:
+    """Coefficients >= 0 of the columns for which the mean of |predicted / measured - 1| is least."""
+    design = np.column_stack(columns) / seconds[:, None]
+    scale = np.maximum(np.abs(design).max(axis=0), 1e-300)
+    count, width = len(seconds), len(columns)
+    identity = np.eye(count)
+    found = linprog(
+        np.concatenate([np.zeros(width), np.ones(count)]),
+        A_ub=np.block([[design / scale, -identity], [-design / scale, -identity]]),
+        b_ub=np.concatenate([np.ones(count), -np.ones(count)]), bounds=[(0, None)] * (width + count),
+        method="highs")
+    coefficients: Floats = np.asarray(found.x[:width]) / scale
+    return coefficients
+
+
+def held_out_errors(rows: pd.DataFrame, group: Sequence[str],
+                    fit: Callable[[pd.DataFrame], Predict]) -> Floats:
+    """Signed relative error of every row, predicted by a fit to the other parts of the groups."""
+    keys = rows[list(group)].apply(tuple, axis=1)
+    groups = sorted(set(keys))
+    parts = {key: n % min(FOLDS, len(groups)) for n, key in enumerate(groups)}
+    part = keys.map(parts).to_numpy()
+    errors: list[Floats] = []
+    for number in sorted(set(parts.values())):
+        known, unseen = rows[part != number], rows[part == number]
+        if len(known) >= POINTS_MIN - 1:
+            errors.append(fit(known)(unseen) / unseen["seconds"].to_numpy() - 1.0)
+    return np.concatenate(errors) if errors else np.empty(0)
+
+
+# -- token tables ----------------------------------------------------------------------------------------
+
+
+def fit_tables(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
+    """Curves by token count for each shape and degree; inner points are held out one after the other."""
+    rows = medians(samples)
+    tables, errors = [], []
+    for _, part in rows.groupby(["model", "tp"]):
+        curve = curve_of(part, "tokens")
+        name, tp = str(part["model"].iloc[0]), int(part["tp"].iloc[0])
+        tables.append(TokenTables.dump_table(shapes[name], tp, curve))
+        errors.append(curve_errors(part, "tokens"))
+    return Fitted(module, subject, {"tables": tables},
+                  {"tokens": _ends(rows["tokens"]), "tp": _ends(rows["tp"])}, np.concatenate(errors),
+                  len(rows), len(samples))
+
+
+def curve_of(rows: pd.DataFrame, size: str) -> Curve:
+    """A curve through the points, which never falls."""
+    rows = rows.sort_values(size)
+    seconds = np.maximum.accumulate(rows["seconds"].to_numpy(dtype=np.float64))
+    return Curve(tuple(rows[size].astype(float)), tuple(seconds.tolist()))
+
+
+def curve_errors(rows: pd.DataFrame, size: str) -> Floats:
+    """Error at every inner point of a curve through the others."""
+    rows = rows.sort_values(size)
+    errors = []
+    for n in range(1, len(rows) - 1):
+        curve = curve_of(rows.drop(rows.index[n]), size)
+        errors.append(curve.at(float(rows[size].iloc[n])) / float(rows["seconds"].iloc[n]) - 1.0)
+    return np.array(errors)
+
+
+# -- attention -------------------------------------------------------------------------------------------
+
+
+def fit_decode(subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
+    """a*h + b*g + c for each head size and number of query heads per KV head."""
+    rows = medians(samples)
+    classes, errors = [], []
+    for (head_dim, group), part in _by_class(rows, shapes):
+        model = shapes[str(part["model"].iloc[0])]
+        columns = _decode_columns(part, model=model)
+        a, b, c = least_relative(columns, part["seconds"].to_numpy())
+        classes.append(DecodeClass(head_dim, group, AttentionCost(a, b, c)).dump())
+        columns_of = partial(_decode_columns, model=model)
+        errors.append(held_out_errors(part, ["tokens", "mixed"], partial(_linear, columns=columns_of)))
+    for entry in classes:
+        entry["b_s_per_byte"] = max(entry["b_s_per_byte"], 1e-18)
+    per_row = rows["row_tokens"] / rows["rows"]
+    models = [shapes[str(name)] for name in rows["model"].unique()]
+    ranges = {"rows": _ends(rows["rows"]), "tokens_per_row": _ends(per_row),
+              "heads_per_group": _ends([model.heads_per_group for model in models]),
+              "head_dim": _ends([model.head_dim for model in models])}
+    return Fitted("decode_attention", subject, {"classes": classes}, ranges, np.concatenate(errors),
+                  len(rows), len(samples))
+
+
+def _by_class(rows: pd.DataFrame,
+              shapes: dict[str, ModelSpec]) -> list[tuple[tuple[int, int], pd.DataFrame]]:
+    kinds = rows["model"].map(lambda name: (shapes[name].head_dim, shapes[name].heads_per_group))
+    return [(kind, rows[kinds == kind]) for kind in sorted(set(kinds))]
+
+
+def _decode_columns(rows: pd.DataFrame, model: ModelSpec) -> list[Floats]:
+    heads = rows["rows"].to_numpy(dtype=np.float64) * model.heads_per_group
+    moved = rows["row_tokens"].to_numpy(dtype=np.float64) * model.kv_bytes_per_token_per_layer_per_group
+    return [heads, moved, np.ones(len(rows))]
+
+
+def _linear(known: pd.DataFrame, columns: Callable[[pd.DataFrame], list[Floats]]) -> Predict:
+    found = least_relative(columns(known), known["seconds"].to_numpy())
+    return lambda rows: np.column_stack(columns(rows)) @ found
+
+
+def fit_prefill(subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
+    """Fixed time, query-key pairs and bytes moved, for each head size.
+
+    The size of a block, and whether a surface of what is left is of use, are tried out.
+    """
+    rows = medians(samples)
+    classes, errors = [], []
+    for head_dim in sorted({shapes[name].head_dim for name in rows["model"]}):
+        part = rows[rows["model"].map(lambda name, d=head_dim: shapes[name].head_dim == d)]
+        kv_bytes = shapes[str(part["model"].iloc[0])].kv_bytes
+        tries = {(block, corrected): _prefill_errors(part, head_dim, kv_bytes, block, corrected)
+                 for block in BLOCKS for corrected in (False, True)}
+        best = min(tries, key=lambda form: float(np.abs(tries[form]).mean()) if len(tries[form]) else 0.0)
+        classes.append(_prefill_class(part, head_dim, kv_bytes, *best).dump())
+        errors.append(tries[best])
+    keys = rows["new_tokens"] + rows["context_tokens"]
+    return Fitted("prefill_attention", subject, {"classes": classes},
+                  {"keys": _ends(keys), "new_tokens": _ends(rows["new_tokens"])}, np.concatenate(errors),
+                  len(rows), len(samples))
+
+
+def _prefill_errors(rows: pd.DataFrame, head_dim: int, kv_bytes: int, block: int,
+                    corrected: bool) -> Floats:
+    return held_out_errors(rows, ["new_tokens", "context_tokens"],
+                           lambda known: _prefill_model(known, head_dim, kv_bytes, block, corrected))
+
+
+PREFILL = ("heads", "kv_heads", "new_tokens", "context_tokens")
+
+
+def _prefill_class(rows: pd.DataFrame, head_dim: int, kv_bytes: int, block: int,
+                   corrected: bool) -> PrefillClass:
+    heads, kv_heads, new, context = (rows[key].to_numpy(dtype=np.float64) for key in PREFILL)
+    padded = np.ceil(new / block) * block
+    flops = 4.0 * head_dim * heads * padded * (context + (new + 1.0) / 2.0)
+    moved = head_dim * kv_bytes * (2.0 * heads * new + kv_heads * (6.0 * new + 2.0 * context))
+    compute, memory, fixed = least_relative([flops, moved, np.ones(len(rows))], rows["seconds"].to_numpy())
+    found = PrefillClass(head_dim, block, 1.0 / max(compute, 1.0 / NO_LIMIT_PER_S), NO_LIMIT_PER_S,
+                         1.0 / max(memory, 1.0 / NO_LIMIT_PER_S), float(fixed), 8.0)
+    if not corrected:
+        return found
+    left = np.log(rows["seconds"].to_numpy() / found.base_s(heads, kv_heads, new, context, kv_bytes))
+    blocks = np.log2(heads * np.ceil(new / block))
+    coordinates = blocks, np.log2(context + new), np.log2(heads / kv_heads)
+    return found.with_correction(fit_surface(coordinates, left))
+
+
+def _prefill_model(known: pd.DataFrame, head_dim: int, kv_bytes: int, block: int,
+                   corrected: bool) -> Predict:
+    found = _prefill_class(known, head_dim, kv_bytes, block, corrected)
+
+    def predict(rows: pd.DataFrame) -> Floats:
+        heads, kv_heads, new, context = (rows[key].to_numpy(dtype=np.float64) for key in PREFILL)
+        return found.seconds(heads, kv_heads, new, context, kv_bytes)
+    return predict
+
+
+# -- messages and host -----------------------------------------------------------------------------------
+
+
+def fit_packing(subject: str, samples: pd.DataFrame) -> Fitted:
+    """beta + gamma*d of a rank for one attention worker and layer."""
+    rows = medians(samples)
+    beta, gamma = least_relative(_message_columns(rows), rows["seconds"].to_numpy())
+    errors = held_out_errors(rows, ["size_bytes"], lambda known: _linear(known, _message_columns))
+    return Fitted("head_packing", subject, {"gamma_s_per_byte": gamma, "beta_s": beta},
+                  {"bytes": _ends(rows["size_bytes"])}, errors, len(rows), len(samples))
+
+
+def fit_transfers(samples: pd.DataFrame, decode: dict[str, Fitted], shapes: dict[str, ModelSpec]) -> Fitted:
+    """beta + gamma*d of a message, for each link.
+
+    From a round trip to an attention worker, what its attention takes is taken away first.
+    """
+    rows = _without_attention(medians(samples), decode, shapes)
+    links, errors = {}, []
+    for link, part in rows.groupby("subject"):
+        beta, gamma = least_relative(_message_columns(part), part["seconds"].to_numpy())
+        links[str(link)] = {"gamma_s_per_byte": max(float(gamma), 1e-15), "beta_s": float(beta)}
+        errors.append(held_out_errors(part, ["size_bytes", "messages"],
+                                      lambda known: _linear(known, _message_columns)))
+    return Fitted("transfer", "links", links, {"bytes": _ends(rows["size_bytes"])}, np.concatenate(errors),
+                  len(rows), len(samples))
+
+
+def _without_attention(rows: pd.DataFrame, decode: dict[str, Fitted],
+                       shapes: dict[str, ModelSpec]) -> pd.DataFrame:
+    """Rows of messages alone; round trips to a worker whose attention could not be fitted are left out."""
+    kept = rows[(rows["worker"] == "") | rows["worker"].isin(list(decode))].copy()
+    for index, row in kept[kept["worker"] != ""].iterrows():
+        model = shapes[str(row["model"])]
+        kind = (model.head_dim, model.heads_per_group)
+        entry = next(entry for entry in decode[str(row["worker"])].coefficients["classes"]
+                     if (entry["head_dim"], entry["heads_per_group"]) == kind)
+        a, b, c = (entry[key] for key in ("a_s_per_head", "b_s_per_byte", "c_s"))
+        moved = row["row_tokens"] * model.kv_bytes_per_token_per_layer_per_group
+        attention_s = a * row["rows"] * model.heads_per_group + b * moved + c
+        kept.loc[index, "seconds"] = max(MESSAGE_MIN_S, row["seconds"] - attention_s)
+    return kept
+
+
+def _message_columns(rows: pd.DataFrame) -> list[Floats]:
+    return [rows[key].to_numpy(dtype=np.float64) for key in ("messages", "size_bytes")]
+
+
+def fit_reduces(samples: pd.DataFrame) -> Fitted:
+    """beta + gamma*d as a curve by size, for each link and number of ranks."""
+    rows = medians(samples)
+    links: dict[str, Any] = {}
+    errors = []
+    for _, part in rows.groupby(["subject", "ranks"]):
+        link, ranks = str(part["subject"].iloc[0]), int(part["ranks"].iloc[0])
+        line = _linear(part, _message_columns)
+        smooth = part.assign(seconds=line(part))
+        links.setdefault(link, {})[str(ranks)] = curve_of(smooth, "size_bytes").dump()
+        errors.append(held_out_errors(part, ["size_bytes"], lambda known: _linear(known, _message_columns)))
+    return Fitted("all_reduce", "links", links, {"bytes": _ends(rows["size_bytes"])}, np.concatenate(errors),
+                  len(rows), len(samples))
+
+
+def fit_host(samples: pd.DataFrame) -> Fitted:
+    """Time of an iteration besides what workers account for: a base, and something for each sequence."""
+    rows = medians(samples)
+
+    def columns(part: pd.DataFrame) -> list[Floats]:
+        return [np.ones(len(part)), part["tokens"].to_numpy(dtype=np.float64)]
+
+    base, each = least_relative(columns(rows), rows["seconds"].to_numpy())
+    errors = held_out_errors(rows, ["tokens"], lambda known: _linear(known, columns))
+    return Fitted("host_overhead", "host", HostOverhead(float(base), float(each)).dump(),
+                  {"sequences": _ends(rows["tokens"])}, errors, len(rows), len(samples))
+
+
+# -- all of it -------------------------------------------------------------------------------------------
+
+
+def fit_all(samples: pd.DataFrame, shapes: dict[str, ModelSpec], limit: Callable[[str], float]) -> Fits:
+    """Fit every module that there are samples of.
+
+    Args:
+        samples: as :func:`hetis_exec.calibrate.samples.frame_of` makes them.
+        shapes: models by name.
+        limit: of a module, the largest median error on held-out points with which it is accepted.
+    """
+    fits = Fits()
+    for module, subject, part in _parts(samples):
+        decode = {made.subject: made for made in fits.found if made.module == "decode_attention"}
+        made = _fit(module, subject, part, shapes, decode)
+        reason = reason_against(made, limit(module))
+        if reason:
+            fits.refused.append((module, subject, reason))
+        else:
+            fits.found.append(made)
+    return fits
+
+
+def _parts(samples: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
+    """Modules of devices each for themselves; all links together."""
+    joint = samples["module"].isin(["transfer", "all_reduce"])
+    subjects = samples["subject"].where(~joint, "links")
+    keys = sorted(set(zip(samples["module"], subjects, strict=True)))
+    return [(module, subject, samples[(samples["module"] == module) & (subjects == subject)])
+            for module, subject in keys]
+
+
+def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec],
+         decode: dict[str, Fitted]) -> Fitted:
+    if module in ("dense_layer", "head"):
+        return fit_tables(module, subject, samples, shapes)
+    if module == "decode_attention":
+        return fit_decode(subject, samples, shapes)
+    if module == "prefill_attention":
+        return fit_prefill(subject, samples, shapes)
+    if module == "head_packing":
+        return fit_packing(subject, samples)
+    if module == "transfer":
+        return fit_transfers(samples, decode, shapes)
+    return fit_reduces(samples) if module == "all_reduce" else fit_host(samples)
+
+
+def reason_against(made: Fitted, limit: float) -> str:
+    """Why a fit is not good enough to be written; empty if it is."""
+    if made.points < POINTS_MIN:
+        return f"{made.points} points, at least {POINTS_MIN} are needed: measure more sizes"
+    if not made.median <= limit:
+        return (f"median error {100 * made.median:.1f} % on held-out points, more than the limit of "
+                f"{100 * limit:.0f} % (calibrate.limits.{made.module})")
+    return ""

@@ -1,0 +1,135 @@
+"""Dense modules and attention of a device, from steps of the worker that serves.
+
+Attention is measured between the dense modules of its layer, whose weights have driven the cache of
+the layer before out of the processor's caches, as they do when the worker serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, Timed, tables_of
+from hetis_exec.calibrate.samples import Point, Sample, Samples
+from hetis_sim.control.timing import dense_share
+
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+PROMPTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+QUICK_PROMPTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+CONTEXTS = ((32, 96), (128, 128), (128, 512), (256, 1024), (512, 2048), (512, 7168), (2048, 6144))
+"""(new tokens, tokens before them) of pieces of prompts."""
+
+CONTEXT_MIN = 16
+CONTEXT_STEPS = 4
+QUICK_CONTEXT_STEPS = 3
+ENOUGH_S = 2.0
+"""A step that has taken so long altogether is not repeated a third time."""
+
+POOL_SHARE = 2.5
+"""Requests of small batches have long tables: all take about so many times the tokens of one batch."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is to be measured.
+
+    Attributes:
+        batch_max: requests of a batch.
+        tokens_max: tokens of a step.
+        context_max: of a request.
+        repeats: of each step.
+        limit_s: no step is repeated that takes longer.
+    """
+
+    batch_max: int
+    tokens_max: int
+    context_max: int
+    repeats: int
+    limit_s: float
+    quick: bool
+    seed: int
+
+
+def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[Job]:
+    """Steps to measure, from small to large; where attention is known, short contexts are enough."""
+    batches = [n for n in (QUICK_BATCHES if sizes.quick else BATCHES) if n <= sizes.batch_max]
+    if sizes.batch_max not in batches and sizes.batch_max < BATCHES[-1]:
+        batches.append(sizes.batch_max)
+    jobs: list[Job] = []
+    rng = np.random.default_rng(sizes.seed)
+    if dense_only:
+        jobs += [Job(decode=(CONTEXT_MIN,) * batch) for batch in batches]
+        batches = []
+    for batch in batches:
+        longest = min(sizes.context_max, int(pool_tokens / (POOL_SHARE * batch)))
+        steps = QUICK_CONTEXT_STEPS if sizes.quick else CONTEXT_STEPS
+        if longest > CONTEXT_MIN:
+            contexts = np.geomspace(CONTEXT_MIN, longest, steps).astype(int)
+            jobs += [_decode_job(tokens, batch, longest, rng) for tokens in dict.fromkeys(contexts.tolist())]
+    limit = min(sizes.tokens_max, sizes.context_max, pool_tokens)
+    prompts = [n for n in (QUICK_PROMPTS if sizes.quick else PROMPTS) if n <= limit]
+    if limit not in prompts and limit < PROMPTS[-1] and not sizes.quick:
+        prompts.append(limit)
+    jobs += [Job(prompts=((new, 0),)) for new in prompts]
+    if dense_only:
+        return jobs
+    jobs += [Job(prompts=((new, context),)) for new, context in CONTEXTS
+             if new + context <= min(sizes.context_max, pool_tokens) and new <= sizes.tokens_max]
+    return jobs
+
+
+def _decode_job(tokens: int, batch: int, longest: int, rng: np.random.Generator) -> Job:
+    """A batch whose contexts differ as those of a batch that serves do: they spread by three quarters."""
+    low, high = max(2, tokens // 4), max(2, min(longest, 7 * tokens // 4))
+    drawn = np.sort(rng.integers(low, high, size=batch, endpoint=True))[::-1]
+    return Job(decode=tuple(drawn.tolist()) if batch > 1 else (tokens,))
+
+
+def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
+    """The samples of one device at one degree. ``tick`` is called after each step."""
+    jobs = jobs_for(sizes, spec.pool_tokens, dense_only=spec.tp > 1)
+    bench = StepBench(spec, tables_of(jobs))
+    bench.step(jobs[0])
+    bench.step(jobs[len(jobs) // 2])
+    samples: Samples = []
+    spent = dict.fromkeys(jobs, 0.0)
+    for turn in range(sizes.repeats):
+        for job in jobs:
+            if job not in spent or (turn > 1 and spent[job] > ENOUGH_S):
+                continue
+            timed = bench.step(job)
+            spent[job] += timed.whole_s
+            samples += samples_of(spec, kind, job, timed)
+            if timed.whole_s > sizes.limit_s:
+                spent = {other: s for other, s in spent.items() if other.tokens < job.tokens}
+            tick()
+    return samples
+
+
+def samples_of(spec: BenchSpec, kind: str, job: Job, timed: Timed) -> Samples:
+    """What one step says about each module."""
+    model, layers = spec.model, spec.model.layers
+    owned = spec.owned[0]
+    dense_s = (timed.times.dense_s - timed.sample_s) / layers / dense_share(model, owned, spec.tp)
+    found = [Sample(Point("dense_layer", kind, model.name, spec.tp, tokens=job.tokens), dense_s)]
+    sampled = len(job.decode) + len(job.prompts)
+    if spec.tp == 1:
+        found.append(Sample(Point("head", kind, model.name, 1, tokens=sampled), timed.sample_s))
+    attention_s = timed.times.attention_s / layers
+    if job.prompts:
+        ((new, context),) = job.prompts
+        found.append(Sample(Point(
+            "prefill_attention", kind, model.name, spec.tp, new_tokens=new, context_tokens=context,
+            heads=owned * model.heads_per_group, kv_heads=owned), attention_s))
+    else:
+        found.append(Sample(decode_point(kind, model.name, spec.tp, owned, job.decode), attention_s))
+    return found if spec.tp == 1 else found[:1]
+
+
+def decode_point(kind: str, model: str, tp: int, groups: int, decode: Sequence[int]) -> Point:
+    """Decode attention of ``groups`` KV groups of each request."""
+    return Point("decode_attention", kind, model, tp, tokens=len(decode), rows=groups * len(decode),
+                 row_tokens=groups * sum(decode), mixed=len(set(decode)) > 1)

@@ -1,0 +1,114 @@
+"""Settings of calibrations and validations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from hetis_sim.spec.errors import require, require_finite
+from hetis_sim.spec.lookup import require_int, require_mapping
+
+PIECES = ("device", "shape", "heads", "hops", "sums", "host")
+"""What a calibration consists of."""
+
+LIMITS = {"dense_layer": 0.10, "head": 0.10, "prefill_attention": 0.15, "decode_attention": 0.15,
+          "head_packing": 0.30, "transfer": 0.30, "all_reduce": 0.30, "host_overhead": 0.30}
+"""Largest median error on held-out samples with which a module is written."""
+
+
+@dataclass
+class CalibrateConfig:
+    """How ``python -m hetis_exec calibrate`` measures.
+
+    Attributes:
+        quick: fewer sizes and repetitions.
+        out: folder of the profiles and of their samples. Samples that it has are not taken again.
+        seed: of activations, cache and mixed lengths.
+        repeats: of every sample; null for 5, or 3 if quick.
+        step_limit_s: no size is measured of which one repetition would take longer.
+        tokens_max: largest number of tokens of a step; null for the scheduler's.
+        context_max: longest context; null for the model's limit, 2048 at most.
+        pool_mib: cache that decode attention is measured on, larger than what processors keep of it; null for
+            512, or 8192 on cards.
+        tp: tensor-parallel degrees of the dense modules; null for those of the cluster's hosts.
+        models: shapes by name, whose single layers are measured besides, with random weights.
+        only: kinds of pieces to measure: ``device``, ``shape``, ``heads``, ``hops``, ``sums``, ``host``; null
+            for all.
+        limits: by module, the largest median error on held-out samples with which it is written.
+    """
+
+    quick: bool = False
+    out: str = "calibration"
+    seed: int = 0
+    repeats: int | None = None
+    step_limit_s: float = 1.5
+    tokens_max: int | None = None
+    context_max: int | None = None
+    pool_mib: float | None = None
+    tp: list[int] | None = None
+    models: list[str] = field(default_factory=list)
+    only: list[str] | None = None
+    limits: Any = None
+
+    def __post_init__(self) -> None:
+        require(bool(self.out), "calibrate.out", self.out, "a folder")
+        require_int("calibrate.seed", self.seed, 0, 1 << 62)
+        for key, most in (("repeats", 1000), ("tokens_max", 1 << 20), ("context_max", 1 << 24)):
+            value = getattr(self, key)
+            require(value is None or 1 <= value <= most, f"calibrate.{key}", value, f"null or 1 to {most}")
+        require_finite("calibrate.step_limit_s", self.step_limit_s, 0.0, open_low=True)
+        if self.pool_mib is not None:
+            require_finite("calibrate.pool_mib", self.pool_mib, 0.0, open_low=True)
+        for degree in self.tp or []:
+            require_int("calibrate.tp", degree, 1, 64)
+        for piece in self.only or []:
+            require(piece in PIECES, "calibrate.only", piece, f"one of {', '.join(PIECES)}")
+        for name, limit in require_mapping("calibrate.limits", self.limits or {}).items():
+            require(name in LIMITS, "calibrate.limits", name, f"a module: {', '.join(LIMITS)}")
+            require_finite(f"calibrate.limits.{name}", limit, 0.0)
+
+    @property
+    def repetitions(self) -> int:
+        """Repetitions of every sample."""
+        return self.repeats or (3 if self.quick else 5)
+
+    def limit(self, module: str) -> float:
+        """Largest median error with which a module is written."""
+        return float((self.limits or {}).get(module, LIMITS[module]))
+
+
+@dataclass
+class ValidateConfig:
+    """How ``python -m hetis_exec validate`` compares runs with their simulation.
+
+    Attributes:
+        policies: names, or mappings of ``name`` and settings.
+        loads: shares of the measured capacity at which requests arrive.
+        seeds: of arrivals and lengths at each load, from ``workload.seed`` on.
+        noise_runs: of these, so many are run for real a second time: what differs then is noise.
+        run_s: about how long requests arrive in a run.
+        requests_min, requests_max: of a run.
+        capacity_requests: of the overloaded run that measures capacity.
+        resamples: of the bootstrap.
+    """
+
+    policies: list[Any] = field(default_factory=lambda: ["vllm", "hetis"])
+    loads: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.85, 0.95])
+    seeds: int = 2
+    noise_runs: int = 1
+    run_s: float = 10.0
+    requests_min: int = 20
+    requests_max: int = 400
+    capacity_requests: int = 40
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        require(len(self.policies) >= 1, "validate.policies", list(self.policies), "at least one policy")
+        require(len(self.loads) >= 1, "validate.loads", list(self.loads), "at least one load")
+        for load in self.loads:
+            require_finite("validate.loads", load, 0.0, 10.0, open_low=True)
+        for key, low, high in (("seeds", 1, 1000), ("requests_min", 2, 100_000), ("requests_max", 2, 100_000),
+                               ("capacity_requests", 4, 100_000), ("resamples", 10, 1_000_000)):
+            require_int(f"validate.{key}", getattr(self, key), low, high)
+        require_int("validate.noise_runs", self.noise_runs, 0, self.seeds)
+        require_finite("validate.run_s", self.run_s, 0.0, open_low=True)

@@ -1,0 +1,219 @@
+"""Fits of calibrations: timings made from known coefficients give them back, and bad ones are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch", reason="calibration needs the extra exec")
+
+from hetis_exec.calibrate.fit import Fits, Fitted, fit_all, held_out_errors, least_relative
+from hetis_exec.calibrate.samples import Point, Sample, Store, frame_of, medians
+from hetis_exec.calibrate.write import profile_of, subjects_of, write_profile
+from hetis_exec.measure_config import LIMITS, CalibrateConfig
+from hetis_sim.cost import load_cost_model
+from hetis_sim.cost.calibration import Calibration
+from hetis_sim.cost.model import CostModel
+from hetis_sim.spec.architectures import MODELS
+from hetis_sim.spec.cluster import LinkSpec
+from hetis_sim.spec.errors import SpecError
+from hetis_sim.spec.gpu import GpuSpec
+
+MODEL = replace(MODELS["smollm2-135m"], weight_bytes=4, kv_bytes=4)
+SHAPES = {MODEL.name: MODEL}
+CORE = GpuSpec("cpu-core", 1 << 31, 1e10, 1e11, 1e11, 1e11)
+PIPE = LinkSpec("pipe", 1.25e9, 1e-4)
+ABOUT = Calibration("a machine", "", "2", "3", "2026-01-01", "float32", 4, (MODEL.name,))
+
+A, B, C = 1.5e-6, 2.5e-9, 2e-4
+"""Decode attention: of a head, of a byte, of a call."""
+BETA, GAMMA = 1.2e-4, 3e-9
+"""A message, and a byte of it."""
+HOST, EACH = 1e-3, 4e-5
+FIXED_S, FLOPS, BYTES = 1e-4, 5e9, 2e9
+"""Prefill attention."""
+
+
+def decode_s(rows: int, tokens: int) -> float:
+    """Decode attention of so many KV groups over so many cached tokens."""
+    return A * rows * MODEL.heads_per_group + B * tokens * MODEL.kv_bytes_per_token_per_layer_per_group + C
+
+
+def prefill_s(new: int, context: int) -> float:
+    """Prefill attention of all heads."""
+    d, heads, kv_heads = MODEL.head_dim, MODEL.query_heads, MODEL.kv_heads
+    flops = 4.0 * d * heads * new * (context + (new + 1) / 2)
+    return FIXED_S + flops / FLOPS + d * 4 * (2 * heads * new + kv_heads * (6 * new + 2 * context)) / BYTES
+
+
+def dense_s(tokens: int) -> float:
+    """A layer."""
+    return 2e-3 + 1e-4 * tokens
+
+
+def points() -> Iterable[tuple[Point, float]]:
+    """Every module, with what it takes by the coefficients above."""
+    name = MODEL.name
+    for tokens in (1, 2, 4, 8, 16, 24, 32, 64, 96, 128):
+        yield Point("dense_layer", "cpu-core", name, 1, tokens=tokens), dense_s(tokens)
+        yield Point("head", "cpu-core", name, 1, tokens=tokens), 5 * dense_s(tokens)
+        yield Point("host_overhead", "host", tokens=tokens), HOST + EACH * tokens
+    for batch in (1, 2, 4, 8, 16, 32):
+        for context in (16, 64, 256):
+            rows = batch * MODEL.kv_heads
+            yield (Point("decode_attention", "cpu-core", name, 1, tokens=batch, rows=rows,
+                         row_tokens=rows * context), decode_s(rows, rows * context))
+            size = rows * MODEL.remote_bytes_per_token(MODEL.heads_per_group)
+            yield (Point("transfer", "pipe", name, rows=rows, row_tokens=rows * context, size_bytes=size,
+                         messages=2, worker="cpu-core"),
+                   2 * BETA + GAMMA * size + decode_s(rows, rows * context))
+            yield Point("head_packing", "cpu-core", size_bytes=size, messages=1), BETA / 2 + GAMMA * size / 3
+    for new, context in ((8, 0), (32, 0), (64, 0), (128, 0), (256, 0), (32, 96), (128, 512), (256, 1024)):
+        yield (Point("prefill_attention", "cpu-core", name, 1, new_tokens=new, context_tokens=context,
+                     heads=MODEL.query_heads, kv_heads=MODEL.kv_heads), prefill_s(new, context))
+    for size in (2000, 20_000, 200_000, 600_000):
+        yield Point("transfer", "pipe", size_bytes=size, messages=1), BETA + GAMMA * size
+        yield Point("all_reduce", "pipe", size_bytes=size, messages=1, ranks=2), 3 * (BETA + GAMMA * size)
+
+
+def samples(noise: float = 0.0, repeats: int = 5) -> list[Sample]:
+    """Samples of all points, each off by a factor of its own."""
+    rng = np.random.default_rng(7)
+    return [Sample(point, seconds * float(np.exp(noise * rng.standard_normal())))
+            for _ in range(repeats) for point, seconds in points()]
+
+
+def fitted(noise: float = 0.0) -> Fits:
+    """Fits with the usual limits."""
+    return fit_all(frame_of(samples(noise)), SHAPES, CalibrateConfig().limit)
+
+
+def cost_of(fits: Fits, folder: Path) -> CostModel:
+    """The cost model of what was fitted, by way of its files."""
+    frame = frame_of(samples())
+    for device, modules in subjects_of(fits.found).items():
+        write_profile(folder, device, profile_of(device, modules, ABOUT), frame)
+    return load_cost_model(profiles=[folder], gpus=[CORE], model=MODEL)
+
+
+def test_known_coefficients_come_back(tmp_path: Path) -> None:
+    """From timings without noise the simulator's cost model predicts what they were made from."""
+    fits = fitted()
+    assert fits.refused == []
+    assert {made.module for made in fits.found} == set(LIMITS)
+    cost = cost_of(fits, tmp_path)
+    attention = cost.decode_attention(CORE, MODEL)
+    found = attention.a_s_per_head, attention.b_s_per_byte, attention.c_s
+    assert found == pytest.approx((A, B, C), rel=1e-3)
+    assert cost.transfer(PIPE).beta_s == pytest.approx(BETA, rel=1e-3)
+    assert cost.transfer(PIPE).gamma_s_per_byte == pytest.approx(GAMMA, rel=1e-3)
+    assert cost.head_packing(CORE).beta_s == pytest.approx(BETA / 2, rel=1e-3)
+    assert cost.host_overhead_s(7) == pytest.approx(HOST + 7 * EACH, rel=1e-3)
+    assert cost.dense_layer_s(CORE, MODEL, 24, 1) == pytest.approx(dense_s(24), rel=1e-3)
+    assert cost.head_s(CORE, MODEL, 24, 1) == pytest.approx(5 * dense_s(24), rel=1e-3)
+    for new, context in ((100, 0), (200, 300)):
+        assert cost.prefill_attention_layer_s(CORE, MODEL, MODEL.query_heads, new, context) == pytest.approx(
+            prefill_s(new, context), rel=0.01)
+    assert cost.all_reduce_s(CORE, PIPE, 200_000, 2) == pytest.approx(3 * (BETA + GAMMA * 200_000), rel=0.01)
+
+
+def test_noise_is_averaged_out_and_reported(tmp_path: Path) -> None:
+    """With samples off by 10 % the coefficients are near, and the held-out error is of that size."""
+    fits = fitted(0.1)
+    assert fits.refused == []
+    attention = cost_of(fits, tmp_path).decode_attention(CORE, MODEL)
+    assert attention.b_s_per_byte == pytest.approx(B, rel=0.15)
+    decode = next(made for made in fits.found if made.module == "decode_attention")
+    assert 0.005 < decode.median < 0.1
+    assert decode.median <= decode.p95
+    raw = json.loads((tmp_path / "cpu-core.json").read_text())
+    held_out = raw["modules"]["decode_attention"]["held_out"]
+    assert held_out["median"] == pytest.approx(decode.median, rel=0.01)
+    assert held_out["n"] == 18
+
+
+def test_a_bad_fit_is_refused_with_its_reason() -> None:
+    """A module whose timings follow no line is left out; the text has the error, the limit and the key."""
+    spoilt = [replace(sample, seconds=10.0 ** (-3 + sample.point.tokens * 7 % 5))
+              if sample.point.module == "host_overhead" else sample for sample in samples()]
+    fits = fit_all(frame_of(spoilt), SHAPES, CalibrateConfig().limit)
+    ((module, subject, reason),) = fits.refused
+    assert (module, subject) == ("host_overhead", "host")
+    assert "limit of 30 %" in reason
+    assert "calibrate.limits.host_overhead" in reason
+    assert "host_overhead" not in {made.module for made in fits.found}
+    generous = CalibrateConfig(limits={"host_overhead": 50.0})
+    assert fit_all(frame_of(spoilt), SHAPES, generous.limit).refused == []
+
+
+def test_too_few_points_are_refused() -> None:
+    """A line through two points is no fit."""
+    few = [sample for sample in samples() if sample.point.module != "host_overhead"
+           or sample.point.tokens <= 2]
+    refused = fit_all(frame_of(few), SHAPES, CalibrateConfig().limit).refused
+    (reason,) = [reason for module, _, reason in refused if module == "host_overhead"]
+    assert "2 points" in reason
+
+
+def test_whole_groups_are_held_out() -> None:
+    """A fit that remembers its rows knows nothing of the rows that it is judged by."""
+    rows = medians(frame_of(samples())).query("module == 'decode_attention'")
+    seen: list[set[int]] = []
+
+    def fit(known):  # type: ignore[no-untyped-def]
+        seen.append(set(known["tokens"]))
+        return lambda unseen: np.where(unseen["tokens"].isin(seen[-1]), unseen["seconds"], 0.0)
+
+    errors = held_out_errors(rows, ["tokens"], fit)
+    assert len(errors) == len(rows)
+    assert (errors == -1.0).all()
+
+
+def test_least_relative_error_is_robust() -> None:
+    """One wild sample among twelve does not move the coefficients, and none is negative."""
+    x = np.arange(1.0, 13.0)
+    y = 2.0 + 0.5 * x
+    y[5] *= 10
+    assert least_relative([np.ones(12), x], y) == pytest.approx([2.0, 0.5])
+    assert least_relative([np.ones(12), x], 10.0 - 0.5 * x).min() >= 0.0
+
+
+def test_limits_name_modules() -> None:
+    """A misspelt module is refused."""
+    with pytest.raises(SpecError, match="dense_lair"):
+        CalibrateConfig(limits={"dense_lair": 0.1})
+
+
+def test_samples_survive_and_half_a_line_does_not(tmp_path: Path) -> None:
+    """What was measured is there again; a task that was being written when the run ended is measured anew."""
+    path = tmp_path / "deep" / "samples.jsonl"
+    store = Store(path)
+    some = samples()[:6]
+    store.add("one", some, 2.5)
+    store.add("two", some[:2], 1.0)
+    text = path.read_text()
+    path.write_text(text[:-20])
+    again = Store(path)
+    assert again.known("one")
+    assert not again.known("two")
+    assert again.samples(["one"]) == some
+    assert again.took_s(["one"]) == 2.5
+
+
+def test_a_profile_carries_its_samples_and_origin(tmp_path: Path) -> None:
+    """Error, range and the file of the samples stand in it."""
+    cost_of(fitted(), tmp_path)
+    raw = json.loads((tmp_path / "cpu-core.json").read_text())
+    assert raw["calibration"]["hardware"] == "a machine"
+    decode = raw["modules"]["decode_attention"]
+    assert decode["range"]["rows"] == [3, 96]
+    assert decode["range"]["tokens_per_row"] == [16, 256]
+    assert (tmp_path / "cpu-core.parquet").is_file()
+    made = Fitted("head_packing", "x", {}, {}, np.empty(0), 0, 0)
+    assert np.isnan(made.median)
+    assert made.body("y")["held_out"] is None
