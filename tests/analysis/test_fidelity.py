@@ -18,6 +18,7 @@ from analysis.fidelity.errors import errors, relative, summary
 from analysis.fidelity.measure.replay import early_throughput, figures, thin
 from analysis.fidelity.page import page_text, scatters, write_page
 from analysis.fidelity.sets import curves, helix, tgis, vllm
+from analysis.fidelity.sets.names import model_name
 from analysis.paper.store import Job, Store
 from hetis_sim.config import RunConfig, compose
 from hetis_sim.run import prepare
@@ -146,6 +147,16 @@ def test_tgis_lengths_come_from_runs_with_one_user(tmp_path: Path) -> None:
     assert many[:, 1].mean() == pytest.approx(100, rel=0.03)
     assert many[:, 2].mean() == pytest.approx(20, rel=0.05)
     assert found.cases[0].measured["mean_tpot_s"] == pytest.approx(0.01)
+
+
+def test_names_of_models_lose_only_what_says_nothing() -> None:
+    """A suffix such as instruct goes; one that may change weights stays, and such a model is not known."""
+    assert model_name("mistralai/Mixtral-8x7B-Instruct-v0.1") == "mixtral-8x7b"
+    assert model_name("Qwen/Qwen3-30B-A3B-Instruct-2507") == "qwen3-30b-a3b"
+    assert model_name("meta-llama/Llama-3.1-70B-Instruct") == "llama3.1-70b"
+    for name in ("Qwen/Qwen3-8B-FP8", "microsoft/Phi-mini-MoE-instruct", "instruct"):
+        with pytest.raises(LookupError, match=name):
+            model_name(name)
 
 
 def test_helix_in_flight_and_layouts(tmp_path: Path) -> None:
