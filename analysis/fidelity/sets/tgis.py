@@ -33,8 +33,8 @@ SETTINGS = (
      "the same file, and MAX_WAITING_TOKENS=24, the launcher's default"),
     ("share of memory",
      "scheduler.memory_utilization=0.95",
-     "the margin of 20 % (BATCH_SAFETY_MARGIN, the launcher's default) is of what weights leave; the cache "
-     "binds nowhere here"),
+     "the margin of 20 % (BATCH_SAFETY_MARGIN, the launcher's default) is of what weights leave; nobody is "
+     "preempted here"),
     ("the cache is copied twice an iteration",
      f"cost.cache_copies={CACHE_COPIES}",
      "flash_causal_lm.py: to make room for each token, and when requests have ended (at these lengths "
