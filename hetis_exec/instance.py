@@ -108,10 +108,13 @@ class InstanceDriver:
         if done.tokens is not None:
             self.declined = False
             self._complete(run, now_s)
-        if len(run.stages) == len(self._engine.plan.stages):
+        over = len(run.stages) == len(self._engine.plan.stages)
+        if over:
             del self._runs[done.seq]
-            self._measurements.step(run.step, run.record.begun_s, run.record.ended_s, run.stages)
         self.begin_steps(now_s)
+        if over:
+            # Workers compute meanwhile.
+            self._measurements.step(run.step, run.record.begun_s, run.record.ended_s, run.stages)
 
     def cache_arrived(self, arrived: Arrived, now_s: float) -> Transfer | None:
         """A device has all of its share of a shipment; returns the transfer that has ended with it."""

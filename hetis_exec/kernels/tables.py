@@ -39,7 +39,8 @@ class DeviceTables:
         self._slots: list[int] = []
         self._layers = np.zeros(64, dtype=np.int64)
         self._spans = np.full((64, 2), FREE, dtype=np.int64)
-        self._blocks = np.zeros(64, dtype=np.int64)
+        self._blocks: list[int] = []
+        self._rooms: list[int] = []
         self._number = 0
         self._changes: list[tuple[Numbers, Numbers]] = []
 
@@ -48,10 +49,17 @@ class DeviceTables:
 
         The array on the device is up to date for whatever is computed there from now on.
         """
+        grown: list[CacheTable] = []
+        known = self._blocks
         for table in tables:
-            slot = table.slot
-            if slot < 0 or self._blocks[slot] != table.units.shape[1]:
-                self._follow(table)
+            slot, blocks = table.slot, table.units.shape[1]
+            if slot < 0 or known[slot] != blocks:
+                if slot >= 0 and known[slot] == blocks - 1 < self._rooms[slot]:
+                    grown.append(table)
+                else:
+                    self._follow(table)
+        if grown:
+            self._extend(grown)
         if self._changes:
             self._send()
         found: Numbers = self._spans[[table.slot for table in tables]]
@@ -75,25 +83,42 @@ class DeviceTables:
             table.slot = self._slot()
             self._layers[table.slot] = layers
         slot = table.slot
-        known = int(self._blocks[slot])
+        known = self._blocks[slot]
         if blocks > self._spans[slot, 1]:
             self._give_back(slot)
             room = max(BLOCKS_AT_LEAST, 1 << (blocks - 1).bit_length())
             self._spans[slot] = self._segment(layers * room), room
+            self._rooms[slot] = room
             known = 0
         begin, room = self._spans[slot].tolist()
         at = begin + np.arange(layers)[:, None] * room + np.arange(known, blocks)
         self._changes.append((at.ravel(), table.units[:, known:].ravel()))
         self._blocks[slot] = blocks
 
+    def _extend(self, tables: Sequence[CacheTable]) -> None:
+        """Take in the one new block of each of several tables that have room for it."""
+        by_layers: dict[int, list[CacheTable]] = {}
+        for table in tables:
+            by_layers.setdefault(len(table.units), []).append(table)
+        for layers, alike in by_layers.items():
+            slots = [table.slot for table in alike]
+            begins, rooms = self._spans[slots].T
+            blocks = np.array([self._blocks[slot] for slot in slots])
+            at = (begins + blocks)[:, None] + np.arange(layers) * rooms[:, None]
+            units = np.concatenate([table.units[:, -1] for table in alike])
+            self._changes.append((at.ravel(), units))
+            for slot in slots:
+                self._blocks[slot] += 1
+
     def _slot(self) -> int:
         if self._slots:
             return self._slots.pop()
         slot = self._number
         self._number += 1
-        if slot == len(self._blocks):
-            self._layers, self._blocks = (np.concatenate((x, np.zeros_like(x)))
-                                          for x in (self._layers, self._blocks))
+        self._blocks.append(0)
+        self._rooms.append(0)
+        if slot == len(self._layers):
+            self._layers = np.concatenate((self._layers, np.zeros_like(self._layers)))
             self._spans = np.concatenate((self._spans, np.full_like(self._spans, FREE)))
         return slot
 
@@ -117,7 +142,7 @@ class DeviceTables:
         if begin != FREE:
             self._free.setdefault(int(self._layers[slot]) * room, []).append(begin)
         self._spans[slot] = FREE
-        self._blocks[slot] = 0
+        self._blocks[slot] = self._rooms[slot] = 0
 
     def _send(self) -> None:
         """Bring what has changed to the device."""
