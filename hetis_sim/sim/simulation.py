@@ -75,7 +75,7 @@ class Simulation:
         self._unit_bytes = unit_bytes(given.model, given.settings.limits)
         self.recorder = self._make_recorder()
         self.network = self.make_network()
-        self._traffic = WireBytes()
+        self._cache_bytes: dict[tuple[int, int], float] = {}
         self.watch = RangeWatch(given.cost)
         self.instances = self._make_instances()
         self._changes = -1
@@ -147,7 +147,8 @@ class Simulation:
 
     def _transfer_ended(self, transfer: Transfer, begun_s: float) -> None:
         for flow in transfer.flows:
-            self._traffic.add("cache", self.network.path(flow.source, flow.target)[0], flow.size_bytes)
+            ends = flow.source, flow.target
+            self._cache_bytes[ends] = self._cache_bytes.get(ends, 0.0) + flow.size_bytes
             self.recorder.transfer(transfer.request_id, transfer.kind, begun_s, self.clock.now,
                                    flow.size_bytes, flow.source, flow.target)
         self._news(self._lanes.arrived(transfer, self.clock.now))
@@ -239,10 +240,13 @@ class Simulation:
 
     def _record_wires(self) -> None:
         """What every wire has carried."""
+        traffic = WireBytes()
+        for ends, size_bytes in self._cache_bytes.items():
+            traffic.add("cache", self.network.path(*ends)[0], size_bytes)
         for instance in self.instances:
-            instance.add_traffic(self._traffic, self.given.model)
-        for wire, name, size_bytes in self._traffic.rows(self.given.cluster):
-            self.recorder.wire(name, self.network.bandwidth(wire), size_bytes)
+            instance.add_traffic(traffic, self.given.model)
+        for wire, name, by_kind in traffic.rows(self.given.cluster):
+            self.recorder.wire(name, self.network.bandwidth(wire), by_kind)
 
     def _record_busy(self) -> None:
         """Busy times up to now."""

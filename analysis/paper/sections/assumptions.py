@@ -13,7 +13,7 @@ from analysis.paper.evaluation import STRICT, Cell, Evaluation, Variant
 from analysis.paper.ratios import times
 from analysis.paper.scale import BASELINES, HETIS, TPOT_S, TTFT_OTHER_S, TTFT_S, cell_name
 from analysis.paper.section import Finding, Section, table
-from analysis.paper.sections.serving import label
+from analysis.paper.sections.serving import AT_BOUND, AT_BOUND_TEXT, at_bound, label
 from analysis.paper.store import Answer
 from hetis_sim.study.estimate import Estimate, estimate, ratio
 
@@ -50,7 +50,9 @@ def build(evaluation: Evaluation) -> Section:
         (cell, Variant(name, evaluation.variants[name].policy, _words(cell, switch)))
         for cell, switch, name in asked])
     found = dict(zip(asked, answers, strict=True))
+    marked = any(at_bound(answer.value) for answer in answers if not answer.error)
     blocks: list[Any] = [
+        *([AT_BOUND_TEXT] if marked else []),
         "Each line switches one assumption for all policies and searches plans and capacities anew. "
         "Capacity at the SLO and, in brackets, throughput without, requests/s; then Hetis over the "
         "baselines, paired by seed."]
@@ -115,7 +117,8 @@ def _ratio(found: dict[tuple[Cell, str, str], Answer], cell: Cell, switch: str, 
 def _text(answer: Answer) -> str:
     if answer.error:
         return answer.error
-    return f"{_mean(answer.value['slo'])} ({_mean(answer.value['sustained'])})"
+    mark = AT_BOUND if at_bound(answer.value) else ""
+    return f"{_mean(answer.value['slo'])}{mark} ({_mean(answer.value['sustained'])})"
 
 
 def _mean(values: Sequence[float]) -> str:

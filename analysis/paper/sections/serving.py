@@ -35,7 +35,9 @@ def build(evaluation: Evaluation) -> Section:
     others = [name for name in names if name != HETIS]
     ratios = {key: {name: of_hetis(evaluation, found, name, value) for name in others}
               for key, value in MEASURES.items()}
-    blocks: list[Any] = [_definitions(evaluation), "### Capacity at the SLO, requests/s",
+    marked = any(at_bound(answer.value) for answer in found.values() if not answer.error)
+    blocks: list[Any] = [_definitions(evaluation), *([AT_BOUND_TEXT] if marked else []),
+                         "### Capacity at the SLO, requests/s",
                          by_rows({label(name): _column(evaluation, found, name, "slo") for name in names},
                                  "model, workload")]
     blocks += ["### Throughput without an SLO, requests/s", _sustained_text(),
@@ -150,7 +152,17 @@ def _column(evaluation: Evaluation, found: Found, name: str, key: str) -> dict[s
 def _text(value: Any, key: str) -> str:
     if key == "cache":
         return f"{value['usable_tokens'] / 1e3:,.0f}"
-    return estimate(value[key], 0.0).text()
+    return estimate(value[key], 0.0).text() + (AT_BOUND if key == "slo" and at_bound(value) else "")
+
+
+AT_BOUND = " (+)"
+AT_BOUND_TEXT = (f"{AT_BOUND.strip()} marks a capacity at which the SLO holds even at the bound of any "
+                 "policy: the runs are too short for the queue to show, and the figure is the bound.")
+
+
+def at_bound(value: Any) -> bool:
+    """Whether the search ended at the bound, where every queue must grow."""
+    return "too short" in value["note"]
 
 
 def _failed(answer: Answer) -> str:
