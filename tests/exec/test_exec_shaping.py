@@ -85,6 +85,7 @@ def test_messages_take_turns_and_cache_gives_way(monkeypatch: pytest.MonkeyPatch
     # Cache that is on its way holds up nothing but more cache.
     assert shaper.due_s(1, hidden(1000)) == pytest.approx(100 + 2 * second + 1)
     assert shaper.due_s(1, cache(1000)) == pytest.approx(100 + 3 * second + 1)
+    assert shaper.due_s(1, cache(1000)) == pytest.approx(100 + 4 * second + 1)
     assert shaper.due_s(2, hidden(1000)) == 0.0
 
 
