@@ -98,6 +98,8 @@ def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
     Raises:
         ExecutorError: it has found no driver.
     """
+    if spec is not None and spec.core is not None:
+        os.sched_setaffinity(0, {spec.core})
     meeting = join_meeting(place)
     driver = meeting.look_up(DRIVER_KEY, DRIVER_FIELDS)
     token = run_token(bytes.fromhex(driver["token"]))

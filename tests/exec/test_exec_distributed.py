@@ -226,6 +226,19 @@ def test_a_driver_that_is_told_to_end_says_so() -> None:
     assert [process.exitcode for process in others] == [0, 0]
 
 
+def test_ranks_stay_on_the_cores_that_they_are_given() -> None:
+    """As other worker processes do."""
+    core = min(os.sched_getaffinity(0))
+    what = given_backend(given(pipeline([[0]], [4]), Fixed(), workload(1), cores={0: core}))
+    crew = DistributedCrew(all_specs(what), WIRED)
+    try:
+        crew.start()
+        assert crew._endpoint.await_links(1, SOON_S)
+        assert os.sched_getaffinity(crew.processes[0].pid) == {core}
+    finally:
+        crew.stop(at_once=True)
+
+
 def test_links_are_those_that_messages_take() -> None:
     """Cache goes from any worker to any other one; everything else stays within an instance."""
     seat = Seat(1, ((0, 1), (2,)), WIRED, 1.0)
