@@ -36,12 +36,18 @@ OPT = {"vocab_size": 89, "hidden_size": 32, "ffn_dim": 50, "num_hidden_layers": 
 LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
                "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 
+# YaRN, with and without numbers of its own; 256 positions are four times as many as it was made for.
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_OWN = {**YARN_ROPE, "beta_fast": 12.0, "beta_slow": 2.0, "attention_factor": 1.3, "truncate": False}
+
 MODELS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", LLAMA),
     "llama3": ("Llama", {**LLAMA, "rope_parameters": LLAMA3_ROPE, "tie_word_embeddings": True}),
     "llama-biases": ("Llama", {**LLAMA, "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu"}),
     "llama-linear": ("Llama", {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 2.0,
                                                             "rope_theta": 1e4}}),
+    "yarn": ("Llama", {**LLAMA, "head_dim": 16, "rope_parameters": YARN_ROPE}),
+    "yarn-own": ("Qwen2", {**LLAMA, "head_dim": 16, "rope_parameters": YARN_OWN}),
     "smol": ("Llama", {**LLAMA, "hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}),
     "talker": ("Llama", {**LLAMA, "vocab_size": 320}),
     "qwen2": ("Qwen2", LLAMA),

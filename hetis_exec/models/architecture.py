@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +34,12 @@ class Rope:
     Attributes:
         theta: base of the frequencies.
         kind: ``default``, ``linear`` (positions divided by ``factor``), or ``llama3`` (low frequencies
-            divided by ``factor``, those between the two wavelength limits by something in between).
-        low, high: ``original_positions`` over these are the wavelength limits.
+            divided by ``factor``, those between the two wavelength limits by something in between), or
+            ``yarn`` (the same with limits in numbers of rotations, and larger logits).
+        low, high: ``original_positions`` over these are the wavelength limits; with ``yarn`` these are the
+            rotations within the original positions.
+        whole: the limits of ``yarn`` are rounded to whole pairs of dimensions.
+        scale: of queries and keys, for ``yarn``.
     """
 
     theta: float = 10_000.0
@@ -43,6 +48,8 @@ class Rope:
     low: float = 1.0
     high: float = 4.0
     original_positions: int = 8192
+    whole: bool = True
+    scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +147,36 @@ def _rope(config: HubConfig) -> Rope:
         if high <= low:
             raise nested.error("high_freq_factor", f"more than low_freq_factor={low}")
         return Rope(theta, kind, factor, low, high, nested.count("original_max_position_embeddings"))
-    raise nested.error("rope_type", "default, linear or llama3 to be computed")
+    if kind == "yarn":
+        return _yarn(config, nested, theta)
+    raise nested.error("rope_type", "default, linear, llama3 or yarn to be computed")
+
+
+def _yarn(config: HubConfig, nested: HubConfig, theta: float) -> Rope:
+    """YaRN (Peng et al. 2023), with the keys and defaults of ``transformers``."""
+    if nested.get("original_max_position_embeddings") is None:
+        original = config.count("max_position_embeddings")
+    else:
+        original = nested.count("original_max_position_embeddings")
+    factor = _number(nested, "factor", config.count("max_position_embeddings") / original)
+    fast, slow = _number(nested, "beta_fast", 32.0), _number(nested, "beta_slow", 1.0)
+    if fast <= slow:
+        raise nested.error("beta_fast", f"more than beta_slow={slow}")
+    whole = nested.get("truncate")
+    if whole not in (None, True, False):
+        raise nested.error("truncate", "true or false")
+    if nested.get("mscale") is not None and nested.get("mscale_all_dim") is not None:
+        scale = (_attention_scale(factor, _number(nested, "mscale"))
+                 / _attention_scale(factor, _number(nested, "mscale_all_dim")))
+    else:
+        scale = _attention_scale(factor, 1.0)
+    return Rope(theta, "yarn", factor, slow, fast, original, whole is not False,
+                _number(nested, "attention_factor", scale))
+
+
+def _attention_scale(factor: float, weight: float) -> float:
+    """How much larger queries and keys are over contexts ``factor`` times as long."""
+    return 1.0 + 0.1 * weight * math.log(factor) if factor > 1.0 else 1.0
 
 
 def _number(config: HubConfig, key: str, default: float | None = None) -> float:

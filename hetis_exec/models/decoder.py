@@ -88,6 +88,7 @@ class DecoderShard:
             self._head = loader.weight(head) if shared is None else shared
         self._inv_freq = None if architecture.rope is None else inverse_frequencies(
             architecture.rope, self._spec.head_dim).to(device)
+        self._rope_scale = 1.0 if architecture.rope is None else architecture.rope.scale
 
     def prepare(self, positions: Tokens) -> Prepared:
         return self.prepare_at(to_device(positions, self._device))
@@ -97,7 +98,7 @@ class DecoderShard:
         if self._inv_freq is None:
             return Prepared(positions, None, None)
         angles = positions[:, None].float() * self._inv_freq
-        return Prepared(positions, angles.cos(), angles.sin())
+        return Prepared(positions, self._rope_scale * angles.cos(), self._rope_scale * angles.sin())
 
     def embed(self, tokens: Tokens, prepared: Prepared) -> torch.Tensor:
         return self.embed_at(to_device(tokens, self._device), prepared)
@@ -236,14 +237,36 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
     """Radians per position for each pair of the head dimension, shape (d / 2,).
 
     ``llama3`` is the scaling of Llama 3.1 (Llama Team 2024; the formula is that of its published
-    reference code).
+    reference code), ``yarn`` that of Peng et al. 2023, section 3.2.
     """
     plain = torch.pow(rope.theta, -torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     if rope.kind == "default":
         return plain
     if rope.kind == "linear":
         return plain / rope.factor
+    if rope.kind == "yarn":
+        share = 1.0 - _ramp(rope, head_dim)
+        return (1.0 - share) * plain / rope.factor + share * plain
     wavelengths = 2 * math.pi / plain
     share = (rope.original_positions / wavelengths - rope.low) / (rope.high - rope.low)
     share = share.clamp(0.0, 1.0)
     return (1.0 - share) * plain / rope.factor + share * plain
+
+
+def _ramp(rope: Rope, head_dim: int) -> torch.Tensor:
+    """For each pair of dimensions how much of its frequency is scaled, from 0 to 1.
+
+    Pairs that rotate more than ``rope.high`` times within the original positions keep their frequency,
+    those below ``rope.low`` rotations are scaled wholly.
+    """
+    def pair(rotations: float) -> float:
+        """The pair, as a number, that rotates so often."""
+        positions = rope.original_positions / (2 * math.pi * rotations)
+        return head_dim * math.log(positions) / (2 * math.log(rope.theta))
+
+    first, last = pair(rope.high), pair(rope.low)
+    if rope.whole:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    width = last - first or 0.001
+    return ((torch.arange(head_dim // 2, dtype=torch.float32) - first) / width).clamp(0.0, 1.0)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from shutil import copytree
 from typing import Any
 
 import pytest
-from exec_models import folder
+from exec_models import folder, given_for
 from exec_texts import BOS, EOS, continued, talker, tokenizer
+from exec_toys import Handing, given, pipeline, pools, threads
 
 from hetis_exec.cli import main
 from hetis_exec.config import compose_execution
@@ -17,6 +19,7 @@ from hetis_exec.language.params import GenerationParams
 from hetis_exec.language.reading import Decoder, Reader
 from hetis_exec.language.tokenizer import Tokenizer
 from hetis_exec.run import execute, prepare_execution, write_measured
+from hetis_exec.serving import ServingEngine
 from hetis_sim.spec.errors import SpecError
 
 WORDS = ("rate=200", "executor.workers=threads", "scheduler.max_batch_tokens=64",
@@ -272,3 +275,29 @@ def test_what_cannot_be_generated_is_refused(words: list[str], status: int, mess
         found = end.code  # type: ignore[assignment]
     assert found == status
     assert message in capfd.readouterr().err
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    """The key that the user has set is the one that is named."""
+    with pytest.raises(SpecError, match=r"model\.path=.*a folder with config\.json and safetensors"):
+        prepare_execution(compose_execution(f"model.path={tmp_path}"))
+
+
+OWN = os.environ.get("HETIS_MODEL", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not OWN, reason="HETIS_MODEL names no folder of a model")
+def test_a_model_of_yours_knows_its_capitals() -> None:
+    """As in ``HETIS_MODEL=path/to/SmolLM2-135M ./test -m slow -k capitals``."""
+    more = given_for(OWN)
+    spec = more["model"]
+    groups, layers = spec.kv_heads, spec.layers
+    plan = pools(("prefill", pipeline([[0]], [layers], owned=[[groups]])),
+                 ("decode", pipeline([[1, 2]], [layers], owned=[[groups - 1, 1]])))
+    what = given(plan, Handing(streams=True), [], units=50_000, timeout_s=120.0, **more)
+    with ServingEngine(what, threads(), Tokenizer(OWN)) as engine:
+        params = GenerationParams(max_tokens=8)
+        assert "Paris" in engine.submit("The capital of France is", params).text()
+        both = "Paris is the capital of France. The capital of Germany is"
+        assert "Berlin" in engine.submit(both, params).text()
