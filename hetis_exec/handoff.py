@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from hetis_exec.groups import Holders
+from hetis_exec.holdings import Groups, Shipment
 from hetis_exec.messages import Abroad, Onward, Send
-from hetis_exec.mirror import Groups, Mirror, Shipment
+from hetis_exec.mirror import Mirror
 from hetis_sim.control.handoff import shared_layers
 from hetis_sim.control.step import Transfer
 from hetis_sim.policies.plan import InstancePlan

@@ -9,8 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from hetis_exec.errors import ExecutorError
+from hetis_exec.holdings import Shipment
 from hetis_exec.messages import Arrived, Control, Onward, Row, StageDone, Task
-from hetis_exec.mirror import Mirror, Shipment
+from hetis_exec.mirror import Mirror
 from hetis_exec.records import Measurements, RunRecord, StepRecord
 from hetis_exec.texts import Texts
 from hetis_exec.transport import Endpoint

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hetis_exec.holdings import Shipment
 from hetis_exec.messages import StageDone
-from hetis_exec.mirror import Shipment
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.state import Ending, RequestState, Status
 from hetis_sim.control.step import Outcome, Step

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+from hetis_exec.holdings import Shipment
 from hetis_exec.messages import StageDone
-from hetis_exec.mirror import Shipment
 from hetis_exec.records import Measurements
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.state import RequestState, Status

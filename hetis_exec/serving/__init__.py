@@ -9,7 +9,8 @@
 
 from hetis_exec.language.params import GenerationParams
 from hetis_exec.language.tokenizer import Tokenizer
-from hetis_exec.serving.engine import BusyError, Piece, ServingEngine, Stream
+from hetis_exec.serving.engine import BusyError, ServingEngine
 from hetis_exec.serving.start import start_engine
+from hetis_exec.serving.streams import Piece, Stream
 
 __all__ = ["BusyError", "GenerationParams", "Piece", "ServingEngine", "Stream", "Tokenizer", "start_engine"]

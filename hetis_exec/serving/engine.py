@@ -7,18 +7,18 @@ token from that thread, through a stream or a callback.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
 from threading import Event, Thread
-from typing import NamedTuple, Self
+from typing import Self
 
 from hetis_exec.crew import Crew, WorkerSpec
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError
 from hetis_exec.language.params import GenerationParams
-from hetis_exec.language.reading import FinishReason, Reader
+from hetis_exec.language.reading import Reader
 from hetis_exec.language.tokenizer import Message, Tokenizer
+from hetis_exec.serving.streams import OnPiece, Piece, Stream
 from hetis_exec.sources import Asked, Counter, Ended
 from hetis_exec.texts import Prompt
 from hetis_exec.totals import Totals
@@ -34,74 +34,12 @@ class BusyError(HetisError):
     """The engine has as many requests as it may have."""
 
 
-class Piece(NamedTuple):
-    """What a token adds to a text.
-
-    Attributes:
-        text: may be empty: a character may take several tokens, and stop strings are held back.
-        tokens: its ids; the last piece of a text has none.
-        finish_reason: of the last piece.
-        error: why there is no more, where that is no end of the text.
-    """
-
-    text: str
-    tokens: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
-    error: str = ""
-
-
-OnPiece = Callable[[Piece], None]
-
-
 @dataclass(slots=True)
 class _Open:
     """A request that has not ended."""
 
     reader: Reader
     on_piece: OnPiece
-
-
-class Stream:
-    """The text of one request, to be iterated over once: pieces as they come, the last one with its reason.
-
-    Attributes:
-        request_id: its number.
-        prompt_tokens: of its prompt.
-    """
-
-    def __init__(self, engine: ServingEngine, request_id: int, prompt_tokens: int) -> None:
-        self.request_id = request_id
-        self.prompt_tokens = prompt_tokens
-        self._engine = engine
-        self._pieces: SimpleQueue[Piece] = SimpleQueue()
-
-    def put(self, piece: Piece) -> None:
-        """Take a piece in."""
-        self._pieces.put(piece)
-
-    def __iter__(self) -> Iterator[Piece]:
-        while True:
-            piece = self._pieces.get()
-            yield piece
-            if piece.finish_reason is not None:
-                return
-
-    def abort(self) -> None:
-        """Nobody wants the rest: the request ends soon, and its last piece says so."""
-        self._engine.abort(self.request_id)
-
-    def text(self) -> str:
-        """All of it, once it has ended.
-
-        Raises:
-            ExecutorError: it has ended by an error.
-        """
-        parts = []
-        for piece in self:
-            parts.append(piece.text)
-            if piece.finish_reason == "error":
-                raise ExecutorError(piece.error)
-        return "".join(parts)
 
 
 class ServingEngine:

@@ -13,9 +13,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
 from hetis_exec.errors import ExecutorError
-from hetis_exec.serving.engine import BusyError, Piece, ServingEngine
+from hetis_exec.serving.engine import BusyError, ServingEngine
 from hetis_exec.serving.metrics import exposition
 from hetis_exec.serving.protocol import Answer, ApiError, Ask, parse_ask, parse_body
+from hetis_exec.serving.streams import Piece
 from hetis_sim.spec.errors import SpecError
 
 

@@ -12,7 +12,8 @@ from exec_toys import Fixed, pipeline, threads
 
 from hetis_exec.errors import ExecutorError
 from hetis_exec.language.params import GenerationParams
-from hetis_exec.serving.engine import BusyError, Piece, ServingEngine
+from hetis_exec.serving.engine import BusyError, ServingEngine
+from hetis_exec.serving.streams import Piece
 from hetis_sim.spec.errors import SpecError
 
 PROMPT = "the quick brown"
