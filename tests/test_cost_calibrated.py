@@ -95,6 +95,23 @@ def test_packing_lies_on_the_path_of_the_rank(tmp_path: Path) -> None:
         assert after - before == pytest.approx(packing)
 
 
+def test_attention_workers_have_costs_of_their_own(tmp_path: Path) -> None:
+    """Where a device was measured as attention worker, that is charged there and nowhere else."""
+    raw = device_profile("weak-core", MODEL, 4e-3)
+    slow = json.loads(json.dumps(raw["modules"]["decode_attention"]))
+    slow["coefficients"]["classes"][0]["c_s"] = 7e-3
+    raw["modules"]["remote_attention"] = slow
+    path = folder(tmp_path)
+    del raw["sha256"]
+    written(path, signed(raw))
+    prepared = prepare(compose(*SERVED, f"profile={path}"))
+    plan = InstancePlan((StagePlan((0,), MODEL.layers, (3,)),), (2,))
+    rank, worker = InstanceTimer(prepared.cluster, prepared.model, prepared.cost, plan).costs
+    assert (rank.c_s, worker.c_s) == (2e-5, 7e-3)
+    assert prepared.cost.decode_attention(WEAK, MODEL).c_s == 2e-5
+    assert loaded(folder(tmp_path / "plain")).remote_attention(WEAK, MODEL).c_s == 2e-5
+
+
 def test_a_profile_swapped_for_that_of_another_device_is_refused(tmp_path: Path) -> None:
     """Whether its file is renamed, its device rewritten, or the right one is simply not there."""
     strong, weak = device_profile("cpu-core", MODEL), device_profile("weak-core", MODEL, 4e-3)

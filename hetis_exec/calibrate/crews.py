@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy as np
 from hetis_exec.backend import Backend
 from hetis_exec.calibrate.bench import filler, owned_groups
 from hetis_exec.calibrate.samples import Point, Sample, Samples
+from hetis_exec.calibrate.steps import decode_point, spread_contexts
 from hetis_exec.crew import Crew, WorkerSpec
 from hetis_exec.errors import ExecutorError, WorkerError
 from hetis_exec.messages import (
@@ -44,7 +45,7 @@ START_S = 180.0
 WAIT_S = 120.0
 BATCHES = (1, 2, 4, 8, 16, 24, 32)
 QUICK_BATCHES = (1, 4, 16, 32)
-CONTEXTS = (32, 256)
+CONTEXTS = (32, 128, 448)
 SUMS = (1, 4, 16, 32, 64, 128, 256, 512)
 QUICK_SUMS = (1, 4, 16, 64, 256)
 PIECE_TOKENS = 64
@@ -226,9 +227,9 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
                  batch_max: int) -> Samples:
     """A rank and an attention worker: all heads there, or only some of them.
 
-    Of a step, the time in which the rank packs is known. What is left of the time that it spends on remote
-    heads, with none of its own to compute meanwhile, is two messages for each layer and the worker's
-    attention; what that takes when nobody waits for it is known from elsewhere.
+    Of a step, the time in which the rank packs is known, and the time in which the worker computes. What
+    is left of the time that it spends on remote heads, with none of its own to compute meanwhile, is two
+    messages for each layer.
     """
     kv_heads = spec.model.kv_heads
     plan = InstancePlan((StagePlan((rank,), spec.model.layers, (kv_heads,)),), (worker,))
@@ -244,25 +245,31 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
         for _ in range(repeats):
             for batch in batches:
                 for tokens in CONTEXTS:
-                    (done,) = workers.step(dict.fromkeys(away[:batch], tokens))
-                    samples += _star_samples(spec, done, rank, worker, kv_heads * batch, tokens, alone=True)
-                (done,) = workers.step(dict.fromkeys(split[:batch], CONTEXTS[-1]))
-                remote = shared.count(worker) * batch
-                samples += _star_samples(spec, done, rank, worker, remote, CONTEXTS[-1], alone=False)
+                    spread = spread_contexts(tokens, batch, longest, np.random.default_rng(batch))
+                    (done,) = workers.step(dict(zip(away, spread, strict=False)))
+                    samples += _star_samples(spec, done, rank, worker, kv_heads, spread)
+                (done,) = workers.step(dict.fromkeys(split[:batch], CONTEXTS[0]))
+                samples.append(_packing(spec, done, rank, shared.count(worker) * batch))
     return samples
 
 
-def _star_samples(spec: CrewSpec, done: StageDone, rank: int, worker: int, rows: int, tokens: int,
-                  alone: bool) -> Samples:
+def _star_samples(spec: CrewSpec, done: StageDone, rank: int, worker: int, groups: int,
+                  contexts: Sequence[int]) -> Samples:
+    """Of a step with all heads at the worker: packing, its attention, and what is left for messages."""
     model, layers = spec.model, spec.model.layers
-    size_bytes = rows * model.remote_bytes_per_token(model.heads_per_group)
-    packing_s = done.times.packing_s / layers
-    found = [Sample(Point("head_packing", spec.kinds[rank], size_bytes=size_bytes, messages=1), packing_s)]
-    if alone:
-        point = Point("transfer", spec.links(rank, worker), model.name, size_bytes=size_bytes, messages=2,
-                      rows=rows, row_tokens=rows * tokens, worker=spec.kinds[worker])
-        found.append(Sample(point, done.times.head_transfer_s / layers - packing_s))
-    return found
+    packing = _packing(spec, done, rank, groups * len(contexts))
+    busy_s = dict(done.worker_busy_s)[worker] / layers
+    point = decode_point(spec.kinds[worker], model.name, 1, groups, contexts)
+    way = Point("transfer", spec.links(rank, worker), size_bytes=packing.point.size_bytes, messages=2)
+    left_s = done.times.head_transfer_s / layers - packing.seconds - busy_s
+    attention = Sample(replace(point, module="remote_attention"), busy_s)
+    return [packing, attention, Sample(way, max(1e-9, left_s))]
+
+
+def _packing(spec: CrewSpec, done: StageDone, rank: int, rows: int) -> Sample:
+    size_bytes = rows * spec.model.remote_bytes_per_token(spec.model.heads_per_group)
+    return Sample(Point("head_packing", spec.kinds[rank], size_bytes=size_bytes, messages=1),
+                  done.times.packing_s / spec.model.layers)
 
 
 # -- ranks and stages -----------------------------------------------------------------------------------

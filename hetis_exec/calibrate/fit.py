@@ -36,7 +36,6 @@ BLOCKS = (1, 16, 64, 128)
 """Sizes of a block of queries that are tried: kernels round prompts up to whole blocks."""
 
 NO_LIMIT_PER_S = 1e18
-MESSAGE_MIN_S = 1e-6
 
 
 @dataclass(frozen=True)
@@ -165,7 +164,7 @@ def curve_errors(rows: pd.DataFrame, size: str) -> Floats:
 # -- attention -------------------------------------------------------------------------------------------
 
 
-def fit_decode(subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
+def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
     """a*h + b*g + c for each head size and number of query heads per KV head."""
     rows = medians(samples)
     classes, errors = [], []
@@ -183,7 +182,7 @@ def fit_decode(subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]
     ranges = {"rows": _ends(rows["rows"]), "tokens_per_row": _ends(per_row),
               "heads_per_group": _ends([model.heads_per_group for model in models]),
               "head_dim": _ends([model.head_dim for model in models])}
-    return Fitted("decode_attention", subject, {"classes": classes}, ranges, np.concatenate(errors),
+    return Fitted(module, subject, {"classes": classes}, ranges, np.concatenate(errors),
                   len(rows), len(samples))
 
 
@@ -273,12 +272,9 @@ def fit_packing(subject: str, samples: pd.DataFrame) -> Fitted:
                   {"bytes": _ends(rows["size_bytes"])}, errors, len(rows), len(samples))
 
 
-def fit_transfers(samples: pd.DataFrame, decode: dict[str, Fitted], shapes: dict[str, ModelSpec]) -> Fitted:
-    """beta + gamma*d of a message, for each link.
-
-    From a round trip to an attention worker, what its attention takes is taken away first.
-    """
-    rows = _without_attention(medians(samples), decode, shapes)
+def fit_transfers(samples: pd.DataFrame) -> Fitted:
+    """beta + gamma*d of a message, for each link."""
+    rows = medians(samples)
     links, errors = {}, []
     for link, part in rows.groupby("subject"):
         beta, gamma = least_relative(_message_columns(part), part["seconds"].to_numpy())
@@ -287,22 +283,6 @@ def fit_transfers(samples: pd.DataFrame, decode: dict[str, Fitted], shapes: dict
                                       lambda known: _linear(known, _message_columns)))
     return Fitted("transfer", "links", links, {"bytes": _ends(rows["size_bytes"])}, np.concatenate(errors),
                   len(rows), len(samples))
-
-
-def _without_attention(rows: pd.DataFrame, decode: dict[str, Fitted],
-                       shapes: dict[str, ModelSpec]) -> pd.DataFrame:
-    """Rows of messages alone; round trips to a worker whose attention could not be fitted are left out."""
-    kept = rows[(rows["worker"] == "") | rows["worker"].isin(list(decode))].copy()
-    for index, row in kept[kept["worker"] != ""].iterrows():
-        model = shapes[str(row["model"])]
-        kind = (model.head_dim, model.heads_per_group)
-        entry = next(entry for entry in decode[str(row["worker"])].coefficients["classes"]
-                     if (entry["head_dim"], entry["heads_per_group"]) == kind)
-        a, b, c = (entry[key] for key in ("a_s_per_head", "b_s_per_byte", "c_s"))
-        moved = row["row_tokens"] * model.kv_bytes_per_token_per_layer_per_group
-        attention_s = a * row["rows"] * model.heads_per_group + b * moved + c
-        kept.loc[index, "seconds"] = max(MESSAGE_MIN_S, row["seconds"] - attention_s)
-    return kept
 
 
 def _message_columns(rows: pd.DataFrame) -> list[Floats]:
@@ -350,8 +330,7 @@ def fit_all(samples: pd.DataFrame, shapes: dict[str, ModelSpec], limit: Callable
     """
     fits = Fits()
     for module, subject, part in _parts(samples):
-        decode = {made.subject: made for made in fits.found if made.module == "decode_attention"}
-        made = _fit(module, subject, part, shapes, decode)
+        made = _fit(module, subject, part, shapes)
         reason = reason_against(made, limit(module))
         if reason:
             fits.refused.append((module, subject, reason))
@@ -369,18 +348,17 @@ def _parts(samples: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
             for module, subject in keys]
 
 
-def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec],
-         decode: dict[str, Fitted]) -> Fitted:
+def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
     if module in ("dense_layer", "head"):
         return fit_tables(module, subject, samples, shapes)
-    if module == "decode_attention":
-        return fit_decode(subject, samples, shapes)
+    if module in ("decode_attention", "remote_attention"):
+        return fit_decode(module, subject, samples, shapes)
     if module == "prefill_attention":
         return fit_prefill(subject, samples, shapes)
     if module == "head_packing":
         return fit_packing(subject, samples)
     if module == "transfer":
-        return fit_transfers(samples, decode, shapes)
+        return fit_transfers(samples)
     return fit_reduces(samples) if module == "all_reduce" else fit_host(samples)
 
 

@@ -30,7 +30,6 @@ class Point:
         messages: that the time is of.
         ranks: of a collective.
         mixed: contexts of different length.
-        worker: type of the attention worker whose answer is in the time.
     """
 
     module: str
@@ -48,7 +47,6 @@ class Point:
     messages: int = 0
     ranks: int = 0
     mixed: bool = False
-    worker: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,8 +17,9 @@ from hetis_sim.control.timing import dense_share
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-PROMPTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-QUICK_PROMPTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+PROMPTS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144,
+           8192)
+QUICK_PROMPTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 CONTEXTS = ((32, 96), (128, 128), (128, 512), (256, 1024), (512, 2048), (512, 7168), (2048, 6144))
 """(new tokens, tokens before them) of pieces of prompts."""
 
@@ -68,7 +69,8 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
         steps = QUICK_CONTEXT_STEPS if sizes.quick else CONTEXT_STEPS
         if longest > CONTEXT_MIN:
             contexts = np.geomspace(CONTEXT_MIN, longest, steps).astype(int)
-            jobs += [_decode_job(tokens, batch, longest, rng) for tokens in dict.fromkeys(contexts.tolist())]
+            jobs += [Job(decode=spread_contexts(tokens, batch, longest, rng))
+                     for tokens in dict.fromkeys(contexts.tolist())]
     limit = min(sizes.tokens_max, sizes.context_max, pool_tokens)
     prompts = [n for n in (QUICK_PROMPTS if sizes.quick else PROMPTS) if n <= limit]
     if limit not in prompts and limit < PROMPTS[-1] and not sizes.quick:
@@ -81,11 +83,13 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
     return jobs
 
 
-def _decode_job(tokens: int, batch: int, longest: int, rng: np.random.Generator) -> Job:
-    """A batch whose contexts differ as those of a batch that serves do: they spread by three quarters."""
+def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """Contexts that differ as those of a batch that serves do, by three quarters; the longest first."""
+    if batch == 1:
+        return (tokens,)
     low, high = max(2, tokens // 4), max(2, min(longest, 7 * tokens // 4))
-    drawn = np.sort(rng.integers(low, high, size=batch, endpoint=True))[::-1]
-    return Job(decode=tuple(drawn.tolist()) if batch > 1 else (tokens,))
+    drawn: list[int] = np.sort(rng.integers(low, high, size=batch, endpoint=True))[::-1].tolist()
+    return tuple(drawn)
 
 
 def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:

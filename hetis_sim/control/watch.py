@@ -16,6 +16,8 @@ class StepWatch:
     def __init__(self, watch: RangeWatch, cluster: ClusterSpec, plan: InstancePlan) -> None:
         self._watch = watch
         self._at = [cluster.devices[p.device].gpu for p in plan.positions]
+        self._attention = ["remote_attention" if p.remote and watch.ends(gpu, "remote_attention")
+                           else "decode_attention" for p, gpu in zip(plan.positions, self._at, strict=True)]
         self._stages = [_kinds(cluster, stage.devices) for stage in plan.stages]
         kinds = {gpu.name: gpu for gpu in self._at}
         self._dense = {name: "dense_layer" if watch.ends(gpu, "dense_layer") else "gemm"
@@ -37,8 +39,9 @@ class StepWatch:
             note(gpu, "head", "tokens", sampled, sampled, count)
         for p, groups, base in lines.held if step.decoding else ():
             first = base / groups + 1 + first_n
-            note(self._at[p], "decode_attention", "rows", groups, groups, count)
-            note(self._at[p], "decode_attention", "tokens_per_row", first, first + count - 1, count)
+            module = self._attention[p]
+            note(self._at[p], module, "rows", groups, groups, count)
+            note(self._at[p], module, "tokens_per_row", first, first + count - 1, count)
         note(self._at[0], "host_overhead", "sequences", sampled, sampled, count)
 
 

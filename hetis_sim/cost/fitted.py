@@ -261,9 +261,20 @@ class ProfileCost(MemoisedCost):
         profile = self._with_module(gpu.name, "decode_attention")
         if profile is None:
             return self._roofline.decode_attention(gpu, model)
+        return self._nearest_decode(profile, "decode_attention", gpu, model)
+
+    def remote_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        profile = self._with_module(gpu.name, "remote_attention")
+        if profile is None:
+            return self.decode_attention(gpu, model)
+        return self._nearest_decode(profile, "remote_attention", gpu, model)
+
+    def _nearest_decode(self, profile: Profile, module: str, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        """Coefficients of the class that is nearest in head size, then in query heads per KV head."""
         r = model.heads_per_group
-        self._check_range(profile, "decode_attention", heads_per_group=r, head_dim=model.head_dim)
-        nearest: DecodeClass = min(profile.decode_attention, key=lambda c: (
+        self._check_range(profile, module, heads_per_group=r, head_dim=model.head_dim)
+        classes: Sequence[DecodeClass] = getattr(profile, module)
+        nearest: DecodeClass = min(classes, key=lambda c: (
             abs(math.log(c.head_dim / model.head_dim)), abs(math.log(c.heads_per_group / r))))
         a = nearest.cost.a_s_per_head * (model.head_dim / nearest.head_dim) * (nearest.heads_per_group / r)
         b = nearest.cost.b_s_per_byte
@@ -316,7 +327,8 @@ class ProfileCost(MemoisedCost):
         """Modules that durations on a card come from: whole layers where they were measured."""
         if self._measured("dense_layer", gpu, model) is None or not self._calibrated(gpu, "dense_layer"):
             return GPU_MODULES
-        more = ("head_packing",) if self._with_module(gpu.name, "head_packing") is not None else ()
+        more = [name for name in ("remote_attention", "head_packing")
+                if self._with_module(gpu.name, name) is not None]
         return ("dense_layer", "head", *GPU_MODULES[2:], *more)
 
     def _gpu_row(self, module: str, gpu: GpuSpec, model: ModelSpec) -> ProvenanceRow:

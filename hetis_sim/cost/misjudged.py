@@ -95,7 +95,13 @@ class MisjudgedCost(MemoisedCost):
         return self._judged.factor("prefill_attention", gpu.name) * seconds
 
     def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
-        true, factor = self.truth.decode_attention(gpu, model), self._judged.factor
+        return self._attention(gpu, self.truth.decode_attention(gpu, model))
+
+    def remote_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        return self._attention(gpu, self.truth.remote_attention(gpu, model))
+
+    def _attention(self, gpu: GpuSpec, true: AttentionCost) -> AttentionCost:
+        factor = self._judged.factor
         return replace(true, a_s_per_head=factor("a", gpu.name) * true.a_s_per_head,
                        b_s_per_byte=factor("b", gpu.name) * true.b_s_per_byte,
                        c_s=factor("c", gpu.name) * true.c_s)

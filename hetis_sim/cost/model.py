@@ -128,6 +128,13 @@ class CostModel(ABC):
     def decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         """Coefficients of decode attention of one layer on one device."""
 
+    def remote_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        """The same on an attention worker, which has waited for what it is to compute.
+
+        That of a rank unless measured apart: a processor that has waited finds its caches cold.
+        """
+        return self.decode_attention(gpu, model)
+
     @abstractmethod
     def transfer(self, link: LinkSpec) -> TransferCost:
         """Coefficients of a point-to-point message on a link."""

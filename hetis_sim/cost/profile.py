@@ -20,11 +20,11 @@ and each module
     sources       [{file, source_repo, commit, sha256, licence}, ...] or [{text: ...}]
     note          the reasoning behind a derived value
 
-Modules: gemm (tile_wave), elementwise (curves), prefill_attention (flash_blocks), decode_attention
-(linear), all_reduce and transfer (links), dense_layer and head (token_tables: one model shape
-measured whole; they go before gemm and elementwise where they match), host_overhead (per_iteration:
-what an iteration takes besides, of the device "host"), head_packing (per_message: processor time of a
-rank for one attention worker in one layer).
+Modules: gemm (tile_wave), elementwise (curves), prefill_attention (flash_blocks), decode_attention and
+remote_attention (linear; the latter of a device that has waited for its heads), all_reduce and transfer
+(links), dense_layer and head (token_tables: one model shape measured whole; they go before gemm and
+elementwise where they match), host_overhead (per_iteration: what an iteration takes besides, of the device
+"host"), head_packing (per_message: processor time of a rank for one attention worker in one layer).
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ NO_CARD = (LINKS_DEVICE, HOST_DEVICE)
 STATUSES = ("measured", "derived")
 MODELS = {"gemm": "tile_wave", "elementwise": "curves", "prefill_attention": "flash_blocks",
           "decode_attention": "linear", "all_reduce": "links", "transfer": "links",
-          "dense_layer": "token_tables", "head": "token_tables", "host_overhead": "per_iteration",
+          "remote_attention": "linear", "dense_layer": "token_tables", "head": "token_tables",
+          "host_overhead": "per_iteration",
           "head_packing": "per_message"}
 
 
@@ -82,6 +83,7 @@ class Profile:
     elementwise: Mapping[str, Curve] = field(default_factory=dict)
     prefill_attention: tuple[PrefillClass, ...] = ()
     decode_attention: tuple[DecodeClass, ...] = ()
+    remote_attention: tuple[DecodeClass, ...] = ()
     all_reduce: LinkTable | None = None
     transfer: LinkTable | None = None
     dense_layer: TokenTables | None = None
@@ -159,7 +161,7 @@ def _coefficients(module: str, raw: dict[str, Any], key: str) -> Any:
     if module == "elementwise":
         require(bool(raw), key, raw, "at least one curve")
         return {kind: Curve.parse(curve, f"{key}.{kind}") for kind, curve in raw.items()}
-    if module in ("prefill_attention", "decode_attention"):
+    if module in ("prefill_attention", "decode_attention", "remote_attention"):
         form = PrefillClass if module == "prefill_attention" else DecodeClass
         classes = raw.get("classes")
         if not isinstance(classes, list) or not classes:

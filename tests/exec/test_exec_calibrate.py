@@ -66,7 +66,7 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
     assert strong.calibration.throttle == {}
     assert strong.calibration.hardware
     assert set(strong.infos) == {"dense_layer", "head", "prefill_attention", "decode_attention",
-                                 "head_packing"}
+                                 "remote_attention", "head_packing"}
     assert set(read_profile(out / "links.json").infos) == {"transfer", "all_reduce"}
     samples = pd.read_parquet(out / "cpu-core.parquet")
     assert (samples["seconds"] > 0).all()

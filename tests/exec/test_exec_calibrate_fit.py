@@ -69,9 +69,9 @@ def points() -> Iterable[tuple[Point, float]]:
             yield (Point("decode_attention", "cpu-core", name, 1, tokens=batch, rows=rows,
                          row_tokens=rows * context), decode_s(rows, rows * context))
             size = rows * MODEL.remote_bytes_per_token(MODEL.heads_per_group)
-            yield (Point("transfer", "pipe", name, rows=rows, row_tokens=rows * context, size_bytes=size,
-                         messages=2, worker="cpu-core"),
-                   2 * BETA + GAMMA * size + decode_s(rows, rows * context))
+            yield (Point("remote_attention", "cpu-core", name, 1, tokens=batch, rows=rows,
+                         row_tokens=rows * context), 2 * decode_s(rows, rows * context))
+            yield Point("transfer", "pipe", size_bytes=size, messages=2), 2 * BETA + GAMMA * size
             yield Point("head_packing", "cpu-core", size_bytes=size, messages=1), BETA / 2 + GAMMA * size / 3
     for new, context in ((8, 0), (32, 0), (64, 0), (128, 0), (256, 0), (32, 96), (128, 512), (256, 1024)):
         yield (Point("prefill_attention", "cpu-core", name, 1, new_tokens=new, context_tokens=context,
@@ -110,6 +110,8 @@ def test_known_coefficients_come_back(tmp_path: Path) -> None:
     attention = cost.decode_attention(CORE, MODEL)
     found = attention.a_s_per_head, attention.b_s_per_byte, attention.c_s
     assert found == pytest.approx((A, B, C), rel=1e-3)
+    remote = cost.remote_attention(CORE, MODEL)
+    assert (remote.a_s_per_head, remote.c_s) == pytest.approx((2 * A, 2 * C), rel=1e-3)
     assert cost.transfer(PIPE).beta_s == pytest.approx(BETA, rel=1e-3)
     assert cost.transfer(PIPE).gamma_s_per_byte == pytest.approx(GAMMA, rel=1e-3)
     assert cost.head_packing(CORE).beta_s == pytest.approx(BETA / 2, rel=1e-3)
