@@ -19,7 +19,7 @@ from hetis_exec.models.names import model_names, tensor_shapes
 from hetis_exec.models.operations import FusedOperations, Operations, TorchOperations
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import FolderWeights, RandomWeights, Weights
-from hetis_exec.whole_steps import WholeSteps
+from hetis_exec.whole_steps import WholeSteps, warm
 from hetis_sim.control.engine import Engine
 from hetis_sim.policies.memory import stage_weight_bytes
 from hetis_sim.policies.plan import InstancePlan
@@ -40,6 +40,8 @@ class TorchBackend:
         places: a torch device for every device of the cluster; none means that all are the CPU.
         dtype: of weights, activations and cache.
         cuda_graphs: replay decode steps of whole models from CUDA graphs.
+        batch_max: largest batch that graphs are captured for; larger ones are computed layer by layer.
+        capture_s: no further graph is captured before a run after so long, but when it is needed.
     """
 
     architecture: Architecture
@@ -52,6 +54,8 @@ class TorchBackend:
     places: tuple[str, ...] = ()
     dtype: str = "float32"
     cuda_graphs: bool = True
+    batch_max: int = 256
+    capture_s: float = 20.0
 
     def place(self, device: int) -> str:
         """The torch device of a device of the cluster."""
@@ -114,8 +118,10 @@ class TorchBackend:
         place = self.place(device)
         if place != CPU:
             torch.cuda.set_device(place)
-            return CudaKernels(torch.device(place), capacity_units, block_tokens,
-                               self.architecture.spec.head_dim, torch_type(self.dtype), self.poison)
+            kernels = CudaKernels(torch.device(place), capacity_units, block_tokens,
+                                  self.architecture.spec.head_dim, torch_type(self.dtype), self.poison)
+            kernels.warm(self.architecture.spec.heads_per_group)
+            return kernels
         return CpuKernels(capacity_units, block_tokens, self.architecture.spec.head_dim, self.poison,
                           dtype=torch_type(self.dtype))
 
@@ -131,12 +137,20 @@ class TorchBackend:
         return shard
 
     def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: KvPool) -> WholeSteps | None:
-        """Decode steps in one piece, for a worker with a whole model on a CUDA device."""
-        alone = len(plan.stages) == 1 and plan.stages[0].tp == 1
-        if not (alone and self.cuda_graphs and isinstance(pool.kernels, CudaKernels) and pool.kernels.paged):
+        """Decode steps in one piece, for a worker with a whole model on a CUDA device.
+
+        On any CUDA device what a worker computes is computed once, so that no run waits for compilers.
+        """
+        if not isinstance(pool.kernels, CudaKernels):
             return None
         assert isinstance(shard, DecoderShard)
-        return WholeSteps(shard, pool)
+        warm(shard, pool.kernels)
+        alone = len(plan.stages) == 1 and plan.stages[0].tp == 1
+        if not (alone and self.cuda_graphs and pool.kernels.paged):
+            return None
+        steps = WholeSteps(shard, pool, rows_max=self.batch_max)
+        steps.prepare(self.capture_s)
+        return steps
 
 
 def operations_for(architecture: Architecture, place: str) -> Operations:

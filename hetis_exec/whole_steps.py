@@ -8,14 +8,16 @@ change only when a request gets a block, comes or goes.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from hetis_exec.backend import Asked
+from hetis_exec.backend import Asked, Wanted
 from hetis_exec.kernels.cuda import URGENT, CudaKernels, DecodePlan, new_stream
 from hetis_exec.kvcache import KvPool, Table, TableKey
 from hetis_exec.messages import Tokens
@@ -27,6 +29,25 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 NO_TABLE = -1
 LONG = 1 << 30
 """Pieces of rows are chosen as for the longest of contexts: a graph serves all of them."""
+
+
+WARM_TOKENS = (1, 16, 128, 1024)
+
+
+def warm(shard: DecoderShard, kernels: CudaKernels) -> None:
+    """Compute one layer for prompts of some lengths: kernels are compiled, loaded and chosen then."""
+    for tokens in WARM_TOKENS:
+        prepared = shard.prepare(np.arange(tokens))
+        hidden = torch.zeros(tokens, shard.width, dtype=kernels.dtype, device=kernels.device)
+        q, k, v = shard.qkv(0, hidden, prepared)
+        keys, values = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        shard.project(0, kernels.causal(q, keys, values))
+        if tokens > 1:
+            kernels.causal(q[1:], keys, values)
+        shard.mlp(0, hidden)
+        if shard.has_head:
+            shard.sample(hidden[-1:], [Wanted(0, 0)])
+    kernels.synchronize()
 
 
 @dataclass(slots=True)
@@ -57,14 +78,17 @@ class WholeSteps:
         pool: with the cache of all of its groups.
         graphs: capture and replay; otherwise the same work is started kernel by kernel, for as many rows
             as are asked for.
+        rows_max: largest batch.
     """
 
-    def __init__(self, shard: DecoderShard, pool: KvPool, graphs: bool = True) -> None:
+    def __init__(self, shard: DecoderShard, pool: KvPool, graphs: bool = True,
+                 rows_max: int = SIZES[-1]) -> None:
         assert isinstance(pool.kernels, CudaKernels)
         self._shard = shard
         self._pool = pool
         self._kernels = pool.kernels
         self._graphs = graphs
+        self._sizes = [size for n, size in enumerate(SIZES) if n == 0 or SIZES[n - 1] < rows_max]
         self._groups = len(shard.groups)
         self._steps: dict[int, Step] = {}
         self._memory: Any = None
@@ -74,7 +98,7 @@ class WholeSteps:
 
     @property
     def rows_max(self) -> int:
-        return SIZES[-1]
+        return self._sizes[-1]
 
     def run(self, request_ids: Sequence[int], positions: Sequence[int], tokens: Tokens,
             asked: Asked) -> Tokens:
@@ -86,7 +110,7 @@ class WholeSteps:
             self._steps.clear()
             self._memory = None
             self._generation = kernels.tables.generation
-        size = SIZES[bisect_left(SIZES, number)] if self._graphs else number
+        size = self._sizes[bisect_left(self._sizes, number)] if self._graphs else number
         step = self._steps.get(size)
         if step is None:
             step = self._steps[size] = self._make(size)
@@ -106,6 +130,16 @@ class WholeSteps:
         kernels.wait()
         found: Tokens = step.found.numpy()[:number].copy()
         return found
+
+    def prepare(self, limit_s: float) -> None:
+        """Capture all sizes, the largest first: smaller ones make do with its memory."""
+        if not self._graphs:
+            return
+        until_s = time.monotonic() + limit_s
+        self._generation = self._kernels.tables.generation
+        for size in reversed(self._sizes):
+            if time.monotonic() < until_s:
+                self._steps[size] = self._make(size)
 
     def _tables_of(self, request_ids: Sequence[int]) -> list[Table]:
         """Those of all groups, request by request."""

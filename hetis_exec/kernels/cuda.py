@@ -211,6 +211,14 @@ class CudaKernels:
                                                 _dense(values, 1), *pools)
         return found
 
+    def warm(self, heads: int) -> None:
+        """Have decode attention for groups of so many query heads compiled and loaded; touches no cache."""
+        q = torch.zeros(1, 1, heads, self.head_dim, dtype=self.dtype, device=self.device)
+        at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        for splits in (1, 2) if self.paged is not None else ():
+            plan = DecodePlan(torch.full((1, 2), -1, device=self.device), at, 0, splits)
+            self.attend(plan, 0, q, q[:, :, 0], q[:, :, 0])
+
     def causal(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         new, groups, r, d = queries.shape
         total = keys.shape[1]

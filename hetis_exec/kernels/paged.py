@@ -25,6 +25,8 @@ STARTING = Lock()
 """Workers may be threads of one process; a kernel that is started for the first time is compiled then."""
 
 SPLITS_MAX = 64
+REGISTERS = 1 << 16
+"""Of one multiprocessor, from Kepler on."""
 
 NO_SCORE = tl.constexpr(-1e30)
 """Less than any score, and yet a number: its difference to itself is 0."""
@@ -196,11 +198,17 @@ def choose_splits(rows: int, longest: int, launch: Launch, resident: int) -> int
 
 def resident_programs(launch: Launch, head_dim: int, dtype: torch.dtype, processors: int,
                       shared_bytes: int) -> int:
-    """Programs that a card holds at a time, by the shared memory that each takes for its tiles."""
+    """Programs that a card holds at a time, by the registers and the shared memory that each takes.
+
+    What the compiler takes for capability 8.0 and 9.0: 71, 128 and 166 registers of a thread for head
+    dimensions of 64, 128 and 256, and room for one tile of keys and of values beside some for exchange.
+    """
     if not launch.dot:
         return 4 * processors
-    program_bytes = 2 * launch.tile * power_of_two(head_dim) * dtype.itemsize + (8 << 10)
-    return processors * max(1, min(8, shared_bytes // program_bytes))
+    wide = power_of_two(head_dim)
+    program_bytes = 2 * launch.tile * wide * dtype.itemsize + (8 << 10)
+    registers = 32 * launch.warps * max(72, min(wide, 168))
+    return processors * max(1, min(shared_bytes // program_bytes, REGISTERS // registers))
 
 
 def decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,

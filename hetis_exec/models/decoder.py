@@ -170,6 +170,16 @@ class DecoderShard:
         return self._head_of(self._operations.add_norm(hidden, change, self._final_norm))
 
     @property
+    def width(self) -> int:
+        """Numbers of a token's activations."""
+        return self._spec.hidden
+
+    @property
+    def has_head(self) -> bool:
+        """Whether tokens are sampled here."""
+        return self._head is not None
+
+    @property
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
         return self._sampling

@@ -39,6 +39,7 @@ def on(name: str, *places: str, dtype: str = "float32", **settings: Any) -> dict
     if dtype != "float32":
         architecture = replace(architecture, spec=replace(architecture.spec, weight_bytes=2, kv_bytes=2))
     places = (*places, *[places[-1]] * 8)
+    settings = {"capture_s": 0.0, **settings}
     made = TorchBackend(architecture, folder(name), poison=POISON, places=places, dtype=dtype, **settings)
     return {"model": architecture.spec, "backend": made, "timeout_s": 120.0}
 
@@ -145,6 +146,15 @@ def test_workers_may_be_processes(plan: Any, placement: Any, places: tuple[str, 
     result = Executor(what, ProcessCrew).run()
     assert wrong("llama", what, result.tokens) == []
     replay(what, result.record)
+
+
+def test_graphs_are_captured_before_a_run() -> None:
+    """For every size of batch up to the largest that there can be; later ones change nothing."""
+    what = given(ONE, Fixed(), SHORT, **on("llama3", CARD, capture_s=60.0, batch_max=10))
+    executor, _ = check("llama3", what)
+    (worker,) = executor.crew.workers.values()
+    assert sorted(worker._whole_steps._steps) == [1, 2, 4, 8, 16]
+    assert all(step.graph is not None for step in worker._whole_steps._steps.values())
 
 
 def test_random_weights_are_drawn_on_the_card() -> None:
