@@ -83,7 +83,7 @@ class ValidateConfig:
     """How ``python -m hetis_exec validate`` compares runs with their simulation.
 
     Attributes:
-        policies: names, or mappings of ``name`` and settings.
+        policies: names, or mappings of ``name`` and settings; none stands for the policy of the run.
         loads: shares of the measured capacity at which requests arrive.
         seeds: of arrivals and lengths at each load, from ``workload.seed`` on.
         noise_runs: of these, so many are run for real a second time: what differs then is noise.
@@ -93,7 +93,7 @@ class ValidateConfig:
         resamples: of the bootstrap.
     """
 
-    policies: list[Any] = field(default_factory=lambda: ["vllm", "hetis"])
+    policies: list[Any] = field(default_factory=list)
     loads: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.85, 0.95])
     seeds: int = 2
     noise_runs: int = 1
@@ -104,7 +104,6 @@ class ValidateConfig:
     resamples: int = 1000
 
     def __post_init__(self) -> None:
-        require(len(self.policies) >= 1, "validate.policies", list(self.policies), "at least one policy")
         require(len(self.loads) >= 1, "validate.loads", list(self.loads), "at least one load")
         for load in self.loads:
             require_finite("validate.loads", load, 0.0, 10.0, open_low=True)

@@ -102,6 +102,6 @@ def _progress(config: ExecutionConfig) -> Iterator[Tick | None]:
     given = config.validate
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                   console=Console(stderr=True), transient=True) as progress:
-        total = len(given.policies) * (1 + len(given.loads) * given.seeds)
+        total = max(1, len(given.policies)) * (1 + len(given.loads) * given.seeds)
         bar = progress.add_task("validate", total=total, completed=-1)
         yield lambda text: progress.update(bar, description=text, advance=1)

@@ -59,7 +59,7 @@ def subjects_of(config: ExecutionConfig) -> list[Subject]:
     """
     require_open(config)
     return [Subject(case.label, prepare_execution(_with_policy(config, case)))
-            for case in cases_of(config, config.validate.policies)]
+            for case in cases_of(config, config.validate.policies or None)]
 
 
 def _with_policy(config: ExecutionConfig, case: Case) -> ExecutionConfig:
