@@ -225,6 +225,6 @@ def test_a_profile_of_another_machine_is_refused(words: list[str], tmp_path: Pat
 
 def test_settings_are_checked() -> None:
     """Loads, seeds and noise runs that make no sense are refused."""
-    for wrong in ({"loads": []}, {"loads": [0.0]}, {"policies": []}, {"seeds": 0}, {"noise_runs": 3}):
+    for wrong in ({"loads": []}, {"loads": [0.0]}, {"seeds": 0}, {"noise_runs": 3}):
         with pytest.raises(SpecError, match=f"validate.{next(iter(wrong))}"):
             ValidateConfig(**wrong)  # type: ignore[arg-type]
