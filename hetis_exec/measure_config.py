@@ -90,6 +90,7 @@ class ValidateConfig:
         run_s: about how long requests arrive in a run.
         requests_min, requests_max: of a run.
         capacity_requests: of the overloaded run that measures capacity.
+        warmup_s: before anything counts; null for 4 s, or 15 s where cards compute; 0 for none.
         resamples: of the bootstrap.
     """
 
@@ -101,6 +102,7 @@ class ValidateConfig:
     requests_min: int = 20
     requests_max: int = 400
     capacity_requests: int = 40
+    warmup_s: float | None = None
     resamples: int = 1000
 
     def __post_init__(self) -> None:
@@ -112,3 +114,5 @@ class ValidateConfig:
             require_int(f"validate.{key}", getattr(self, key), low, high)
         require_int("validate.noise_runs", self.noise_runs, 0, self.seeds)
         require_finite("validate.run_s", self.run_s, 0.0, open_low=True)
+        require(self.warmup_s is None or 0 <= self.warmup_s <= 3600, "validate.warmup_s", self.warmup_s,
+                "null or 0 to 3600")

@@ -54,8 +54,8 @@ def compare(subject: Subject, share: float, capacity: float, config: ExecutionCo
     pairs = paired(_pooled(real, seeds), _pooled(sim, seeds))
     noise = paired(_pooled(real[:len(again)], seeds), _pooled(again, seeds)) if again else None
     errors = latency_errors(pairs, noise, given.resamples, config.workload.seed)
-    errors += rate_errors([_rates(o) for o in real], [_rates(o) for o in sim], [_rates(o) for o in again],
-                          given.resamples, config.workload.seed)
+    errors += rate_errors([one.rates for one in real], [one.rates for one in sim],
+                          [one.rates for one in again], given.resamples, config.workload.seed)
     parts = part_errors(_steps(real), _steps(sim), _steps(again) if again else None)
     pairs = pairs.assign(policy=subject.label, load=share)
     return Compared(subject.label, share, capacity, rate, errors, parts, pairs)
@@ -73,13 +73,6 @@ def _pooled(outcomes: Sequence[Outcome], seeds: Sequence[int]) -> pd.DataFrame:
 
 def _steps(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     return pd.concat([outcome.steps for outcome in outcomes], ignore_index=True)
-
-
-def _rates(outcome: Outcome) -> dict[str, float]:
-    summary = outcome.summary
-    return {"request_throughput": summary.whole_run.request_throughput,
-            "output_throughput": summary.whole_run.output_throughput,
-            "kv_used_mean": summary.kv_used_mean, "kv_used_max": summary.kv_used_max}
 
 
 def run_command(config: ExecutionConfig, folder: Path) -> None:

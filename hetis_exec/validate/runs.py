@@ -10,32 +10,41 @@ import pandas as pd
 
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.crews import crew_maker
+from hetis_exec.devices import CPU
 from hetis_exec.driver import Executor
 from hetis_exec.run import Execution, prepare_execution
-from hetis_sim.metrics import Recorder, Summary, roles_of_plan, summarize
+from hetis_sim.metrics import Recorder, Trim, summarize
 from hetis_sim.metrics.columns import Table
-from hetis_sim.run import Prepared, run_prepared
+from hetis_sim.run import Prepared, event_budget
+from hetis_sim.sim.simulation import Simulation, SimulationInput
 from hetis_sim.spec.errors import HetisError
+from hetis_sim.spec.request import Request
 from hetis_sim.study.runs import Case, Load, cases_of, require_open, under
 from hetis_sim.study.tasks import flooded_throughput
 from traces import OpenWorkload
 
 OVERLOAD_RPS = 1000.0
-WARMUP = 0.2
+FLOODED = 0.2
 """Share of the requests of an overloaded run that finish before its throughput counts."""
+
+WARMUP_ID = 1 << 40
+"""Numbers of requests from here on warm up."""
+WARMUP_PROMPTS = (8, 16, 32, 48)
+WARMUP_REQUESTS, WARMUP_S, CARD_WARMUP_S = 8, 4.0, 15.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run gave, real or simulated.
+    """What a run gave, real or simulated, after its warm-up.
 
     Attributes:
         requests, steps: rows of the recorder.
+        rates: figures that a run has one of.
     """
 
     requests: pd.DataFrame
     steps: pd.DataFrame
-    summary: Summary
+    rates: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,20 @@ class Subject:
     def prepared(self) -> Prepared:
         """What both worlds are prepared with."""
         return self.execution.prepared
+
+
+@dataclass(frozen=True)
+class LoadedCase:
+    """A load of a subject, ready to be run in either world.
+
+    Attributes:
+        requests: those that warm up, then those that count.
+        begin_s: when the first of those that count may arrive.
+    """
+
+    prepared: Prepared
+    requests: list[Request]
+    begin_s: float
 
 
 def subjects_of(config: ExecutionConfig) -> list[Subject]:
@@ -66,34 +89,69 @@ def _with_policy(config: ExecutionConfig, case: Case) -> ExecutionConfig:
     return replace(config, policy=case.config.policy)
 
 
-def loaded(subject: Subject, load: Load) -> Prepared:
-    """The plan under a load."""
-    return under(subject.prepared, load)
+def loaded(subject: Subject, load: Load) -> LoadedCase:
+    """The plan under a load, after a warm-up.
+
+    Requests that end one after the other bring up every size of batch: kernels are compiled, graphs
+    recorded and memory touched before anything counts. The simulator gets them too.
+    """
+    prepared, config = under(subject.prepared, load), subject.execution.config
+    assert isinstance(prepared.workload, OpenWorkload)
+    places = getattr(subject.execution.given.backend, "places", ())
+    cards = any(place != CPU for place in places)
+    number = config.scheduler.max_batch_requests if cards else WARMUP_REQUESTS
+    begin_s = config.validate.warmup_s
+    if begin_s is None:
+        begin_s = CARD_WARMUP_S if cards else WARMUP_S
+    number = min(number, config.scheduler.max_batch_requests) if begin_s else 0
+    most = prepared.model.context_limit_tokens // 2
+    warm = [Request(WARMUP_ID + n, 0.0, min(WARMUP_PROMPTS[n % len(WARMUP_PROMPTS)], most), min(n + 1, most))
+            for n in range(number)]
+    counted = [replace(request, arrival_s=request.arrival_s + begin_s)
+               for request in prepared.workload.requests()]
+    return LoadedCase(prepared, [*warm, *counted], begin_s)
 
 
 def measure(subject: Subject, load: Load) -> Outcome:
     """Serve the requests.
 
     Raises:
-        HetisError: the run fails.
+        HetisError: the run fails, or its warm-up takes longer than it is given.
     """
-    prepared, execution = loaded(subject, load), subject.execution
-    assert isinstance(prepared.workload, OpenWorkload)
-    given = dataclasses.replace(execution.given, requests=prepared.workload.requests(), log_decisions=False)
-    executor = Executor(given, crew_maker(execution.config, given))
-    return _outcome(executor.run().recorder, prepared, "measured")
+    case, execution = loaded(subject, load), subject.execution
+    given = dataclasses.replace(execution.given, requests=case.requests, log_decisions=False)
+    recorder = Executor(given, crew_maker(execution.config, given)).run().recorder
+    rows = recorder.requests()
+    warm_s = float(rows[rows["request_id"] >= WARMUP_ID]["finish_s"].max())
+    if warm_s > case.begin_s:
+        raise HetisError(f"policy {subject.label}: the warm-up has taken {warm_s:.1f} s, "
+                         f"validate.warmup_s={case.begin_s:g}: give it more")
+    return _outcome(recorder, case)
 
 
 def simulate(subject: Subject, load: Load) -> Outcome:
     """Simulate the same."""
-    prepared = loaded(subject, load)
-    return _outcome(run_prepared(prepared).recorder, prepared, "simulated")
+    case = loaded(subject, load)
+    prepared = case.prepared
+    simulation = Simulation(SimulationInput(
+        prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan, case.requests,
+        prepared.settings, event_budget(prepared) + 100 * len(case.requests)))
+    return _outcome(simulation.run(), case)
 
 
-def _outcome(recorder: Recorder, prepared: Prepared, label: str) -> Outcome:
-    roles = roles_of_plan(prepared.plan.to_dict(), len(prepared.cluster.devices))
-    summary = summarize(recorder, slo=prepared.config.slo.slo(), roles=roles, label=label)
-    return Outcome(recorder.requests(), recorder.steps(), summary)
+def _outcome(recorder: Recorder, case: LoadedCase) -> Outcome:
+    requests, steps, samples = recorder.requests(), recorder.steps(), recorder.samples()
+    counted = requests[requests["request_id"] < WARMUP_ID]
+    warm = sum(request.request_id >= WARMUP_ID for request in case.requests)
+    trim = Trim((warm + 0.5) / len(case.requests)) if warm else Trim()
+    summary = summarize(recorder, slo=case.prepared.config.slo.slo(), trim=trim)
+    later = samples[samples["now_s"] >= case.begin_s]
+    used = later[[name for name in later.columns if name.startswith("used_bytes_")]].sum(axis=1)
+    rates = {"request_throughput": summary.throughput.request_throughput,
+             "output_throughput": summary.throughput.output_throughput,
+             "kv_used_mean": summary.kv_used_mean,
+             "kv_used_max": float(used.max()) / max(1.0, sum(recorder.capacity_bytes))}
+    return Outcome(counted.reset_index(drop=True), steps[steps["start_s"] >= case.begin_s], rates)
 
 
 def capacity_rps(subject: Subject, requests: int, seed: int,
@@ -108,4 +166,4 @@ def capacity_rps(subject: Subject, requests: int, seed: int,
     if not len(done):
         raise HetisError(f"policy {subject.label}: none of {requests} requests has finished")
     columns = ("finish_s", "first_scheduled_s", "arrival_s")
-    return flooded_throughput(Table({name: done[name].to_numpy() for name in columns}), WARMUP)
+    return flooded_throughput(Table({name: done[name].to_numpy() for name in columns}), FLOODED)

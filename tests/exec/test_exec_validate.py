@@ -22,8 +22,8 @@ from hetis_exec.measure_config import ValidateConfig
 from hetis_exec.run import prepare_execution
 from hetis_exec.validate.compare import Error, latency_errors, paired, part_errors, parts_of, rate_errors
 from hetis_exec.validate.profiles import check_profiles
-from hetis_exec.validate.runs import capacity_rps, loaded, simulate, subjects_of
-from hetis_sim.spec.errors import SpecError
+from hetis_exec.validate.runs import capacity_rps, loaded, measure, simulate, subjects_of
+from hetis_sim.spec.errors import HetisError, SpecError
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.study.runs import Load
 
@@ -34,7 +34,7 @@ WORDS = ("cluster.hosts=[{gpus:{cpu-core:1},memory_gib:2},{gpus:{weak-core:1},me
          "executor.workers=threads", "workload.table=fixed", "workload.prompt_tokens=12",
          "workload.output_tokens=6", "workload.prompt_scale=1", "workload.output_scale=1", "rate=100",
          "validate.policies=[vllm]", "validate.loads=[0.5]", "validate.run_s=0.2", "validate.requests_min=6",
-         "validate.capacity_requests=8", "validate.resamples=50")
+         "validate.capacity_requests=8", "validate.resamples=50", "validate.warmup_s=1")
 
 
 def frame(ttft: Any, tpot: Any, status: str = "finished", seed: int = 0) -> pd.DataFrame:
@@ -187,12 +187,32 @@ def test_both_worlds_get_the_same(words: list[str]) -> None:
     (subject,) = subjects_of(config)
     load = Load(50.0, 8, 3)
     one, other = loaded(subject, load), loaded(subject, load)
-    assert one.plan is other.plan is subject.execution.given.plan
-    assert one.workload.requests() == other.workload.requests()  # type: ignore[union-attr]
+    assert one.prepared.plan is other.prepared.plan is subject.execution.given.plan
+    assert one.requests == other.requests
     single = replace(config, scheduler=replace(config.scheduler, collapse=False))
     outcomes = [simulate(case, load) for case in (subject, subjects_of(single)[0])]
     whole, single_s = (outcome.requests["e2el_s"].to_numpy() for outcome in outcomes)
     assert whole == pytest.approx(single_s)
+
+
+def test_warming_up_does_not_count(words: list[str]) -> None:
+    """Requests before the first one that counts are served, in both worlds, and are in no figure."""
+    config = compose_execution(*words, "validate.warmup_s=1.5")
+    (subject,) = subjects_of(config)
+    load = Load(50.0, 8, 3)
+    case = loaded(subject, load)
+    assert len(case.requests) == 8 + 8
+    assert min(request.arrival_s for request in case.requests[8:]) >= 1.5
+    for outcome in (simulate(subject, load), measure(subject, load)):
+        assert len(outcome.requests) == 8
+        assert outcome.requests["request_id"].max() < 8
+        assert outcome.steps["start_s"].min() >= 1.5
+        assert outcome.rates["output_throughput"] > 0
+    cold = subjects_of(compose_execution(*words, "validate.warmup_s=0"))[0]
+    assert len(loaded(cold, load).requests) == 8
+    hasty = subjects_of(compose_execution(*words, "validate.warmup_s=0.0001"))[0]
+    with pytest.raises(HetisError, match=r"validate\.warmup_s=0\.0001"):
+        measure(hasty, load)
 
 
 def test_capacity_is_what_finishes_under_overload(words: list[str]) -> None:
@@ -200,8 +220,8 @@ def test_capacity_is_what_finishes_under_overload(words: list[str]) -> None:
     (subject,) = subjects_of(compose_execution(*words))
     capacity = capacity_rps(subject, 40, 0, simulate)
     outcome = simulate(subject, Load(0.5 * capacity, 40, 0))
-    assert outcome.summary.whole_run.request_throughput == pytest.approx(0.5 * capacity, rel=0.35)
-    flooded = simulate(subject, Load(1000.0, 40, 0)).summary.whole_run.request_throughput
+    assert outcome.rates["request_throughput"] == pytest.approx(0.5 * capacity, rel=0.35)
+    flooded = simulate(subject, Load(1000.0, 40, 0)).rates["request_throughput"]
     assert capacity == pytest.approx(flooded, rel=0.4)
 
 
