@@ -11,7 +11,9 @@ from calibrated import device_profile, host_profile, links_profile, signed, writ
 
 from hetis_sim.config import compose, normalise
 from hetis_sim.control.controller import Controller
-from hetis_sim.control.timing import InstanceTimer
+from hetis_sim.control.state import RequestState
+from hetis_sim.control.step import Chunk, Step, StepKind
+from hetis_sim.control.timing import InstanceTimer, StepTiming
 from hetis_sim.cost import load_cost_model
 from hetis_sim.cost.model import CostModel
 from hetis_sim.cost.outside import RangeWatch, sentence
@@ -23,6 +25,7 @@ from hetis_sim.spec.architectures import MODELS
 from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.errors import SpecError
 from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.request import Request
 
 MODEL = replace(MODELS["smollm2-135m"], weight_bytes=4, kv_bytes=4)
 CORE = GpuSpec("cpu-core", 1 << 31, 1e10, 1e11, 1e11, 1e11)
@@ -93,6 +96,37 @@ def test_packing_lies_on_the_path_of_the_rank(tmp_path: Path) -> None:
     packing = MODEL.layers * (1e-5 + 2 * cost.pack_s_per_group)
     for (before, _), (after, _) in zip(lines.local + lines.remote, lines.both, strict=True):
         assert after - before == pytest.approx(packing)
+
+
+def test_hosts_that_start_kernels_one_by_one_hold_steps_up(tmp_path: Path) -> None:
+    """Steps with prompts and steps spread over devices take at least that long; plain decoding does not."""
+    raw = host_profile(MODEL)
+    del raw["sha256"]
+    raw["modules"]["host_overhead"]["coefficients"] |= {"eager_s_per_layer": 0.2, "eager_s_per_prompt": 0.05}
+    path = written(folder(tmp_path), signed(raw))
+    prepared = prepare(compose(*SERVED, f"profile={path}"))
+    plan = InstancePlan((StagePlan((0,), MODEL.layers, (3,)),), (2,))
+    controller = replace(prepared, plan=Plan((plan,))).controller()
+    assert isinstance(controller, Controller)
+    engine = controller.engines[0]
+    lane, loads = engine.lanes[0], engine.loads
+
+    def step_s(timing: StepTiming) -> float:
+        ((busy, lines, _),) = timing.stages
+        return busy + max([start for start, _ in lines], default=0.0)
+
+    host_s = 5e-3
+    for prompts in (1, 3):
+        request = RequestState(Request(0, 0.0, 4, 2))
+        chunks = tuple(Chunk(request, 4, 0, True) for _ in range(prompts))
+        timing = engine.timer.prefill(Step(0, 0, StepKind.PREFILL, chunks), lane, loads)
+        assert step_s(timing) == pytest.approx(MODEL.layers * (0.2 + 0.05 * prompts) + host_s, rel=1e-2)
+    lane.groups[:] = [3, 0]
+    lane.base[:] = [30, 0]
+    assert step_s(engine.timer.decode(lane, loads)) < 1.0
+    lane.groups[:] = [2, 1]
+    lane.version += 1
+    assert step_s(engine.timer.decode(lane, loads)) == pytest.approx(MODEL.layers * 0.2 + host_s, rel=1e-2)
 
 
 def test_attention_workers_have_costs_of_their_own(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ by a fit to the others; what is written was fitted to all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -304,8 +304,11 @@ def fit_reduces(samples: pd.DataFrame) -> Fitted:
                   len(rows), len(samples))
 
 
-def fit_host(samples: pd.DataFrame) -> Fitted:
-    """Time of an iteration besides what workers account for: a base, and something for each sequence."""
+def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
+    """Time of an iteration besides what workers account for: a base, and something for each sequence.
+
+    ``launches`` are of starting kernels without graphs, where the host has to do that.
+    """
     rows = medians(samples)
 
     def columns(part: pd.DataFrame) -> list[Floats]:
@@ -313,7 +316,12 @@ def fit_host(samples: pd.DataFrame) -> Fitted:
 
     base, each = least_relative(columns(rows), rows["seconds"].to_numpy())
     errors = held_out_errors(rows, ["tokens"], lambda known: _linear(known, columns))
-    return Fitted("host_overhead", "host", HostOverhead(float(base), float(each)).dump(),
+    found = HostOverhead(float(base), float(each))
+    if len(launches):
+        starts = medians(launches)
+        layer, prompt = least_relative(columns(starts), starts["seconds"].to_numpy())
+        found = replace(found, eager_s_per_layer=float(layer), eager_s_per_prompt=float(prompt))
+    return Fitted("host_overhead", "host", found.dump(),
                   {"sequences": _ends(rows["tokens"])}, errors, len(rows), len(samples))
 
 
@@ -329,8 +337,9 @@ def fit_all(samples: pd.DataFrame, shapes: dict[str, ModelSpec], limit: Callable
         limit: of a module, the largest median error on held-out points with which it is accepted.
     """
     fits = Fits()
-    for module, subject, part in _parts(samples):
-        made = _fit(module, subject, part, shapes)
+    launching = samples["module"] == "host_launch"
+    for module, subject, part in _parts(samples[~launching]):
+        made = _fit(module, subject, part, shapes, samples[launching])
         reason = reason_against(made, limit(module))
         if reason:
             fits.refused.append((module, subject, reason))
@@ -348,7 +357,8 @@ def _parts(samples: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
             for module, subject in keys]
 
 
-def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
+def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec],
+         launches: pd.DataFrame) -> Fitted:
     if module in ("dense_layer", "head"):
         return fit_tables(module, subject, samples, shapes)
     if module in ("decode_attention", "remote_attention"):
@@ -359,7 +369,7 @@ def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, Mod
         return fit_packing(subject, samples)
     if module == "transfer":
         return fit_transfers(samples)
-    return fit_reduces(samples) if module == "all_reduce" else fit_host(samples)
+    return fit_reduces(samples) if module == "all_reduce" else fit_host(samples, launches)
 
 
 def reason_against(made: Fitted, limit: float) -> str:

@@ -152,7 +152,8 @@ class InstanceTimer:
         self._model = model
         self._cost = cost
         self._stages = tuple(self._stage_facts(s) for s in range(len(plan.stages)))
-        self._fixed: dict[tuple[int, int], FixedParts] = {}
+        self._fixed: dict[tuple[int, int, int | None], FixedParts] = {}
+        self._alone = len(self._stages) == 1 and self._stages[0].tp == 1
         self._decodes: dict[int, tuple[int, StepTiming]] = {}
         self._lines: dict[int, tuple[int, DecodeLines]] = {}
         # Positions of each attention worker, and of each stage with what their lines depend on.
@@ -184,15 +185,18 @@ class InstanceTimer:
         cost = self.costs[p.index]
         return p.index, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s
 
-    def fixed_parts(self, tokens: int, sequences: int) -> FixedParts:
-        """Host, dense, collectives and hops for ``tokens``, of which ``sequences`` are sampled."""
-        key = (tokens, sequences)
+    def fixed_parts(self, tokens: int, sequences: int, prompts: int | None = None) -> FixedParts:
+        """Host, dense, collectives and hops for ``tokens``, of which ``sequences`` are sampled.
+
+        ``prompts``: see :meth:`CostModel.host_beside_s`.
+        """
+        key = (tokens, sequences, prompts)
         found = self._fixed.get(key)
         if found is None:
             parts = [self._stage_parts(s, tokens, sequences) for s in range(len(self.plan.stages))]
             host, dense, collective, hop = (tuple(column) for column in zip(*parts, strict=True))
             busy = tuple(sum(part[:3]) for part in parts)
-            least = tuple(self._cost.host_beside_s(sequences, stage.layers, s == 0)
+            least = tuple(self._cost.host_beside_s(sequences, stage.layers, s == 0, prompts)
                           for s, stage in enumerate(self._stages))
             found = FixedParts(busy, hop, least, sum(host), sum(dense), sum(collective), sum(hop))
             self._fixed[key] = found
@@ -230,7 +234,7 @@ class InstanceTimer:
     def prefill(self, step: Step, lane: Lane, loads: Loads) -> StepTiming:
         """A step that prefills, with or without the lane's decode batch."""
         sampled = step.decoding + sum([chunk.last for chunk in step.chunks])
-        fixed = self.fixed_parts(step.prefill_tokens + step.decoding, max(1, sampled))
+        fixed = self.fixed_parts(step.prefill_tokens + step.decoding, max(1, sampled), len(step.chunks))
         attention = [self._prefill_attention_s(stage, step.chunks) for stage in self._stages]
         idle = DecodeLines((NO_LINES,) * len(attention), ())
         lines = self._mixed_lines(lane, loads) if step.decoding else idle
@@ -243,8 +247,9 @@ class InstanceTimer:
         version, timing = self._decodes.get(lane.index, (-1, None))
         if timing is None or version != lane.version:
             batch = len(lane.members)
-            fixed = self.fixed_parts(batch, batch)
             lines = self.lines(lane, loads)
+            whole = self._alone and not lines.workers
+            fixed = self.fixed_parts(batch, batch, None if whole else 0)
             stages = tuple([(busy, stage.both, hop) for busy, stage, hop
                             in zip(fixed.busy_s, lines.stages, fixed.hop_s, strict=True)])
             timing = self._held(StepTiming(fixed, 0.0, lines, stages))

@@ -84,8 +84,8 @@ class ProfileCost(MemoisedCost):
     def host_overhead_s(self, sequences: int) -> float:
         return self._host.waited_s(sequences)
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
-        return self._host.beside_s(sequences, layers, leads)
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
+        return self._host.beside_s(sequences, layers, leads, prompts)
 
     @cached_property
     def _host(self) -> HostOverhead:
@@ -94,7 +94,9 @@ class ProfileCost(MemoisedCost):
         if profile is None or profile.host_overhead is None:
             return given
         measured = profile.host_overhead
-        return replace(given, base_s=measured.base_s, per_sequence_s=measured.per_sequence_s)
+        return replace(given, base_s=measured.base_s, per_sequence_s=measured.per_sequence_s,
+                       eager_s_per_layer=measured.eager_s_per_layer,
+                       eager_s_per_prompt=measured.eager_s_per_prompt)
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         profile = self._with_module(gpu.name, "head_packing")

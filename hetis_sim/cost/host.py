@@ -9,6 +9,8 @@ from hetis_sim.cost.model import ProvenanceRow
 from hetis_sim.cost.parse import positive
 from hetis_sim.spec.errors import require_finite
 
+EAGER = ("eager_s_per_layer", "eager_s_per_prompt")
+
 
 @dataclass(frozen=True, slots=True)
 class HostOverhead:
@@ -23,15 +25,20 @@ class HostOverhead:
             devices, so an iteration takes the longer of the two. Nothing with CUDA graphs.
         overlap: the host schedules the next iteration while this one computes (vLLM's asynchronous
             scheduling), so its time counts only where it is the longer.
+        eager_s_per_layer, eager_s_per_prompt: the same as ``launch_s_per_layer`` in iterations that are not
+            replayed from a graph, and what each prompt adds to it in every layer.
     """
 
     base_s: float = 2e-3
     per_sequence_s: float = 2e-5
     launch_s_per_layer: float = 0.0
     overlap: bool = False
+    eager_s_per_layer: float = 0.0
+    eager_s_per_prompt: float = 0.0
 
     def __post_init__(self) -> None:
-        for key in ("base_s", "per_sequence_s", "launch_s_per_layer"):
+        for key in ("base_s", "per_sequence_s", "launch_s_per_layer", "eager_s_per_layer",
+                    "eager_s_per_prompt"):
             require_finite(f"cost.host_overhead.{key}", getattr(self, key), 0.0)
 
     def seconds(self, sequences: int) -> float:
@@ -42,10 +49,16 @@ class HostOverhead:
         """The part that the devices wait for."""
         return 0.0 if self.overlap else self.seconds(sequences)
 
-    def beside_s(self, sequences: int, layers: int, leads: bool) -> float:
-        """The part that runs while the devices compute; ``leads`` where the iteration is scheduled."""
+    def beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
+        """The part that runs while the devices compute; ``leads`` where the iteration is scheduled.
+
+        ``prompts`` are those of an iteration that is not replayed from a graph, None for one that may be.
+        """
         scheduling = self.seconds(sequences) if self.overlap and leads else 0.0
-        return scheduling + self.launch_s_per_layer * layers
+        launch_s = self.launch_s_per_layer
+        if prompts is not None:
+            launch_s = max(launch_s, self.eager_s_per_layer + self.eager_s_per_prompt * prompts)
+        return scheduling + launch_s * layers
 
     def provenance(self) -> ProvenanceRow:
         """The row that says that this is a setting."""
@@ -59,9 +72,12 @@ class HostOverhead:
     @classmethod
     def parse(cls, raw: dict[str, Any], key: str) -> HostOverhead:
         """Read a profile's coefficients; :class:`SpecError` names the faulty key."""
-        return cls(positive(raw.get("base_s"), f"{key}.base_s", zero=True),
-                   positive(raw.get("per_sequence_s"), f"{key}.per_sequence_s", zero=True))
+        eager = (positive(raw.get(name, 0.0), f"{key}.{name}", zero=True) for name in EAGER)
+        base_s = positive(raw.get("base_s"), f"{key}.base_s", zero=True)
+        per_sequence_s = positive(raw.get("per_sequence_s"), f"{key}.per_sequence_s", zero=True)
+        return cls(base_s, per_sequence_s, 0.0, False, *eager)
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""
-        return {"base_s": float(f"{self.base_s:.4g}"), "per_sequence_s": float(f"{self.per_sequence_s:.4g}")}
+        names = ("base_s", "per_sequence_s", *(name for name in EAGER if getattr(self, name)))
+        return {name: float(f"{getattr(self, name):.4g}") for name in names}

@@ -121,8 +121,8 @@ class MisjudgedCost(MemoisedCost):
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         return self.truth.head_packing(gpu)
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
-        return self.truth.host_beside_s(sequences, layers, leads)
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
+        return self.truth.host_beside_s(sequences, layers, leads, prompts)
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:

@@ -160,10 +160,12 @@ class CostModel(ABC):
         """What the durations of a module were fitted on: ends by quantity; empty where nothing was fitted."""
         return {}
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         """Host time that runs beside the devices; an iteration of a stage takes the longer of the two.
 
         ``layers`` are those of the stage, and ``leads`` says whether the host schedules the iteration there.
+        ``prompts`` are those of an iteration that no graph of kernels can stand for, because it has prompts
+        or is spread over several devices; None for plain decoding on one.
         """
         return 0.0
 

@@ -72,8 +72,8 @@ class RooflineCost(MemoisedCost):
     def host_overhead_s(self, sequences: int) -> float:
         return self.host.waited_s(sequences)
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
-        return self.host.beside_s(sequences, layers, leads)
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
+        return self.host.beside_s(sequences, layers, leads, prompts)
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:

@@ -15,6 +15,7 @@ pytest.importorskip("torch", reason="calibration needs the extra exec")
 
 from hetis_exec.calibrate import command
 from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, owned_groups, tables_of
+from hetis_exec.calibrate.host import measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
 from hetis_exec.calibrate.steps import Sizes, jobs_for
 from hetis_exec.calibrate.tasks import degrees_of, plan_of
@@ -158,6 +159,13 @@ def test_a_bench_computes_steps_as_a_worker_does() -> None:
         assert timed.times.attention_s > 0
         assert timed.whole_s >= timed.times.dense_s + timed.times.attention_s
         assert stretched.times.attention_s > 5 * timed.times.attention_s
+
+
+def test_launches_are_timed_by_the_number_of_prompts() -> None:
+    """Whole steps of few tokens, a layer's share of each."""
+    found = measure_launch(bench(), 2)
+    assert [sample.point.tokens for sample in found] == [1, 2, 4, 8] * 2
+    assert all(sample.seconds > 0 for sample in found)
 
 
 def test_ranks_own_groups_as_even_as_can_be() -> None:

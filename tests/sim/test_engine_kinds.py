@@ -56,7 +56,7 @@ class BusyHost(ConstantCost):
     beside_s: float = 0.0
     mixed: AttentionCost = ConstantCost.attention
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool) -> float:
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         return self.beside_s
 
     def mixed_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
