@@ -391,6 +391,9 @@ def test_every_group_builds(project_root: Path, trace: str) -> None:
     for name, path in found.items():
         text = path.read_text()
         assert text.startswith("#")
+        if name == "prompts":  # texts, for measured runs
+            assert f"python -m hetis_exec replay model.path=... workload={name}" in text
+            continue
         assert f"python -m hetis_sim run workload={name}" in text
         settings = OmegaConf.merge(OmegaConf.structured(WorkloadConfig), OmegaConf.create(text))
         if name == "trace":

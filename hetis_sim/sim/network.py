@@ -6,6 +6,7 @@ flows of a wire share the rest evenly. A flow runs at the rate of its tightest w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -184,7 +185,8 @@ class Network:
 
     def _wire(self, kind: str, index: int, link: LinkSpec) -> Wire:
         wire = (kind, index)
-        self._bandwidth[wire] = 1.0 / self._cost.transfer(link).gamma_s_per_byte
+        gamma_s_per_byte = self._cost.transfer(link).gamma_s_per_byte
+        self._bandwidth[wire] = 1.0 / gamma_s_per_byte if gamma_s_per_byte > 0.0 else math.inf
         return wire
 
     def _host_wire(self, direction: str, device: int) -> Wire:
