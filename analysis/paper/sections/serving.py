@@ -231,20 +231,23 @@ def _mixed_note(evaluation: Evaluation, found: Found) -> str:
 
 
 def _limit_note(evaluation: Evaluation, found: Found, name: str) -> str:
-    """What the requests held at the lowest rate that failed, with Hetis and with another policy."""
+    """Which limit is missed first as the load grows, with Hetis and with another policy."""
     notes = []
     for cell in evaluation.cells_of(name):
         if cell[0] != evaluation.scale.focus[0]:
             continue
-        parts = [_held(found[cell, who], who) for who in (HETIS, name)]
+        parts = [_missed(found[cell, who], who) for who in (HETIS, name)]
         if all(parts):
-            notes.append(f"{cell_name(*cell)}: {'; '.join(parts)}")
-    return f"Requests within each limit where the SLO first fails. {'. '.join(notes)}." if notes else ""
+            notes.append(f"{cell_name(*cell)}: {', '.join(parts)}")
+    return f"The limit that is missed first. {'. '.join(notes)}." if notes else ""
 
 
-def _held(answer: Answer, who: str) -> str:
+def _missed(answer: Answer, who: str) -> str:
+    """The limit that fewer requests hold at the lowest rate that failed."""
     failure = None if answer.error else answer.value["first_failure"]
     if failure is None:
         return ""
-    return (f"{label(who)} at {failure['rate_rps']:.3g} requests/s TTFT {100 * failure['ttft']:.0f} %, "
-            f"TPOT {100 * failure['tpot']:.0f} %")
+    shares = {"TTFT": failure["ttft"], "TPOT": failure["tpot"]}
+    first = min(shares, key=shares.__getitem__)
+    held = " and ".join(f"{limit} by {100 * share:.0f} %" for limit, share in shares.items())
+    return f"{label(who)} {first} (at {failure['rate_rps']:.3g} requests/s held: {held})"
