@@ -16,17 +16,20 @@ from analysis.figures.draw import save_chart
 from analysis.paper import store as store_module
 from analysis.paper.claims import CLAIMS
 from analysis.paper.command import SECTIONS, narrowed, run
-from analysis.paper.evaluation import Evaluation
+from analysis.paper.evaluation import Evaluation, Variant
 from analysis.paper.measure import devices
+from analysis.paper.measure import serving as serving_measure
 from analysis.paper.measure.capacity import _Search, crossing, measure
 from analysis.paper.measure.usable import usable_tokens
 from analysis.paper.page import page_text, statement_table, write_page
 from analysis.paper.ratios import cell_ratio, largest, missing, up_to
 from analysis.paper.scale import QUICK, Scale
 from analysis.paper.section import Finding, Section, table
+from analysis.paper.sections import latency, serving
 from analysis.paper.sections.serving import ratio_chart
-from analysis.paper.store import Job, Store
+from analysis.paper.store import Answer, Job, Store
 from hetis_sim import compose
+from hetis_sim.metrics.columns import PARTS
 from hetis_sim.policies.splitwise import SplitwisePolicy
 from hetis_sim.run import prepare
 from hetis_sim.spec.errors import InfeasibleError, SpecError
@@ -309,6 +312,53 @@ def test_captions_speak_of_intervals_where_there_are_any() -> None:
     single = ratio_chart("k", "T", "w", {"hexgen": [cell_ratio(CELL, [2.0], [1.0])]})
     assert seeds.caption == "T, paired by seed, with 95 % intervals."
     assert single.caption == "T."
+
+
+def test_systems_beside_the_baselines_are_run_for_one_model(tmp_path: Path) -> None:
+    """That of the cell of the sweeps; Hetis and the baselines everywhere."""
+    scale = Scale(policies=("hetis", "splitwise", "vllm"))
+    evaluation = Evaluation(scale, in_one_process(tmp_path))
+    assert evaluation.cells_of("hetis") == evaluation.cells_of("splitwise, kinds apart") == scale.cells
+    assert evaluation.cells_of("vllm") == [cell for cell in scale.cells if cell[0] == scale.focus[0]]
+
+
+def test_wrong_coefficients_can_leave_the_plan_as_it_is(tmp_path: Path) -> None:
+    """The plan is then that of the configuration without the error."""
+    evaluation = Evaluation(TINY, in_one_process(tmp_path))
+    plain = Variant("x", {"name": "hetis", "delta": 100.0}, ("cost.policy_error=0.9",))
+    jobs = [evaluation.latency_job(CELL, variant, 3.0, [3.0], [0])
+            for variant in (plain, replace(plain, keeps_plan=True))]
+    assert "plan_words" not in jobs[0].arguments
+    assert jobs[1].arguments["plan_words"] == evaluation.words(CELL)
+    right = replace(plain, words=())
+    rows = [serving_measure.latency(**{**job.arguments, "requests": 30})[0][0]
+            for job in (*jobs, evaluation.latency_job(CELL, right, 3.0, [3.0], [0]))]
+    assert rows[1]["gap_s"] > 0.0
+    # Dense work is that of the plan, whatever dispatch believes.
+    assert rows[1]["decode_dense_s"] == pytest.approx(rows[2]["decode_dense_s"], rel=0.05)
+
+
+def test_the_page_says_which_limit_is_missed_first() -> None:
+    """The one that fewer requests hold where the SLO first fails; nothing where it never did."""
+    failure = {"rate_rps": 12.34, "ttft": 1.0, "tpot": 0.77}
+    assert serving._missed(Answer({"first_failure": failure}), "hetis") == (
+        "Hetis TPOT (at 12.3 requests/s 100 % hold that on TTFT, 77 % that on TPOT)")
+    assert serving._missed(Answer({"first_failure": None}), "hetis") == ""
+    assert serving._missed(Answer(None, "no plan"), "hetis") == ""
+
+
+def test_a_capacity_that_ends_at_the_bound_is_marked() -> None:
+    """The search says so in its note."""
+    value = {"slo": [4.0, 4.0], "note": "the SLO holds even at 4 requests/s: the runs are too short"}
+    assert serving._text(value, "slo").endswith("(+)")
+    assert not serving._text({**value, "note": ""}, "slo").endswith("(+)")
+
+
+def test_what_is_no_decode_iteration_is_a_share_of_the_gap() -> None:
+    """Of 40 ms between two tokens, 30 ms in parts of iterations leave a quarter."""
+    run = {f"decode_{part}_s": 0.03 / len(PARTS) for part in PARTS} | {"gap_s": 0.04}
+    assert latency._stalled(Answer([[run, run]])) == pytest.approx(25.0)
+    assert latency._stalled(Answer(None, "no plan")) is None
 
 
 @pytest.mark.slow

@@ -68,6 +68,9 @@ def build(evaluation: Evaluation) -> Section:
         *([Finding("throughput-splitwise", "", _mixed_note(evaluation, found))] if STRICT in others else [])])
 
 
+CARDS = re.compile(r"\d+ x ([\w-]+)")
+"""Kinds of card in the words for an instance."""
+
 MEASURES: dict[str, Value] = {
     "slo": lambda value: value["slo"], "sustained": lambda value: value["sustained"],
     "cache": lambda value: [float(value["usable_tokens"])]}
@@ -210,11 +213,6 @@ def _findings(ratios: dict[str, dict[str, list[CellRatio]]], others: Sequence[st
     return findings
 
 
-
-
-CARDS = re.compile(r"\d+ x ([\w-]+)")
-
-
 def _mixed_note(evaluation: Evaluation, found: Found) -> str:
     """The models for which a kind of card both prefills and decodes although kinds were to be apart."""
     mixed: dict[str, str] = {}
@@ -249,5 +247,5 @@ def _missed(answer: Answer, who: str) -> str:
         return ""
     shares = {"TTFT": failure["ttft"], "TPOT": failure["tpot"]}
     first = min(shares, key=shares.__getitem__)
-    held = " and ".join(f"{limit} by {100 * share:.0f} %" for limit, share in shares.items())
-    return f"{label(who)} {first} (at {failure['rate_rps']:.3g} requests/s held: {held})"
+    return (f"{label(who)} {first} (at {failure['rate_rps']:.3g} requests/s {100 * shares['TTFT']:.0f} % "
+            f"hold that on TTFT, {100 * shares['TPOT']:.0f} % that on TPOT)")
