@@ -230,12 +230,13 @@ SHAPES = {"llama3-8b": (8, 4, 128), "llama2-70b": (8, 8, 128), "llama2-13b": (40
 def section_kernel(machine: Machine) -> None:
     """Paged decode attention, beside torch's on contiguous cache."""
     shapes = {"small": (2, 4, 16)} if machine.tiny else SHAPES
-    cases = [(32, 1024), (32, 4096), (1, 1024), (1, 8192), (8, 1024), (8, 8192), (64, 256), (64, 1024),
-             (64, 4096), (32, 256)]
+    cases = [(1, 1024), (1, 8192), (8, 1024), (8, 8192), (32, 1024), (32, 4096), (64, 256), (64, 1024),
+             (64, 4096)]
+    some = {"llama2-70b": [1, 3, 5], "llama2-13b": [0, 2, 3, 4]}
     if machine.tiny:
         cases = [(2, 20)]
     for name, (groups, heads, head_dim) in shapes.items():
-        for batch, context in cases if name != "llama2-13b" else cases[:5]:
+        for batch, context in [cases[n] for n in some[name]] if name in some and not machine.tiny else cases:
             cache = Cache(machine, batch, groups, head_dim, context)
             given, plan = inputs(machine, batch, groups, heads, head_dim), cache.plan()
 
@@ -291,20 +292,51 @@ def section_tune(machine: Machine) -> None:
 
 
 def section_prefill(machine: Machine) -> None:
-    """Causal attention of prompts and of their later pieces."""
+    """Causal attention of prompts and of their later pieces: by the kernel for all prompts, and by torch."""
     groups, heads, head_dim = (2, 4, 16) if machine.tiny else SHAPES["llama3-8b"]
-    kernels = CudaKernels(machine.device, 1, BLOCK, head_dim, machine.dtype)
-    cases = ((8, 4),) if machine.tiny else ((512, 0), (2048, 0), (8192, 0), (512, 4096), (512, 16384))
+    cases = ((8, 4),) if machine.tiny else ((64, 0), (256, 0), (1024, 0), (2048, 0), (8192, 0), (256, 1024),
+                                            (512, 4096))
     for new, context in cases:
+        total = context + new
+        units = groups * (total // BLOCK + 1)
+        kernels = CudaKernels(machine.device, units, BLOCK, head_dim, machine.dtype)
+        pool = KvPool(units, BLOCK, kernels)
+        keys = [TableKey(0, 0, g) for g in range(groups)]
+        for key in keys:
+            pool.open(key, 1, total // BLOCK + 1, 1)
         q, _, _ = inputs(machine, new, groups, heads, head_dim)
-        k, v = (torch.randn(groups, context + new, head_dim, device=machine.device, dtype=machine.dtype)
+        k, v = (torch.randn(groups, total, head_dim, device=machine.device, dtype=machine.dtype)
                 for _ in range(2))
-        seconds = machine.seconds(lambda q=q, k=k, v=v: kernels.causal(q, k, v))
+        pool.write_groups(pool.spots(keys, 0, total), 0, k, v)
+        seconds = machine.captured(lambda kernels=kernels, q=q, k=k, v=v: kernels.causal(q, k, v))
         operations = 4 * groups * heads * head_dim * (new * context + new * new / 2)
         sample = kernels.causal(q, k, v)[-2:].float().cpu()
         wanted = attention(q[-2:].float().cpu(), k.float().cpu(), v.float().cpu())
-        machine.add(new=new, context=context, us=1e6 * seconds, tflops=operations / seconds / 1e12,
-                    error=float((sample - wanted).abs().max()))
+        row = {"new": new, "context": context, "torch_us": 1e6 * seconds,
+               "torch_tflops": operations / seconds / 1e12,
+               "torch_error": float((sample - wanted).abs().max())}
+        module = triton_kernels("prompts")
+        launch = kernels.prompt_launch(heads) or module.PromptLaunch(16 // heads, 16, 16, 4, 2)
+        tables = [pool.table(key) for key in keys]
+        spans = torch.from_numpy(kernels.tables.spans(tables)).to(machine.device)
+        prompts = torch.tensor([[0, new, context]], device=machine.device)
+        own = [x[:, context:].swapaxes(0, 1).contiguous() for x in (k, v)]
+        launches = [launch] if machine.tiny else [
+            replace(launch, rows=rows, tokens=rows // heads, warps=warps, stages=stages)
+            for rows, warps, stages in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 4, 2))]
+        for made in launches:
+            blocks = torch.from_numpy(module.blocks_of(made, [new])).to(machine.device)
+
+            def call(module: Any = module, made: Any = made, blocks: torch.Tensor = blocks,
+                     kernels: CudaKernels = kernels, q: torch.Tensor = q, own: Any = own,
+                     spans: torch.Tensor = spans, prompts: torch.Tensor = prompts) -> torch.Tensor:
+                found: torch.Tensor = module.attend(made, q, *own, kernels.keys, kernels.values,
+                                                    kernels.tables.arena, spans, prompts, blocks, 0)
+                return found
+
+            seconds = machine.captured(call)
+            machine.add(**row, **asdict(made), us=1e6 * seconds, tflops=operations / seconds / 1e12,
+                        error=float((call()[-2:].float().cpu() - wanted).abs().max()))
 
 
 # -- whole steps --------------------------------------------------------------------------------------------
@@ -328,8 +360,8 @@ def step_bytes(spec: ModelSpec, batch: int, context: int) -> float:
 
 def section_step(machine: Machine) -> None:
     """Whole decode steps: device alone, with their host, kernel by kernel, and layer by layer."""
-    cases = [(2, 20)] if machine.tiny else [(32, 512), (32, 2048), (1, 512), (1, 2048), (8, 512), (8, 2048),
-                                            (64, 512), (64, 2048)]
+    cases = [(2, 20)] if machine.tiny else [(1, 512), (8, 512), (32, 512), (32, 2048), (64, 512),
+                                            (64, 2048)]
     backend, plan, units = worker_of(machine, *max(cases, key=lambda case: case[0] * case[1]))
     spec = backend.architecture.spec
     began = time.perf_counter()
@@ -388,9 +420,14 @@ def section_layers(machine: Machine) -> None:
     object.__setattr__(backend, "cuda_graphs", False)
     spec = backend.architecture.spec
     transport = InProcessTransport()
-    worker: Any = build_worker(WorkerSpec(0, plan, 0, 0, units, BLOCK, backend, timeout_s=60.0),
+    worker: Any = build_worker(WorkerSpec(0, plan, 0, 0, units, BLOCK, backend, timeout_s=60.0,
+                                           rows_max=64, tokens_max=1024 if not machine.tiny else 16),
                                transport.endpoint(0))
     driver = transport.endpoint(-1)
+    worker.cache.pool.kernels.enter()
+    began = time.perf_counter()
+    worker.prepare()
+    machine.add(warm_up_s=time.perf_counter() - began)
     groups, blocks = tuple(range(spec.kv_heads)), context // BLOCK + 4
     opens = tuple(Open(request, 0, groups, spec.layers, blocks, 1) for request in range(batch))
     rows = [Row(request, context, 1, True, False, (0,) * len(groups), -1) for request in range(batch)]
@@ -411,10 +448,38 @@ def section_layers(machine: Machine) -> None:
     machine.add(batch=batch, context=context, wall_ms=statistics.median(walls[1:]),
                 **{f"{part}_ms": 1e3 * getattr(times, f"{part}_s")
                    for part in ("dense", "attention", "head_transfer", "collective")})
-    tokens = 16 if machine.tiny else 1024
-    prompt = (Row(99, 0, tokens, True, True, (0,) * len(groups), -1),)
-    first, again = (do(seq, (), prompt) for seq in (steps + 2, steps + 3))
-    machine.add(prompt_tokens=tokens, first_ms=first, wall_ms=again)
+    for number, tokens in enumerate((16,) if machine.tiny else (1024, 37, 100, 211, 500, 777, 1500)):
+        prompt = (Row(99 + number, 0, tokens, True, True, (0,) * len(groups), -1),)
+        first, again = (do(steps + 2 + 2 * number + n, (), prompt) for n in range(2))
+        machine.add(prompt_tokens=tokens, first_ms=first, wall_ms=again)
+    section_prompts(machine, backend)
+
+
+def section_prompts(machine: Machine, layered: TorchBackend) -> None:
+    """Whole steps of prompts of lengths that have not been seen before, on a worker that has prepared."""
+    backend = replace(layered, cuda_graphs=True)
+    spec, lengths = backend.architecture.spec, (4, 9) if machine.tiny else (37, 100, 211, 333, 500, 777, 1000)
+    plan = InstancePlan((StagePlan((0,), spec.layers, (spec.kv_heads,)),))
+    units = spec.layers * spec.kv_heads * (sum(lengths) // BLOCK + len(lengths))
+    kernels = (CudaKernels(machine.device, units, BLOCK, spec.head_dim, machine.dtype) if machine.tiny
+               else backend.kernels(0, units, BLOCK))
+    pool = KvPool(units, BLOCK, kernels)
+    shard = backend.shard(0, plan, 0, 0)
+    steps = WholeSteps(shard, pool, graphs=not machine.tiny)
+    began = time.perf_counter()
+    steps.warm_up(64, 1024, time.monotonic() + 30)
+    machine.add(warm_up_s=time.perf_counter() - began)
+    for request, new in enumerate(lengths):
+        for group in range(spec.kv_heads):
+            pool.open(TableKey(request, 0, group), spec.layers, new // BLOCK + 1, 1)
+        if not steps.takes_prompts([request], [new]):
+            continue
+        walls = []
+        for _ in range(3):
+            began = time.perf_counter()
+            steps.run_prompts([request], [0], [new], np.arange(new) % spec.vocab, [0], [Wanted(request, new)])
+            walls.append(1e3 * (time.perf_counter() - began))
+        machine.add(graph_prompt_tokens=new, first_ms=walls[0], wall_ms=min(walls))
 
 
 # -- from end to end ----------------------------------------------------------------------------------------

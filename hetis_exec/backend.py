@@ -6,7 +6,7 @@ NumPy arrays; a worker turns them into its backend's arrays and back.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from hetis_exec.messages import Array, Sample, Tokens
@@ -54,10 +54,14 @@ class Shard(Protocol):
     Attributes:
         groups: ids of the KV groups whose weights it holds, G of them with r query heads each.
         layers: number of its layers.
+        heads_per_group: r.
     """
 
     groups: tuple[int, ...]
     layers: int
+
+    @property
+    def heads_per_group(self) -> int: ...
 
     def prepare(self, positions: Tokens) -> Any:
         """What all layers need to know of the positions of a batch's tokens."""
@@ -157,6 +161,26 @@ class Kernels(Protocol):
         Shapes: queries (rows, r, d), keys and values (rows, d); the result is shaped like the queries.
         """
 
+    def plan_prompts(self, tables: Sequence[CacheTable | None], begins: Sequence[int], news: Sequence[int],
+                     contexts: Sequence[int], heads: int) -> Any:
+        """Attention of all prompts of a batch to come in every layer.
+
+        None where they are to be computed one by one: stored, read and attended to by :meth:`causal`.
+
+        Args:
+            tables: of the groups of each prompt, prompt by prompt; None where a group is not stored here.
+            begins: row of the first new token of each prompt in the batch.
+            news, contexts: new tokens of each prompt, and those before them.
+            heads: query heads of a group.
+        """
+
+    def attend_prompts(self, plan: Any, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Store the new tokens of prompts and attend to all of each prompt's tokens up to themselves.
+
+        Shapes: queries (tokens, G, r, d), keys and values (tokens, G, d) of the whole batch; the result is
+        shaped like the queries, and of no meaning for tokens that are of no prompt.
+        """
+
     def causal(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Prefill attention: the queries belong to the last of the tokens.
 
@@ -166,7 +190,7 @@ class Kernels(Protocol):
 
 
 class WholeSteps(Protocol):
-    """Decode steps of a worker that holds a whole model and all of its batch's cache, in one piece."""
+    """Steps of a worker that holds a whole model and all of its batch's cache, in one piece."""
 
     @property
     def rows_max(self) -> int:
@@ -175,6 +199,17 @@ class WholeSteps(Protocol):
     def run(self, request_ids: Sequence[int], positions: Sequence[int], tokens: Tokens,
             asked: Asked) -> Tokens:
         """The next token of each request, after one new token each at the given positions."""
+
+    @property
+    def computed_s(self) -> float:
+        """Seconds that the device took for the last step."""
+
+    def takes_prompts(self, request_ids: Sequence[int], news: Sequence[int]) -> bool:
+        """Whether a step of prompts with so many new tokens each can be computed in one piece."""
+
+    def run_prompts(self, request_ids: Sequence[int], positions: Sequence[int], news: Sequence[int],
+                    tokens: Tokens, sampled: Sequence[int], asked: Asked) -> Tokens:
+        """The next token of some of the prompts, by their places, after new tokens from some positions on."""
 
 
 class Backend(Protocol):
@@ -205,4 +240,13 @@ class Backend(Protocol):
         """The weights of one rank, on a device of the cluster."""
 
     def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: Any) -> WholeSteps | None:
-        """Decode steps in one piece on a worker's pool, where that is worth while."""
+        """Steps in one piece on a worker's pool, where that is worth while."""
+
+    def warm_up(self, kernels: Kernels, shard: Shard | None, steps: WholeSteps | None, rows_max: int,
+                tokens_max: int) -> Callable[[], None] | None:
+        """What a worker is to do once before it says that it is there; None for nothing.
+
+        Args:
+            shard: None for an attention worker.
+            rows_max, tokens_max: requests and tokens of the largest step.
+        """

@@ -48,7 +48,8 @@ class ExecutorConfig:
             :func:`hetis_exec.devices.find_places`.
         dtype: of weights, activations and cache: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see
             :func:`hetis_exec.devices.find_type`.
-        cuda_graphs: replay decode steps of models that are whole on one CUDA device from CUDA graphs.
+        cuda_graphs: replay steps of models that are whole on one CUDA device from CUDA graphs.
+        warm_up: have CUDA devices do each kind of work once before the first request.
         threads: of torch, in each process.
         seed: of prompts, of sampling, and of weights where no folder is given.
         temperature, top_p, top_k: of sampling; temperature 0 takes the likeliest token, ``top_k`` 0 sets no
@@ -72,6 +73,7 @@ class ExecutorConfig:
     devices: Any = "auto"
     dtype: str = "auto"
     cuda_graphs: bool = True
+    warm_up: bool = True
     threads: int = 1
     seed: int = 0
     temperature: float = 0.0

@@ -34,6 +34,7 @@ class WorkerSpec:
         timeout_s: how long it waits for a peer.
         throttle: slows it down.
         core: that it may run on alone, where it is a process; None for any.
+        rows_max, tokens_max: requests and tokens of the largest step, which it prepares for.
     """
 
     device: int
@@ -46,6 +47,8 @@ class WorkerSpec:
     timeout_s: float
     throttle: Throttle = NONE
     core: int | None = None
+    rows_max: int = 1
+    tokens_max: int = 1
 
 
 def worker_specs(engine: Engine, backend: Backend, timeout_s: float,
@@ -57,9 +60,10 @@ def worker_specs(engine: Engine, backend: Backend, timeout_s: float,
     places = [(device, s, rank) for s, stage in enumerate(plan.stages)
               for rank, device in enumerate(stage.devices)]
     places += [(device, -1, 0) for device in plan.attention_workers]
-    block_tokens = engine.settings.limits.block_tokens
-    return [WorkerSpec(device, plan, stage, rank, engine.capacity_units[device], block_tokens, backend,
-                       timeout_s, throttles.get(device, NONE), cores.get(device))
+    limits = engine.settings.limits
+    return [WorkerSpec(device, plan, stage, rank, engine.capacity_units[device], limits.block_tokens, backend,
+                       timeout_s, throttles.get(device, NONE), cores.get(device), limits.max_batch_requests,
+                       limits.max_batch_tokens)
             for device, stage, rank in places]
 
 
@@ -67,13 +71,16 @@ def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
     """Make a worker."""
     pool = KvPool(spec.capacity_units, spec.block_tokens,
                   spec.backend.kernels(spec.device, spec.capacity_units, spec.block_tokens))
+    limits = spec.rows_max, spec.tokens_max
     if spec.stage < 0:
-        return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s, spec.throttle)
+        return AttentionWorker(spec.device, endpoint, pool, spec.timeout_s, spec.throttle,
+                               spec.backend.warm_up(pool.kernels, None, None, *limits))
     shard = spec.backend.shard(spec.device, spec.plan, spec.stage, spec.rank)
     place = Rank(spec.plan, spec.stage, spec.rank)
     # Parts of a step that is one piece could not be slowed down apart.
     steps = spec.backend.whole_steps(spec.device, spec.plan, shard, pool) if spec.throttle == NONE else None
-    return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard, steps, spec.throttle)
+    return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard, steps, spec.throttle,
+                         spec.backend.warm_up(pool.kernels, shard, steps, *limits))
 
 
 class Crew(Protocol):

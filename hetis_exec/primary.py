@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import accumulate
@@ -94,7 +94,8 @@ class Batch:
         prepared: what the weights need to know of the positions.
         local, remote: decode attention computed here and by attention workers.
         plan: where the cache of the local part is.
-        spots: where the new tokens of prompts are stored, row by row.
+        prompts: attention of all of its prompts together; None where they are computed one by one.
+        spots: where the new tokens of prompts are then stored, row by row.
         worker_busy_s: seconds that attention workers have computed.
     """
 
@@ -104,6 +105,7 @@ class Batch:
     local: Share
     remote: dict[int, Share]
     plan: Any = None
+    prompts: Any = None
     spots: dict[int, Spots] = field(default_factory=dict)
     worker_busy_s: dict[int, float] = field(default_factory=dict)
 
@@ -112,8 +114,9 @@ class PrimaryWorker(Worker):
     """Dense modules, prefill attention, and decode attention of the heads that stay here."""
 
     def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float, place: Rank,
-                 shard: Shard, whole_steps: WholeSteps | None = None, throttle: Throttle = NONE) -> None:
-        super().__init__(device, endpoint, pool, timeout_s, throttle)
+                 shard: Shard, whole_steps: WholeSteps | None = None, throttle: Throttle = NONE,
+                 warm_up: Callable[[], None] | None = None) -> None:
+        super().__init__(device, endpoint, pool, timeout_s, throttle, warm_up)
         self._place = place
         self._shard = shard
         self._kernels = pool.kernels
@@ -164,6 +167,7 @@ class PrimaryWorker(Worker):
         self.wait_until(lambda: all(self.cache.ready(i.request_id, stage, i.groups) for i in items),
                         "heads on their way here")
         batch.plan = self.cache.plan(stage, items) if items else None
+        batch.prompts = self._plan_prompts(batch.rows)
         self._stopwatch.start()
         for layer in range(self._shard.layers):
             self.beat()
@@ -172,22 +176,35 @@ class PrimaryWorker(Worker):
         self._hand_over(batch, hidden, sent_s, begun_s)
 
     def _is_whole(self, task: Task) -> bool:
-        """Whether a step is plain decoding of requests whose cache is all here, which can be done in one."""
-        steps = self._whole_steps
-        return (steps is not None and len(task.rows) <= steps.rows_max and self.cache.all_ready
-                and all(not row.prefill and row.holders == self._all_here for row in task.rows))
+        """Whether a step can be done in one: of plain decoding or of prompts, whose cache is all here."""
+        steps, rows = self._whole_steps, task.rows
+        if steps is None or any(row.holders != self._all_here for row in rows) or not self.cache.all_ready:
+            return False
+        if not any(row.prefill for row in rows):
+            return len(rows) <= steps.rows_max
+        if any(not row.prefill or row.push_tag >= 0 or row.onward for row in rows):
+            return False
+        return steps.takes_prompts([row.request_id for row in rows], [row.new_tokens for row in rows])
 
     def _execute_whole(self, seq: int, task: Task) -> None:
-        """A step in one piece: its parts are not told apart."""
-        assert self._whole_steps is not None
+        """A step in one piece: its parts are not told apart, and what its host does is not among them."""
+        steps, rows = self._whole_steps, task.rows
+        assert steps is not None
         assert task.tokens is not None
         begun_s = time.perf_counter()
         self.beat()
-        positions = [row.position for row in task.rows]
-        asked = [Wanted(row.request_id, row.position + 1, row.sample) for row in task.rows]
-        tokens = self._whole_steps.run([row.request_id for row in task.rows], positions, task.tokens, asked)
+        request_ids, positions = [row.request_id for row in rows], [row.position for row in rows]
+        if rows[0].prefill:
+            sampled = [n for n, row in enumerate(rows) if row.samples]
+            asked = [Wanted(rows[n].request_id, rows[n].position + rows[n].new_tokens, rows[n].sample)
+                     for n in sampled]
+            tokens = steps.run_prompts(request_ids, positions, [row.new_tokens for row in rows], task.tokens,
+                                       sampled, asked)
+        else:
+            asked = [Wanted(row.request_id, row.position + 1, row.sample) for row in rows]
+            tokens = steps.run(request_ids, positions, task.tokens, asked)
         ended_s = time.perf_counter()
-        times = StageTimes(begun_s, self._free_s, begun_s, ended_s, ended_s - begun_s, 0.0, 0.0, 0.0)
+        times = StageTimes(begun_s, self._free_s, begun_s, ended_s, steps.computed_s, 0.0, 0.0, 0.0)
         self._free_s = ended_s
         self.send(DRIVER, StageDone(seq, self.device, 0, 0, times, (), tokens))
 
@@ -278,7 +295,7 @@ class PrimaryWorker(Worker):
         """Remote heads are sent off first and gathered last."""
         kernels, lap = self._kernels, self._stopwatch.lap
         q, k, v = self._shard.qkv(layer, hidden, batch.prepared)
-        attended = kernels.empty_like(q)
+        attended = kernels.empty_like(q) if batch.prompts is None else None
         lap(DENSE)
         for device, share in batch.remote.items():
             items = tuple(share.items) if layer == 0 else None
@@ -287,6 +304,8 @@ class PrimaryWorker(Worker):
                                                *parts))
         lap(PACKING)
         local = batch.local
+        if attended is None:
+            attended = kernels.attend_prompts(batch.prompts, layer, q, k, v)
         if local.items:
             found = self.cache.decode_attention(batch.plan, layer, *(local.of(x) for x in (q, k, v)))
             if local.whole:
@@ -311,16 +330,41 @@ class PrimaryWorker(Worker):
         lap(DENSE)
         return projected
 
+    def _plan_prompts(self, rows: Sequence[Row]) -> Any:
+        """Attention of the prompts of a batch together, if it can be computed so."""
+        stage, own, pool = self._place.stage, self._shard.groups, self.cache.pool
+        begins = list(accumulate((row.new_tokens for row in rows), initial=0))
+        chosen = [(row, begin) for row, begin in zip(rows, begins, strict=False) if row.prefill]
+        if not chosen:
+            return None
+        tables = [pool.tables.get(TableKey(row.request_id, stage, g)) for row, _ in chosen for g in own]
+        if any(table is None for table in tables) and any(row.position for row, _ in chosen):
+            return None
+        return self._kernels.plan_prompts(
+            tables, [begin for _, begin in chosen], [row.new_tokens for row, _ in chosen],
+            [row.position for row, _ in chosen], self._shard.heads_per_group)
+
     def _prefill(self, batch: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> None:
-        """Causal attention of the prompts in the batch, over all groups whose weights are here."""
+        """Causal attention of the prompts in the batch, over all groups whose weights are here.
+
+        Where it has been computed for all together, groups that live elsewhere are still to be sent.
+        """
         at = 0
         for row in batch.rows:
             here = slice(at, at + row.new_tokens)
             at = here.stop
             if not row.prefill:
                 continue
-            keys, values = self._prompt(batch, layer, row, k[here].swapaxes(0, 1), v[here].swapaxes(0, 1))
-            attended[here] = self._kernels.causal(q[here], keys, values)
+            if batch.prompts is None:
+                keys, values = self._prompt(batch, layer, row, k[here].swapaxes(0, 1), v[here].swapaxes(0, 1))
+                attended[here] = self._kernels.causal(q[here], keys, values)
+            elif row.push_tag < 0 and not row.onward:
+                continue
+            elif row.position == 0:
+                keys, values = k[here].swapaxes(0, 1), v[here].swapaxes(0, 1)
+            else:
+                keys, values = self.cache.pool.read(row.request_id, self._place.stage, self._shard.groups,
+                                                    layer, 0, row.position + row.new_tokens)
             if row.push_tag >= 0:
                 self._push(batch.seq, layer, row, keys, values)
             for onward in row.onward:

@@ -91,7 +91,7 @@ def prepare_execution(config: ExecutionConfig, launch: Launch | None = None) -> 
     backend = TorchBackend(architecture, folder, settings.seed,
                            Sampling(settings.temperature, settings.top_p, settings.seed, settings.top_k),
                            threads=settings.threads, places=places, dtype=dtype,
-                           cuda_graphs=settings.cuda_graphs, batch_max=config.scheduler.max_batch_requests)
+                           cuda_graphs=settings.cuda_graphs, warm=settings.warm_up)
     wishes = TextSettings(settings.max_tokens, settings.ignore_eos, settings.chat)
     requests, prompts, texts = texts_of(prepared.workload, folder, wishes, prepared.model.vocab)
     throttles = read_throttles(settings.throttle, prepared.cluster)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from hetis_exec.backend import Shard
+from hetis_exec.backend import Kernels, Shard
+from hetis_exec.backend import WholeSteps as Steps
 from hetis_exec.devices import CPU, free_bytes, torch_type
 from hetis_exec.kernels.cpu import CpuKernels
 from hetis_exec.kernels.cuda import CudaKernels, triton_kernels
@@ -19,7 +20,8 @@ from hetis_exec.models.names import model_names, tensor_shapes
 from hetis_exec.models.operations import FusedOperations, Operations, TorchOperations
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import FolderWeights, RandomWeights, Weights
-from hetis_exec.whole_steps import WholeSteps, warm
+from hetis_exec.warm_up import WarmUp, warm_up_for
+from hetis_exec.whole_steps import WholeSteps
 from hetis_sim.control.engine import Engine
 from hetis_sim.policies.memory import stage_weight_bytes
 from hetis_sim.policies.plan import InstancePlan
@@ -39,9 +41,8 @@ class TorchBackend:
         threads: of each worker; of all workers together where they are threads of one process.
         places: a torch device for every device of the cluster; none means that all are the CPU.
         dtype: of weights, activations and cache.
-        cuda_graphs: replay decode steps of whole models from CUDA graphs.
-        batch_max: largest batch that graphs are captured for; larger ones are computed layer by layer.
-        capture_s: no further graph is captured before a run after so long, but when it is needed.
+        cuda_graphs: replay steps of whole models from CUDA graphs.
+        warm: prepare CUDA devices for all sizes of steps before the first request.
     """
 
     architecture: Architecture
@@ -54,8 +55,7 @@ class TorchBackend:
     places: tuple[str, ...] = ()
     dtype: str = "float32"
     cuda_graphs: bool = True
-    batch_max: int = 256
-    capture_s: float = 20.0
+    warm: bool = True
 
     def place(self, device: int) -> str:
         """The torch device of a device of the cluster."""
@@ -118,10 +118,8 @@ class TorchBackend:
         place = self.place(device)
         if place != CPU:
             torch.cuda.set_device(place)
-            kernels = CudaKernels(torch.device(place), capacity_units, block_tokens,
-                                  self.architecture.spec.head_dim, torch_type(self.dtype), self.poison)
-            kernels.warm(self.architecture.spec.heads_per_group)
-            return kernels
+            return CudaKernels(torch.device(place), capacity_units, block_tokens,
+                               self.architecture.spec.head_dim, torch_type(self.dtype), self.poison)
         return CpuKernels(capacity_units, block_tokens, self.architecture.spec.head_dim, self.poison,
                           dtype=torch_type(self.dtype))
 
@@ -137,20 +135,20 @@ class TorchBackend:
         return shard
 
     def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: KvPool) -> WholeSteps | None:
-        """Decode steps in one piece, for a worker with a whole model on a CUDA device.
-
-        On any CUDA device what a worker computes is computed once, so that no run waits for compilers.
-        """
-        if not isinstance(pool.kernels, CudaKernels):
+        """Decode steps in one piece, for a worker with a whole model on a CUDA device."""
+        alone = len(plan.stages) == 1 and plan.stages[0].tp == 1
+        if not (alone and self.cuda_graphs and isinstance(pool.kernels, CudaKernels) and pool.kernels.paged):
             return None
         assert isinstance(shard, DecoderShard)
-        warm(shard, pool.kernels)
-        alone = len(plan.stages) == 1 and plan.stages[0].tp == 1
-        if not (alone and self.cuda_graphs and pool.kernels.paged):
+        return WholeSteps(shard, pool)
+
+    def warm_up(self, kernels: Kernels, shard: Shard | None, steps: Steps | None, rows_max: int,
+                tokens_max: int) -> WarmUp | None:
+        """What happens only once on a CUDA device."""
+        if not self.warm:
             return None
-        steps = WholeSteps(shard, pool, rows_max=self.batch_max)
-        steps.prepare(self.capture_s)
-        return steps
+        heads = self.architecture.spec.heads_per_group
+        return warm_up_for(kernels, shard, steps, heads, rows_max, tokens_max)
 
 
 def operations_for(architecture: Architecture, place: str) -> Operations:

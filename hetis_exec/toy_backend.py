@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hetis_exec.backend import Arrived, CacheTable, Shard
+from hetis_exec.backend import Arrived, CacheTable, Kernels, Shard, WholeSteps
 from hetis_exec.messages import Array
 from hetis_exec.stopwatch import HostStopwatch
 from hetis_exec.toy_model import ToyModel, ToyShard, softmax
@@ -66,6 +66,10 @@ class ToyBackend:
 
     def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: Any) -> None:
         """The toy computes all steps layer by layer."""
+
+    def warm_up(self, kernels: Kernels, shard: Shard | None, steps: WholeSteps | None, rows_max: int,
+                tokens_max: int) -> None:
+        """The toy is as fast at first as it ever is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +147,13 @@ class ToyKernels:
             k, v = self.read(units)
             out[n] = softmax(queries[n] @ k[:position + 1].T / np.sqrt(k.shape[-1])) @ v[:position + 1]
         return out
+
+    def plan_prompts(self, tables: Sequence[CacheTable | None], begins: Sequence[int], news: Sequence[int],
+                     contexts: Sequence[int], heads: int) -> None:
+        return None
+
+    def attend_prompts(self, plan: Any, layer: int, queries: Array, keys: Array, values: Array) -> Array:
+        raise NotImplementedError
 
     def causal(self, queries: Array, keys: Array, values: Array) -> Array:
         new, total = len(queries), keys.shape[1]

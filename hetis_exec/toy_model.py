@@ -137,6 +137,7 @@ class ToyShard:
         first_group = sum(part.owned_groups[:rank])
         self.groups = tuple(range(first_group, first_group + part.owned_groups[rank]))
         self.layers = part.layers
+        self.heads_per_group = model.spec.heads_per_group
         bounds = [model.spec.ffn_hidden * n // part.tp for n in (rank, rank + 1)]
         self._weights = [model.layer(first_layer + n).share(self.groups, slice(*bounds))
                          for n in range(part.layers)]

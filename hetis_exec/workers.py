@@ -61,7 +61,7 @@ class Worker(ABC):
     """
 
     def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float,
-                 throttle: Throttle = NONE) -> None:
+                 throttle: Throttle = NONE, warm_up: Callable[[], None] | None = None) -> None:
         self.device = device
         self.throttle = throttle
         self.cache = CacheKeeper(device, pool, endpoint.send)
@@ -69,17 +69,24 @@ class Worker(ABC):
         self._endpoint = endpoint
         self._timeout_s = timeout_s
         self._beat_s = -math.inf
+        self._warm_up = warm_up
 
     def run(self) -> None:
         """Work until told to stop; whatever goes wrong is reported to the driver."""
         try:
             self.cache.pool.kernels.enter()
+            self.prepare()
             while True:
                 self.turn()
         except Stopped:
             return
         except Exception:  # noqa: BLE001 - the driver is told, and raises
             self.send(DRIVER, Failed(self.device, traceback.format_exc()))
+
+    def prepare(self) -> None:
+        """Do once what would take time at the first step."""
+        if self._warm_up is not None:
+            self._warm_up()
 
     @abstractmethod
     def turn(self) -> None:
@@ -143,8 +150,8 @@ class AttentionWorker(Worker):
     """Cache and decode attention of one device, for all stages of its instance."""
 
     def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float,
-                 throttle: Throttle = NONE) -> None:
-        super().__init__(device, endpoint, pool, timeout_s, throttle)
+                 throttle: Throttle = NONE, warm_up: Callable[[], None] | None = None) -> None:
+        super().__init__(device, endpoint, pool, timeout_s, throttle, warm_up)
         self._requests: deque[AttentionRequest] = deque()
         self._batches: dict[int, Batch] = {}
 

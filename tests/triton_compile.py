@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hetis_exec.kernels import fused, paged
+from hetis_exec.kernels import fused, paged, prompts
 
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BLOCK = 16
@@ -61,6 +61,22 @@ def decode(target: int, kind: str, heads: int, head_dim: int, whole: bool) -> di
                      "STAGES": launch.stages}, launch.warps)
 
 
+def prompt(target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
+    """Attention of prompts as it is launched on a card."""
+    launch = prompts.choose_prompt_launch(heads, head_dim, TYPES[kind], divmod(target, 10))
+    assert launch is not None
+    element = ("queries", "new_keys", "new_values", "out", "key_pool", "value_pool")
+    whole = ("query_token", "query_group", "key_token", "key_group", "value_token", "value_group", "layer",
+             "groups")
+    pointers = {**dict.fromkeys(element, f"*{kind}"), "arena": "*i32",
+                **dict.fromkeys(("spans", "prompts", "blocks"), "*i64")}
+    return compiled(prompts.prompt_rows, target, pointers, {**dict.fromkeys(whole, "i32"), "scale": "fp32"},
+                    {"G": heads, "D": head_dim, "D_PAD": paged.power_of_two(head_dim), "BLOCK": BLOCK,
+                     "TOKENS": launch.tokens, "TOKENS_PAD": paged.power_of_two(launch.tokens),
+                     "ROWS": launch.rows, "TILE": launch.tile, "STAGES": launch.stages, "PRECISE": False},
+                    launch.warps)
+
+
 def join(target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
     """The second kernel of decode attention in pieces."""
     pointers = {**dict.fromkeys(("parts", "tops", "sums"), "*fp32"), "out": f"*{kind}", "spans": "*i64"}
@@ -97,6 +113,8 @@ def one(kernel: str, target: int, kind: str, heads: int, head_dim: int) -> dict[
     """One case."""
     if kernel in ("decode", "decode_whole"):
         return decode(target, kind, heads, head_dim, kernel == "decode_whole")
+    if kernel == "prompt":
+        return prompt(target, kind, heads, head_dim)
     if kernel == "join":
         return join(target, kind, heads, head_dim)
     if kernel in ("norm", "add_layer_norm"):

@@ -320,7 +320,8 @@ def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
     if len(launches):
         starts = medians(launches)
         layer, prompt = least_relative(columns(starts), starts["seconds"].to_numpy())
-        found = replace(found, eager_s_per_layer=float(layer), eager_s_per_prompt=float(prompt))
+        found = replace(found, eager_s_per_layer=float(layer), eager_s_per_prompt=float(prompt),
+                        graph_prompt_tokens=int(starts["row_tokens"].max()))
     return Fitted("host_overhead", "host", found.dump(),
                   {"sequences": _ends(rows["tokens"])}, errors, len(rows), len(samples))
 

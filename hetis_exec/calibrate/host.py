@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, tables_of
 from hetis_exec.calibrate.samples import Point, Sample, Samples
 from hetis_exec.crew import Crew, WorkerSpec
 from hetis_exec.driver import Executor, ExecutorInput
@@ -21,30 +20,6 @@ PROMPT_TOKENS = 16
 def requests_for(batch: int, steps_each: int, prompt_tokens: int) -> list[Request]:
     """Requests that come at once and end one after the other: every size of batch occurs."""
     return [Request(n, 0.0, prompt_tokens, 1 + steps_each * (n + 1)) for n in range(batch)]
-
-
-LAUNCH_PROMPTS = (1, 2, 4, 8)
-LAUNCH_TOKENS = 16
-LAUNCH_LAYERS = 8
-
-
-def measure_launch(spec: BenchSpec, repeats: int) -> Samples:
-    """Steps whose kernels are short: what they take is what the host takes to start them, layer by layer.
-
-    Of steps of the worker that serves, with few tokens; on a device that computes behind the host's back.
-    """
-    jobs = [Job(prompts=((LAUNCH_TOKENS, 0),) * number) for number in LAUNCH_PROMPTS]
-    bench = StepBench(spec, tables_of(jobs))
-    for job in jobs:
-        bench.step(job)
-    samples: Samples = []
-    for _ in range(repeats):
-        for job in jobs:
-            timed = bench.step(job)
-            layers_s = timed.times.dense_s + timed.times.attention_s - timed.sample_s
-            samples.append(Sample(Point("host_launch", "host", tokens=len(job.prompts)),
-                                  max(1e-9, layers_s / spec.model.layers)))
-    return samples
 
 
 def measure_host(given: ExecutorInput, make_crew: Callable[[Sequence[WorkerSpec]], Crew], batch_max: int,

@@ -19,9 +19,11 @@ from hetis_exec.backend import Kernels, Tensor, Wanted
 from hetis_exec.calibrate.bench import FAR_DEVICE, PROMPT, Job, filler, owned_groups, tables_of
 from hetis_exec.calibrate.samples import Point, Sample, Samples
 from hetis_exec.calibrate.steps import BATCHES, QUICK_BATCHES, Sizes, decode_point, jobs_for
+from hetis_exec.kernels.cuda import CudaKernels
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.models.architecture import ELEMENT_TYPES, made_up
 from hetis_exec.torch_backend import TorchBackend
+from hetis_exec.whole_steps import LONG
 from hetis_sim.control.timing import dense_share
 from hetis_sim.policies.plan import InstancePlan, StagePlan
 from hetis_sim.spec.model import ModelSpec
@@ -151,6 +153,11 @@ class LayerBench:
             for layer in range(self.cache_layers):
                 self.pool.write(TableKey(request, 0, g), layer, 0, keys, values)
 
+    @property
+    def records_heads(self) -> bool:
+        """Whether tokens are chosen within recorded steps."""
+        return self.spec.graphs and isinstance(self.kernels, CudaKernels)
+
     def tensor(self, shape: tuple[int, ...], seed: int = 0) -> Tensor:
         """Numbers of no meaning on the device."""
         return self.kernels.from_wire(filler(self.spec.dtype, shape, seed))
@@ -171,8 +178,10 @@ class LayerBench:
         return work
 
     def head(self, sequences: int) -> Callable[[], Any]:
-        """The LM head and sampling."""
+        """The LM head and sampling; where steps are recorded, what of it the device does."""
         hidden = self.tensor((sequences, self.spec.model.hidden))
+        if self.records_heads:
+            return lambda: self.shard.likeliest(hidden)
         asked = [Wanted(n, 1) for n in range(sequences)]
         return lambda: self.shard.sample(hidden, asked)
 
@@ -182,6 +191,14 @@ class LayerBench:
         q = self.tensor((new, groups, model.heads_per_group, model.head_dim))
         k, v = (self.tensor((groups, new + context, model.head_dim), n) for n in range(2))
         keys = [TableKey(PROMPT, 0, g) for g in self.groups]
+        rows = self.tensor((new, groups, model.head_dim)), self.tensor((new, groups, model.head_dim), 1)
+        together = self.kernels.plan_prompts([self.pool.table(key) for key in keys], [0], [new], [context],
+                                             model.heads_per_group)
+        if together is not None:
+            def all_at_once() -> None:
+                for layer in range(self.cache_layers):
+                    self.kernels.attend_prompts(together, layer, q, *rows)
+            return all_at_once
         spots = self.pool.spots(keys, context, new)
         own_k, own_v = (x[:, context:] for x in (k, v))
 
@@ -197,6 +214,9 @@ class LayerBench:
         tables = [self.pool.table(TableKey(n, 0, g)) for n in range(len(contexts)) for g in self.groups]
         positions = [tokens - 1 for tokens in contexts for _ in self.groups]
         plan = self.kernels.plan(tables, positions)
+        if self.tp == 1 and self.spec.graphs and isinstance(self.kernels, CudaKernels):
+            # A recorded step is cut up for the longest of contexts.
+            plan = replace(plan, splits=self.kernels.splits(len(tables), LONG))
         q = self.tensor((len(tables), model.heads_per_group, model.head_dim))
         k, v = (self.tensor((len(tables), model.head_dim), n) for n in range(2))
 
@@ -215,13 +235,13 @@ def measure_loops(spec: LoopSpec, tp: int, sizes: Sizes, tick: Callable[[], None
     bench = LayerBench(spec, tp, tables_of(jobs))
     clock = Clock(bench.kernels.synchronize, spec.graphs)
     return [sample for point, work, share in _points(bench, spec, tp, sizes, jobs)
-            for sample in _timed(clock, point, work(), share, sizes.repeats, tick)]
+            for sample in _timed(clock, point, work(), share, sizes.repeats, tick,
+                                 point.module != "head" or bench.records_heads)]
 
 
 def _timed(clock: Clock, point: Point, work: Callable[[], Any], share: float, repeats: int,
-           tick: Callable[[], None]) -> Samples:
-    # Sampling ends on the host, and is no matter of kernels alone.
-    ready = clock.prepared(work, point.module != "head")
+           tick: Callable[[], None], recordable: bool) -> Samples:
+    ready = clock.prepared(work, recordable)
     tick()
     return [Sample(point, clock.seconds(ready) / share) for _ in range(repeats)]
 

@@ -25,7 +25,8 @@ class Point:
         tokens: of the batch; of the LM head and of host time, the sequences.
         new_tokens, context_tokens: of a prompt.
         heads, kv_heads: query heads and KV groups of a prompt's attention on the device.
-        rows, row_tokens: KV groups of all requests of a decode batch, and their cached tokens.
+        rows, row_tokens: KV groups of all requests of a decode batch, and their cached tokens; of launches,
+            ``row_tokens`` are the tokens of the largest step of prompts that is a graph.
         size_bytes: of the messages; both ways, for a round trip.
         messages: that the time is of.
         ranks: of a collective.

@@ -14,7 +14,8 @@ from typing import Any
 
 from hetis_exec.calibrate.bench import BenchSpec
 from hetis_exec.calibrate.crews import CrewSpec, measure_hops, measure_star, measure_sums
-from hetis_exec.calibrate.host import LAUNCH_LAYERS, measure_host, measure_launch
+from hetis_exec.calibrate.host import measure_host
+from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
 from hetis_exec.calibrate.samples import Samples
 from hetis_exec.calibrate.steps import Sizes, measure_steps
@@ -185,10 +186,11 @@ def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, 
                             backend.cuda_graphs, pool_bytes)
             name = f"device/{kind}/{model.name}/tp{'-'.join(map(str, degrees))}"
             yield Work(name, partial(_loops, loop, degrees, own), apart=True)
-            few = replace(model, layers=min(model.layers, LAUNCH_LAYERS))
-            bench = BenchSpec(device, few, loop.backend(few.layers, few.vocab), throttle, backend.dtype,
-                              block_tokens, 1, 0)
-            yield Work(f"host/launch/{kind}", partial(_launch, bench, given.repetitions), apart=True)
+        if place != CPU:
+            loop = LoopSpec(device, kind, model, place, backend.dtype, block_tokens, given.seed, False, False,
+                            pool_bytes)
+            yield Work(f"host/launch/{kind}", partial(_launch, LaunchSpec(loop, backend.cuda_graphs),
+                                                      given.repetitions), apart=True)
         for tp in degrees if place == CPU else []:
             name = f"device/{kind}/{model.name}/tp{tp}"
             pool = int(pool_bytes / (model.layers * model.kv_heads
@@ -212,8 +214,8 @@ def _pool_bytes(wish_mib: float | None, place: str) -> float:
     return min((wish_mib or CARD_POOL_MIB) * MIB, POOL_SHARE * free_bytes(place))
 
 
-def _launch(spec: BenchSpec, repeats: int, _tick: Callable[[], None]) -> Samples:
-    return measure_launch(spec, repeats)
+def _launch(spec: LaunchSpec, repeats: int, tick: Callable[[], None]) -> Samples:
+    return measure_launch(spec, repeats, tick)
 
 
 def _steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:

@@ -212,6 +212,14 @@ class CpuKernels:
 
     # -- prefill -------------------------------------------------------------------------------------
 
+    def plan_prompts(self, tables: Sequence[CacheTable | None], begins: Sequence[int], news: Sequence[int],
+                     contexts: Sequence[int], heads: int) -> None:
+        return None
+
+    def attend_prompts(self, plan: Any, layer: int, queries: torch.Tensor, keys: torch.Tensor,
+                       values: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
     def causal(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         new, groups, r, d = queries.shape
         total = keys.shape[1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,14 @@ Units = NDArray[np.int64]
 
 URGENT = -1
 """Priority of the stream on which steps are computed."""
+
+PROMPT_TOKENS_MAX = 1024
+"""Longer prompts are computed one by one with torch: next to that work, launching it takes no time."""
+
+NO_TABLE = -1
+
+RECORDING = Lock()
+"""Workers may be threads of one process; a device cannot be waited for while one of them records a graph."""
 
 FLASH_FROM = (8, 0)
 FLASH_HEAD_DIM = 256
@@ -52,6 +61,21 @@ class DecodePlan:
     splits: int
 
 
+@dataclass(frozen=True, slots=True)
+class PromptPlan:
+    """Attention of the prompts of a step, for all layers, on the device.
+
+    Attributes:
+        launch: how they are cut up.
+        spans, prompts, blocks: see :func:`hetis_exec.kernels.prompts.attend`.
+    """
+
+    launch: Any
+    spans: torch.Tensor
+    prompts: torch.Tensor
+    blocks: torch.Tensor
+
+
 class CudaKernels:
     """See :class:`hetis_exec.backend.Kernels`.
 
@@ -62,19 +86,25 @@ class CudaKernels:
         poison: written over what is freed, so that tests find out who reads it.
         paged: the module with the Triton kernels; by default that of this package, where Triton is
             installed. None gathers blocks with torch.
+        prompts: the same for attention of prompts.
     """
 
     def __init__(self, device: torch.device, capacity_units: int, block_tokens: int, head_dim: int,
-                 dtype: torch.dtype, poison: float | None = None, paged: Any = "auto") -> None:
+                 dtype: torch.dtype, poison: float | None = None, paged: Any = "auto",
+                 prompts: Any = "auto") -> None:
         self.device = device
         self.dtype = dtype
         self.block_tokens = block_tokens
         self.head_dim = head_dim
         self.paged: Any = triton_kernels("paged") if paged == "auto" else paged
+        self._prompts: Any = triton_kernels("prompts") if prompts == "auto" else prompts
         self._poison = poison
         self._cuda = device.type == "cuda"
         self.capability: tuple[int, int] = torch.cuda.get_device_capability(device) if self._cuda else (0, 0)
         about: Any = torch.cuda.get_device_properties(device) if self._cuda else None
+        if self._cuda:
+            # It makes a plan for every length of prompt, each of which takes longer than the prompt.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         self._processors = about.multi_processor_count if self._cuda else 1
         self._shared_bytes = about.shared_memory_per_multiprocessor if self._cuda else 0
         shape = (max(1, capacity_units), block_tokens, head_dim)
@@ -117,12 +147,13 @@ class CudaKernels:
         """Have this thread work on the device, on a stream that goes before copies which have time."""
         if self._cuda:
             torch.cuda.set_device(self.device)
-            torch.cuda.synchronize(self.device)
+            self.synchronize()
             torch.cuda.set_stream(new_stream(self.device, URGENT))
 
     def synchronize(self) -> None:
         if self._cuda:
-            torch.cuda.synchronize(self.device)
+            with RECORDING:
+                torch.cuda.synchronize(self.device)
 
     def wait(self) -> None:
         """Until what has been asked for so far is done, other streams aside."""
@@ -211,13 +242,37 @@ class CudaKernels:
                                                 _dense(values, 1), *pools)
         return found
 
-    def warm(self, heads: int) -> None:
-        """Have decode attention for groups of so many query heads compiled and loaded; touches no cache."""
-        q = torch.zeros(1, 1, heads, self.head_dim, dtype=self.dtype, device=self.device)
-        at = torch.zeros(1, dtype=torch.int64, device=self.device)
-        for splits in (1, 2) if self.paged is not None else ():
-            plan = DecodePlan(torch.full((1, 2), -1, device=self.device), at, 0, splits)
-            self.attend(plan, 0, q, q[:, :, 0], q[:, :, 0])
+    def prompt_launch(self, heads: int) -> Any:
+        """How prompts of G query heads for each KV group are cut up; None where no kernel takes them."""
+        if self._prompts is None:
+            return None
+        return self._prompts.choose_prompt_launch(heads, self.head_dim, self.dtype, self.capability)
+
+    def blocks_of(self, launch: Any, news: Sequence[int]) -> Units:
+        """Blocks of prompts with so many new tokens; see :func:`hetis_exec.kernels.prompts.blocks_of`."""
+        found: Units = self._prompts.blocks_of(launch, news)
+        return found
+
+    def plan_prompts(self, tables: Sequence[CacheTable | None], begins: Sequence[int], news: Sequence[int],
+                     contexts: Sequence[int], heads: int) -> PromptPlan | None:
+        launch = self.prompt_launch(heads)
+        if launch is None or max(news) > PROMPT_TOKENS_MAX:
+            return None
+        spans = np.full((len(tables), 2), NO_TABLE, dtype=np.int64)
+        spans[[n for n, table in enumerate(tables) if table is not None]] = self.tables.spans(
+            [table for table in tables if table is not None])
+        blocks = self.blocks_of(launch, news)
+        prompts = np.stack((np.array(begins), np.array(news), np.array(contexts)), axis=1)
+        sent = to_device(np.concatenate((spans.ravel(), prompts.ravel(), blocks.ravel())), self.device)
+        a, b = spans.size, spans.size + prompts.size
+        return PromptPlan(launch, sent[:a].view(-1, 2), sent[a:b].view(-1, 3), sent[b:].view(-1, 2))
+
+    def attend_prompts(self, plan: PromptPlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
+                       values: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self._prompts.attend(
+            plan.launch, _dense(queries, 2), _dense(keys, 1), _dense(values, 1), self.keys, self.values,
+            self.tables.arena, plan.spans, plan.prompts, plan.blocks, layer)
+        return found
 
     def causal(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         new, groups, r, d = queries.shape

@@ -148,12 +148,18 @@ class DecoderShard:
         assert self._final_norm is not None
         return self._head_of(self._operations.norm(hidden, self._final_norm)).float()
 
+    def likeliest(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The likeliest token after each row of activations, on the device."""
+        assert self._final_norm is not None
+        return self._head_of(self._operations.norm(hidden, self._final_norm)).argmax(dim=-1)
+
     def _head_of(self, normal: torch.Tensor) -> torch.Tensor:
         assert self._head is not None
         return functional.linear(normal, self._head)
 
-    def whole_step(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Logits (tokens, vocab) of one token for each request, where all layers and groups are here.
+    def whole_step(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend,
+                   ends: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits (tokens, vocab) where all layers and groups are here; of some tokens only, by their places.
 
         They are of the run's type: whoever draws from them widens them.
 
@@ -167,17 +173,29 @@ class DecoderShard:
             change = self.project(number, attend(number, *self._heads(number, normal, prepared)))
             normal = self._operations.add_norm(hidden, change, weights.mlp_norm)
             change = self._mlp(number, normal)
+        if ends is not None and change is not None:
+            hidden, change = hidden[ends], change[ends]
         return self._head_of(self._operations.add_norm(hidden, change, self._final_norm))
 
     @property
-    def width(self) -> int:
-        """Numbers of a token's activations."""
-        return self._spec.hidden
+    def first(self) -> bool:
+        """Whether it holds the embedding."""
+        return self._embedding is not None
 
     @property
-    def has_head(self) -> bool:
-        """Whether tokens are sampled here."""
+    def last(self) -> bool:
+        """Whether it holds the LM head."""
         return self._head is not None
+
+    def nothing(self, tokens: int) -> torch.Tensor:
+        """Activations of no meaning, shape (tokens, hidden)."""
+        return torch.zeros((tokens, self._spec.hidden), dtype=self._layers[0].qkv[0].dtype,
+                           device=self._device)
+
+    @property
+    def heads_per_group(self) -> int:
+        """Query heads that share a KV group."""
+        return self._spec.heads_per_group
 
     @property
     def sampling(self) -> Sampling:

@@ -234,7 +234,11 @@ class InstanceTimer:
     def prefill(self, step: Step, lane: Lane, loads: Loads) -> StepTiming:
         """A step that prefills, with or without the lane's decode batch."""
         sampled = step.decoding + sum([chunk.last for chunk in step.chunks])
-        fixed = self.fixed_parts(step.prefill_tokens + step.decoding, max(1, sampled), len(step.chunks))
+        tokens = step.prefill_tokens + step.decoding
+        # Groups that go elsewhere leave layer by layer.
+        whole = (self._alone and not step.decoding and not step.transfers
+                 and tokens <= self._cost.graph_prompt_tokens())
+        fixed = self.fixed_parts(tokens, max(1, sampled), None if whole else len(step.chunks))
         attention = [self._prefill_attention_s(stage, step.chunks) for stage in self._stages]
         idle = DecodeLines((NO_LINES,) * len(attention), ())
         lines = self._mixed_lines(lane, loads) if step.decoding else idle

@@ -87,6 +87,9 @@ class ProfileCost(MemoisedCost):
     def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         return self._host.beside_s(sequences, layers, leads, prompts)
 
+    def graph_prompt_tokens(self) -> int:
+        return self._host.graph_prompt_tokens
+
     @cached_property
     def _host(self) -> HostOverhead:
         """That of the settings, with measured times where there are any."""
@@ -96,7 +99,8 @@ class ProfileCost(MemoisedCost):
         measured = profile.host_overhead
         return replace(given, base_s=measured.base_s, per_sequence_s=measured.per_sequence_s,
                        eager_s_per_layer=measured.eager_s_per_layer,
-                       eager_s_per_prompt=measured.eager_s_per_prompt)
+                       eager_s_per_prompt=measured.eager_s_per_prompt,
+                       graph_prompt_tokens=measured.graph_prompt_tokens)
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         profile = self._with_module(gpu.name, "head_packing")

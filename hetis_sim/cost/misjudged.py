@@ -124,6 +124,9 @@ class MisjudgedCost(MemoisedCost):
     def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         return self.truth.host_beside_s(sequences, layers, leads, prompts)
 
+    def graph_prompt_tokens(self) -> int:
+        return self.truth.graph_prompt_tokens()
+
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
         return self.truth.provenance(gpus, model, links)

@@ -165,9 +165,14 @@ class CostModel(ABC):
 
         ``layers`` are those of the stage, and ``leads`` says whether the host schedules the iteration there.
         ``prompts`` are those of an iteration that no graph of kernels can stand for, because it has prompts
-        or is spread over several devices; None for plain decoding on one.
+        or is spread over several devices; None for plain decoding on one, and for prompts there that
+        :meth:`graph_prompt_tokens` lets in.
         """
         return 0.0
+
+    def graph_prompt_tokens(self) -> int:
+        """Tokens of the largest step of prompts, all on one device, that a graph of kernels stands for."""
+        return 0
 
     def mixed_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         """Decode attention where one kernel computes it together with pieces of prompts.

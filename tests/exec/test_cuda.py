@@ -18,6 +18,8 @@ from exec_toys import Fixed, given, pipeline, run, workload
 
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.kernels.cuda import CudaKernels
+from hetis_exec.kernels.reference import attention
+from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.models.architecture import read_architecture
 from hetis_exec.models.names import tensor_shapes
 from hetis_exec.models.sampling import Sampling
@@ -39,7 +41,7 @@ def on(name: str, *places: str, dtype: str = "float32", **settings: Any) -> dict
     if dtype != "float32":
         architecture = replace(architecture, spec=replace(architecture.spec, weight_bytes=2, kv_bytes=2))
     places = (*places, *[places[-1]] * 8)
-    settings = {"capture_s": 0.0, **settings}
+    settings = {"warm": False, **settings}
     made = TorchBackend(architecture, folder(name), poison=POISON, places=places, dtype=dtype, **settings)
     return {"model": architecture.spec, "backend": made, "timeout_s": 120.0}
 
@@ -149,12 +151,14 @@ def test_workers_may_be_processes(plan: Any, placement: Any, places: tuple[str, 
 
 
 def test_graphs_are_captured_before_a_run() -> None:
-    """For every size of batch up to the largest that there can be; later ones change nothing."""
-    what = given(ONE, Fixed(), SHORT, **on("llama3", CARD, capture_s=60.0, batch_max=10))
-    executor, _ = check("llama3", what)
+    """For every size up to the largest that there can be; later ones change nothing."""
+    what = given(ONE, Fixed(), SHORT, **on("llama3", CARD, dtype="bfloat16", warm=True))
+    executor, _ = run(what)
     (worker,) = executor.crew.workers.values()
-    assert sorted(worker._whole_steps._steps) == [1, 2, 4, 8, 16]
-    assert all(step.graph is not None for step in worker._whole_steps._steps.values())
+    steps = worker._whole_steps
+    assert sorted(steps._steps) == [1, 2, 4, 8, 16]
+    assert sorted(layout.tokens for layout in steps._prompts._steps) == [16, 32, 48, 64, 96, 128]
+    assert all(step.graph is not None for step in (*steps._steps.values(), *steps._prompts._steps.values()))
 
 
 def test_random_weights_are_drawn_on_the_card() -> None:
@@ -186,3 +190,73 @@ def test_the_card_is_asked_for_its_free_memory() -> None:
     what = given(ONE, Fixed(), SHORT, units=1 << 34, **on("llama", CARD))
     with pytest.raises(InfeasibleError, match=r"cuda:0 has .* GiB free"):
         run(what)
+
+
+@pytest.mark.parametrize("scenario", ["all_local", "chunked", "recompute"])
+def test_prompts_are_replayed_from_graphs(scenario: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In 16 bits, and nearly all tokens are those of steps in layers: the order of sums differs."""
+    replayed: list[int] = []
+    step = WholeSteps.run_prompts
+
+    def counting(self: WholeSteps, request_ids: Any, *rest: Any) -> Any:
+        replayed.append(len(request_ids))
+        return step(self, request_ids, *rest)
+
+    monkeypatch.setattr(WholeSteps, "run_prompts", counting)
+    what, found = SCENARIOS[scenario], {}
+    for graphs in (True, False):
+        _, result = run(what.make(**on("llama", CARD, dtype="bfloat16", cuda_graphs=graphs)), what.delay)
+        found[graphs] = result.tokens
+        assert bool(replayed) or not graphs
+    pairs = [(a, b) for request in found[True] for a, b in zip(found[True][request], found[False][request],
+                                                               strict=True)]
+    assert sum(a == b for a, b in pairs) >= 0.8 * len(pairs)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 128), (4, 128), (7, 64), (8, 80)])
+def test_attention_of_prompts_is_that_of_torch(heads: int, head_dim: int) -> None:
+    """By matrix units, for prompts with and without tokens before them, side by side."""
+    groups, block, cases = 2, 16, [(1, 0), (300, 0), (17, 65), (129, 1000), (64, 16)]
+    card, kind = torch.device(CARD), torch.bfloat16
+    kernels = CudaKernels(card, 4096, block, head_dim, kind)
+    pool = KvPool(4096, block, kernels)
+    keys = {n: [TableKey(n, 0, g) for g in range(groups)] for n in range(len(cases))}
+    whole, news, contexts = [], *zip(*cases, strict=True)
+    for n, (new, context) in enumerate(cases):
+        for key in keys[n]:
+            pool.open(key, 2, (new + context - 1) // block + 1, 1)
+        whole.append(torch.randn(2, groups, new + context, head_dim, device=card, dtype=kind))
+        if context:
+            pool.write_groups(pool.spots(keys[n], 0, context), 1, *whole[n][:, :, :context])
+    tokens = sum(news)
+    q = torch.randn(tokens, groups, heads, head_dim, device=card, dtype=kind)
+    k, v = (torch.cat([w[side, :, context:].swapaxes(0, 1)
+                       for w, (_, context) in zip(whole, cases, strict=True)]) for side in range(2))
+    begins = [sum(news[:n]) for n in range(len(cases))]
+    tables = [pool.table(key) for n in keys for key in keys[n]]
+    plan = kernels.plan_prompts(tables, begins, news, contexts, heads)
+    assert plan is not None
+    out = kernels.attend_prompts(plan, 1, q, k, v)
+    for n, (new, context) in enumerate(cases):
+        here = slice(begins[n], begins[n] + new)
+        wanted = attention(q[here].cpu().float(), *whole[n].cpu().float())
+        assert (out[here].cpu().float() - wanted).abs().max() < 3e-2
+        read = torch.stack(pool.read(n, 0, range(groups), 1, 0, new + context))
+        assert torch.equal(read, whole[n])
+
+
+def test_prompts_of_new_lengths_take_no_memory_from_the_driver() -> None:
+    """A worker that has prepared finds room for all that comes."""
+    what = given(ONE, Fixed(), workload(20, (3, 60), (2, 5), gap_s=0.0),
+                 **on("llama", CARD, dtype="bfloat16", warm=True))
+    executor = Executor(what)
+    (worker,) = executor.crew.workers.values()
+    prepared, before = worker.prepare, []
+
+    def prepare() -> None:
+        prepared()
+        before.append(torch.cuda.memory_stats(CARD)["num_device_alloc"])
+
+    worker.prepare = prepare  # type: ignore[method-assign]
+    executor.run()
+    assert torch.cuda.memory_stats(CARD)["num_device_alloc"] == before[0]

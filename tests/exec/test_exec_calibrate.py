@@ -15,7 +15,7 @@ pytest.importorskip("torch", reason="calibration needs the extra exec")
 
 from hetis_exec.calibrate import command
 from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, owned_groups, tables_of
-from hetis_exec.calibrate.host import measure_launch
+from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
 from hetis_exec.calibrate.steps import Sizes, jobs_for
 from hetis_exec.calibrate.tasks import degrees_of, plan_of
@@ -162,9 +162,12 @@ def test_a_bench_computes_steps_as_a_worker_does() -> None:
 
 
 def test_launches_are_timed_by_the_number_of_prompts() -> None:
-    """Whole steps of few tokens, a layer's share of each."""
-    found = measure_launch(bench(), 2)
-    assert [sample.point.tokens for sample in found] == [1, 2, 4, 8] * 2
+    """Whole steps of few tokens, a layer's share of each; a processor replays none."""
+    given = bench()
+    loop = LoopSpec(0, "cpu-core", given.model, "cpu", "float32", 4, 0, False, False, 1e8)
+    found = measure_launch(LaunchSpec(loop, True), 2, lambda: None)
+    assert [sample.point.tokens for sample in found] == [1, 2, 4, 8, 1, 0] * 2
+    assert {sample.point.row_tokens for sample in found} == {0}
     assert all(sample.seconds > 0 for sample in found)
 
 

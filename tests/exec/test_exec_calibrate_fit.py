@@ -126,13 +126,15 @@ def test_known_coefficients_come_back(tmp_path: Path) -> None:
 
 def test_starting_kernels_is_part_of_the_hosts_time(tmp_path: Path) -> None:
     """Where it was measured, time for a layer and each prompt in it; plain decoding knows nothing of it."""
-    launches = [Sample(Point("host_launch", "host", tokens=n), 6e-4 + 5e-5 * n) for n in (1, 2, 4, 8)]
+    launches = [Sample(Point("host_launch", "host", tokens=n, row_tokens=512), 6e-4 + 5e-5 * n)
+                for n in (1, 2, 4, 8)]
     fits = fit_all(frame_of([*samples(), *launches]), SHAPES, CalibrateConfig().limit)
     assert {made.module for made in fits.found} == set(LIMITS)
     cost = cost_of(fits, tmp_path)
     assert cost.host_beside_s(1, 30, True, prompts=2) == pytest.approx(30 * 7e-4, rel=1e-3)
     assert cost.host_beside_s(1, 30, True, prompts=0) == pytest.approx(30 * 6e-4, rel=1e-3)
     assert cost.host_beside_s(1, 30, True) == 0.0
+    assert cost.graph_prompt_tokens() == 512
     assert cost_of(fitted(), tmp_path / "plain").host_beside_s(1, 30, True, prompts=2) == 0.0
 
 

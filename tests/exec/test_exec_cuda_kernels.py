@@ -221,3 +221,66 @@ def test_a_grown_table_sends_its_new_blocks_only(monkeypatch: pytest.MonkeyPatch
     table.units = np.concatenate((table.units, [[12], [13], [14]]), axis=1)
     tables.spans([table])
     assert sent == [12, 3]
+
+
+class Prompts:
+    """Prompts of one step, with and without tokens in the cache, beside each other."""
+
+    def __init__(self, cases: Sequence[tuple[int, int]], heads: int, head_dim: int, dtype: torch.dtype,
+                 launch: Any) -> None:
+        self.world = World(None, [context for _, context in cases], 2, head_dim, dtype)
+        self.kernels = self.world.kernels
+        self.kernels._prompts = triton_kernels("prompts")
+        self.cases, self.launch = cases, launch
+        tokens = sum(new for new, _ in cases)
+        self.q = self.world.random(tokens, 2, heads, head_dim)
+        self.k, self.v = self.world.random(tokens, 2, head_dim), self.world.random(tokens, 2, head_dim)
+        for request, (new, context) in enumerate(cases):
+            for g in range(2):
+                self.world.pool.grow(TableKey(request, 0, g), (context + new - 1) // BLOCK + 1)
+
+    def attend(self, layer: int) -> torch.Tensor:
+        """With the launch given."""
+        tables = [self.world.pool.table(key) for key in self.world.rows()]
+        news, contexts = zip(*self.cases, strict=True)
+        self.kernels.prompt_launch = lambda heads: self.launch
+        begins = np.cumsum([0, *news[:-1]])
+        plan = self.kernels.plan_prompts(tables, begins, news, contexts, self.q.shape[2])
+        return self.kernels.attend_prompts(plan, layer, self.q, self.k, self.v)
+
+    def check(self) -> None:
+        """Against the reference, and what is stored against what was given."""
+        out, layer, at = self.attend(1), 1, 0
+        for request, (new, context) in enumerate(self.cases):
+            here = slice(at, at + new)
+            at += new
+            cached_k, cached_v = self.world.data[request][:, layer, :, :context]
+            k = torch.cat((cached_k, self.k[here].swapaxes(0, 1)), dim=1)
+            v = torch.cat((cached_v, self.v[here].swapaxes(0, 1)), dim=1)
+            wanted = reference(self.q[here].float(), k.float(), v.float())
+            assert (out[here].float() - wanted).abs().max() < CLOSE[self.q.dtype], request
+            found_k, found_v = self.world.pool.read(request, 0, (0, 1), layer, 0, context + new)
+            assert torch.equal(found_k, k)
+            assert torch.equal(found_v, v)
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "dtype", "tokens"), [
+    (1, 16, torch.float32, 16), (3, 12, torch.float16, 5), (4, 16, torch.float16, 4)])
+def test_prompts_of_a_step_are_attended_to_in_one_kernel(heads: int, head_dim: int, dtype: torch.dtype,
+                                                         tokens: int) -> None:
+    """With tokens before them and without, shorter and longer than a block, in any number."""
+    prompts = triton_kernels("prompts")
+    launch = prompts.PromptLaunch(tokens, 16, 16, 4, 2)
+    Prompts([(1, 0), (9, 0), (17, 6), (3, 21), (4, 4)], heads, head_dim, dtype, launch).check()
+
+
+def test_blocks_cover_every_prompt() -> None:
+    """Once, whole blocks first."""
+    prompts = triton_kernels("prompts")
+    launch = prompts.choose_prompt_launch(4, 128, torch.bfloat16, (9, 0))
+    assert launch.tokens * 4 == launch.rows == 64
+    found = prompts.blocks_of(launch, [1, 16, 40]).tolist()
+    assert sorted(found) == [[0, 0], [1, 0], [2, 0], [2, 16], [2, 32]]
+    assert found[0] == [2, 32]
+    assert prompts.choose_prompt_launch(4, 128, torch.float32, (9, 0)) is None
+    assert prompts.choose_prompt_launch(4, 128, torch.float16, (7, 5)) is None

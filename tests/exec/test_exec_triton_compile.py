@@ -63,3 +63,13 @@ def test_decode_attention_compiles_for_other_heads(head_dim: int) -> None:
     """On cards with matrix units and without."""
     compile_all([["decode", target, kind, 4, head_dim]
                  for target, kind in ((70, "fp16"), (80, "fp16"), (90, "bf16"), (90, "fp32"))])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", [80, 86, 90, 120])
+def test_attention_of_prompts_compiles(target: int) -> None:
+    """On cards with matrix units, for heads of all sizes."""
+    found = compile_all([["prompt", target, "bf16", heads, head_dim]
+                         for heads, head_dim in ((1, 128), (4, 128), (8, 128), (7, 64), (3, 80), (2, 256))])
+    assert all(made["matrix_units"] for made in found)
+    assert all(made["shared_bytes"] <= 99 << 10 for made in found)

@@ -55,9 +55,13 @@ class BusyHost(ConstantCost):
 
     beside_s: float = 0.0
     mixed: AttentionCost = ConstantCost.attention
+    graph_tokens: int = 0
 
     def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
-        return self.beside_s
+        return 0.0 if prompts is None and self.graph_tokens else self.beside_s
+
+    def graph_prompt_tokens(self) -> int:
+        return self.graph_tokens
 
     def mixed_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         return self.mixed
@@ -84,6 +88,18 @@ def test_an_iteration_takes_as_long_as_its_host() -> None:
     row = run([10], [4], [0.0], BusyHost(beside_s=0.05)).records().requests
     assert row["first_token_s"][0] == pytest.approx(0.05 + COST.host_s, rel=1e-12)
     assert row["finish_s"][0] == pytest.approx(4 * (0.05 + COST.host_s), rel=1e-12)
+
+
+def test_short_prompts_that_are_graphs_do_not_wait_for_their_host() -> None:
+    """On one device with the whole model; longer ones do, and those of several stages."""
+    first_s = {}
+    for tokens in (0, 9, 10):
+        row = run([10], [1], [0.0], BusyHost(beside_s=0.05, graph_tokens=tokens)).records().requests
+        first_s[tokens] = row["first_token_s"][0]
+    assert first_s[10] == pytest.approx(prefill_s(10), rel=1e-9)
+    assert first_s[0] == first_s[9] == pytest.approx(0.05 + COST.host_s, rel=1e-9)
+    staged = run([10], [1], [0.0], BusyHost(beside_s=0.05, graph_tokens=10), layers=(3, 3))
+    assert staged.records().requests["first_token_s"][0] > 2 * 0.05
 
 
 def test_a_host_that_is_faster_than_the_devices_costs_nothing() -> None:

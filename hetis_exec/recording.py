@@ -1,0 +1,67 @@
+"""CUDA graphs of steps: work that is the same each time, on other numbers in the same places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hetis_exec.kernels.cuda import RECORDING, URGENT, CudaKernels, new_stream
+
+COMPUTED = "computed"
+Outputs = tuple[torch.Tensor, torch.Tensor]
+
+
+class Recorder:
+    """Records graphs that share their memory: no two of them may run at a time.
+
+    Args:
+        graphs: record; otherwise the same work is started kernel by kernel.
+
+    Attributes:
+        stopwatch: of the work of the last step, without its host's part.
+    """
+
+    def __init__(self, kernels: CudaKernels, graphs: bool) -> None:
+        self.kernels = kernels
+        self.graphs = graphs
+        self.stopwatch = kernels.stopwatch()
+        self._memory: Any = None
+        self._generation = kernels.tables.generation
+
+    def outdated(self) -> bool:
+        """Whether tables have moved to another array since graphs were recorded, which read the old one.
+
+        All of them are then to be forgotten.
+        """
+        if self.kernels.tables.generation == self._generation:
+            return False
+        self._generation = self.kernels.tables.generation
+        self._memory = None
+        return True
+
+    def record(self, compute: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+        """A graph of some work and where it leaves its results.
+
+        The work is done once before, so that all kernels are compiled and loaded.
+        """
+        compute()
+        self.kernels.wait()
+        graph: Any = torch.cuda.CUDAGraph()
+        stream = new_stream(self.kernels.device, URGENT)
+        memory = () if self._memory is None else (self._memory,)
+        # Not by torch.cuda.graph, which gives all free memory back to the device every time.
+        with RECORDING, torch.cuda.stream(stream):
+            graph.capture_begin(*memory, capture_error_mode="thread_local")
+            try:
+                outputs = compute()
+            finally:
+                graph.capture_end()
+        self._memory = graph.pool()
+        return graph, outputs
+
+
+def host_numbers(size: int, kernels: CudaKernels) -> torch.Tensor:
+    """Whole numbers on this side, in memory that a device can read by itself."""
+    return torch.zeros(size, dtype=torch.int64, pin_memory=kernels.device.type == "cuda")
