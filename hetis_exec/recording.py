@@ -28,6 +28,7 @@ class Recorder:
         self.graphs = graphs
         self.stopwatch = kernels.stopwatch()
         self._memory: Any = None
+        self._stream: torch.cuda.Stream | None = None
         self._generation = kernels.tables.generation
 
     def outdated(self) -> bool:
@@ -49,10 +50,12 @@ class Recorder:
         compute()
         self.kernels.wait()
         graph: Any = torch.cuda.CUDAGraph()
-        stream = new_stream(self.kernels.device, URGENT)
+        if self._stream is None:
+            # One for all: matrix libraries keep memory to work in for each stream.
+            self._stream = new_stream(self.kernels.device, URGENT)
         memory = () if self._memory is None else (self._memory,)
         # Not by torch.cuda.graph, which gives all free memory back to the device every time.
-        with RECORDING, torch.cuda.stream(stream):
+        with RECORDING, torch.cuda.stream(self._stream):
             graph.capture_begin(*memory, capture_error_mode="thread_local")
             try:
                 outputs = compute()

@@ -71,6 +71,9 @@ class WarmUp:
         q, k, v = shard.qkv(0, hidden, prepared)
         attended = kernels.empty_like(q)
         attended[:] = kernels.causal(q, k.swapaxes(0, 1), v.swapaxes(0, 1))
+        plan = kernels.plan_prompts([None] * q.shape[1], [0], [tokens], [0], self.heads)
+        if plan is not None:
+            attended = kernels.attend_prompts(plan, 0, q, k, v)
         hidden = hidden + shard.project(0, attended)
         hidden = hidden + shard.mlp(0, hidden)
         self._cache(k, v)

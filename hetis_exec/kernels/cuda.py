@@ -263,9 +263,10 @@ class CudaKernels:
             [table for table in tables if table is not None])
         blocks = self.blocks_of(launch, news)
         prompts = np.stack((np.array(begins), np.array(news), np.array(contexts)), axis=1)
-        sent = to_device(np.concatenate((spans.ravel(), prompts.ravel(), blocks.ravel())), self.device)
-        a, b = spans.size, spans.size + prompts.size
-        return PromptPlan(launch, sent[:a].view(-1, 2), sent[a:b].view(-1, 3), sent[b:].view(-1, 2))
+        # Those with an odd number come last, for kernels are compiled for where their arguments begin.
+        sent = to_device(np.concatenate((spans.ravel(), blocks.ravel(), prompts.ravel())), self.device)
+        a, b = spans.size, spans.size + blocks.size
+        return PromptPlan(launch, sent[:a].view(-1, 2), sent[b:].view(-1, 3), sent[a:b].view(-1, 2))
 
     def attend_prompts(self, plan: PromptPlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                        values: torch.Tensor) -> torch.Tensor:

@@ -152,7 +152,7 @@ def test_workers_may_be_processes(plan: Any, placement: Any, places: tuple[str, 
 
 def test_graphs_are_captured_before_a_run() -> None:
     """For every size up to the largest that there can be; later ones change nothing."""
-    what = given(ONE, Fixed(), SHORT, **on("llama3", CARD, dtype="bfloat16", warm=True))
+    what = given(ONE, Fixed(), SHORT, **on("qwen3", CARD, dtype="bfloat16", warm=True))
     executor, _ = run(what)
     (worker,) = executor.crew.workers.values()
     steps = worker._whole_steps
@@ -205,7 +205,7 @@ def test_prompts_are_replayed_from_graphs(scenario: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(WholeSteps, "run_prompts", counting)
     what, found = SCENARIOS[scenario], {}
     for graphs in (True, False):
-        _, result = run(what.make(**on("llama", CARD, dtype="bfloat16", cuda_graphs=graphs)), what.delay)
+        _, result = run(what.make(**on("qwen3", CARD, dtype="bfloat16", cuda_graphs=graphs)), what.delay)
         found[graphs] = result.tokens
         assert bool(replayed) or not graphs
     pairs = [(a, b) for request in found[True] for a, b in zip(found[True][request], found[False][request],
@@ -248,7 +248,7 @@ def test_attention_of_prompts_is_that_of_torch(heads: int, head_dim: int) -> Non
 def test_prompts_of_new_lengths_take_no_memory_from_the_driver() -> None:
     """A worker that has prepared finds room for all that comes."""
     what = given(ONE, Fixed(), workload(20, (3, 60), (2, 5), gap_s=0.0),
-                 **on("llama", CARD, dtype="bfloat16", warm=True))
+                 **on("qwen3", CARD, dtype="bfloat16", warm=True))
     executor = Executor(what)
     (worker,) = executor.crew.workers.values()
     prepared, before = worker.prepare, []
