@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hetis_exec.calibrate.fit import Fits, Fitted, fit_all
+from hetis_exec.calibrate.fit import LINK_MODULES, Fits, Fitted, fit_all
 from hetis_exec.calibrate.machine import Machine, machine_at
 from hetis_exec.calibrate.samples import Store, frame_of
 from hetis_exec.calibrate.tasks import Plan, Work, plan_of
@@ -77,7 +77,7 @@ def calibrate(config: ExecutionConfig, tick: Tick | None = None) -> Calibrated:
         subjects = samples["subject"]
         own = subjects == device
         if device == "links":
-            own = samples["module"].isin(["transfer", "all_reduce"])
+            own = samples["module"].isin(LINK_MODULES)
         written[device] = write_profile(folder, device, profile_of(device, modules, about), samples[own])
     return Calibrated(fits, failed, written, [name for name in names if name not in known], known)
 

@@ -44,7 +44,7 @@ MakeCrew = Callable[[Sequence[WorkerSpec]], Crew]
 START_S = 180.0
 WAIT_S = 120.0
 BATCHES = (1, 2, 4, 8, 16, 24, 32)
-QUICK_BATCHES = (1, 4, 16, 32)
+QUICK_BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (32, 128, 448)
 SUMS = (1, 4, 16, 32, 64, 128, 256, 512)
 QUICK_SUMS = (1, 4, 16, 64, 256)
@@ -314,6 +314,6 @@ def measure_hops(spec: CrewSpec, first: int, second: int, repeats: int, quick: b
                 times = next(done.times for done in reports if done.stage == 1)
                 hop_s = times.begun_s - max(times.sent_s, times.free_s)
                 size_bytes = tokens * spec.model.hidden * spec.model.activation_bytes
-                samples.append(Sample(Point("transfer", spec.links(first, second), size_bytes=size_bytes,
+                samples.append(Sample(Point("hop", spec.links(first, second), size_bytes=size_bytes,
                                             messages=1), max(1e-9, hop_s)))
     return samples

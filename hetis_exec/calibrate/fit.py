@@ -36,6 +36,10 @@ BLOCKS = (1, 16, 64, 128)
 """Sizes of a block of queries that are tried: kernels round prompts up to whole blocks."""
 
 NO_LIMIT_PER_S = 1e18
+LINK_MODULES = ("transfer", "hop", "all_reduce")
+
+DECODE_POWER = 0.5
+"""A line cannot follow kernels whose launch is the limit: what is long counts for more, within reason."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +101,18 @@ def _ends(values: Any) -> tuple[float, float]:
 # -- the machinery ---------------------------------------------------------------------------------------
 
 
-def least_relative(columns: Sequence[Floats], seconds: Floats) -> Floats:
-    """Coefficients >= 0 of the columns for which the mean of |predicted / measured - 1| is least."""
+def least_relative(columns: Sequence[Floats], seconds: Floats, power: float = 0.0) -> Floats:
+    """Coefficients >= 0 of the columns for which the mean of |predicted / measured - 1| is least.
+
+    Errors count in proportion to this power of the time: with 0 all alike, with 1 by what they cost.
+    """
+    weights = (seconds / seconds.mean()) ** power
     design = np.column_stack(columns) / seconds[:, None]
     scale = np.maximum(np.abs(design).max(axis=0), 1e-300)
     count, width = len(seconds), len(columns)
     identity = np.eye(count)
     found = linprog(
-        np.concatenate([np.zeros(width), np.ones(count)]),
+        np.concatenate([np.zeros(width), weights]),
         A_ub=np.block([[design / scale, -identity], [-design / scale, -identity]]),
         b_ub=np.concatenate([np.ones(count), -np.ones(count)]), bounds=[(0, None)] * (width + count),
         method="highs")
@@ -145,10 +153,20 @@ def fit_tables(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
 
 
 def curve_of(rows: pd.DataFrame, size: str) -> Curve:
-    """A curve through the points, which never falls."""
+    """A curve through the points, which never falls: where points do, their geometric mean."""
     rows = rows.sort_values(size)
-    seconds = np.maximum.accumulate(rows["seconds"].to_numpy(dtype=np.float64))
-    return Curve(tuple(rows[size].astype(float)), tuple(seconds.tolist()))
+    return Curve(tuple(rows[size].astype(float)), tuple(rising(rows["seconds"].tolist())))
+
+
+def rising(seconds: Sequence[float]) -> list[float]:
+    """The sequence that never falls and is nearest in logarithms (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for value in np.log(seconds).tolist():
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, n), (b, m) = pools[-2:]
+            pools[-2:] = [((a * n + b * m) / (n + m), n + m)]
+    return [float(np.exp(value)) for value, number in pools for _ in range(number)]
 
 
 def curve_errors(rows: pd.DataFrame, size: str) -> Floats:
@@ -171,10 +189,11 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
     for (head_dim, group), part in _by_class(rows, shapes):
         model = shapes[str(part["model"].iloc[0])]
         columns = _decode_columns(part, model=model)
-        a, b, c = least_relative(columns, part["seconds"].to_numpy())
+        a, b, c = least_relative(columns, part["seconds"].to_numpy(), DECODE_POWER)
         classes.append(DecodeClass(head_dim, group, AttentionCost(a, b, c)).dump())
         columns_of = partial(_decode_columns, model=model)
-        errors.append(held_out_errors(part, ["tokens", "mixed"], partial(_linear, columns=columns_of)))
+        errors.append(held_out_errors(part, ["tokens", "mixed"], partial(
+            _linear, columns=columns_of, power=DECODE_POWER)))
     for entry in classes:
         entry["b_s_per_byte"] = max(entry["b_s_per_byte"], 1e-18)
     per_row = rows["row_tokens"] / rows["rows"]
@@ -198,8 +217,9 @@ def _decode_columns(rows: pd.DataFrame, model: ModelSpec) -> list[Floats]:
     return [heads, moved, np.ones(len(rows))]
 
 
-def _linear(known: pd.DataFrame, columns: Callable[[pd.DataFrame], list[Floats]]) -> Predict:
-    found = least_relative(columns(known), known["seconds"].to_numpy())
+def _linear(known: pd.DataFrame, columns: Callable[[pd.DataFrame], list[Floats]],
+            power: float = 0.0) -> Predict:
+    found = least_relative(columns(known), known["seconds"].to_numpy(), power)
     return lambda rows: np.column_stack(columns(rows)) @ found
 
 
@@ -272,7 +292,7 @@ def fit_packing(subject: str, samples: pd.DataFrame) -> Fitted:
                   {"bytes": _ends(rows["size_bytes"])}, errors, len(rows), len(samples))
 
 
-def fit_transfers(samples: pd.DataFrame) -> Fitted:
+def fit_messages(module: str, samples: pd.DataFrame) -> Fitted:
     """beta + gamma*d of a message, for each link."""
     rows = medians(samples)
     links, errors = {}, []
@@ -281,7 +301,7 @@ def fit_transfers(samples: pd.DataFrame) -> Fitted:
         links[str(link)] = {"gamma_s_per_byte": max(float(gamma), 1e-15), "beta_s": float(beta)}
         errors.append(held_out_errors(part, ["size_bytes", "messages"],
                                       lambda known: _linear(known, _message_columns)))
-    return Fitted("transfer", "links", links, {"bytes": _ends(rows["size_bytes"])}, np.concatenate(errors),
+    return Fitted(module, "links", links, {"bytes": _ends(rows["size_bytes"])}, np.concatenate(errors),
                   len(rows), len(samples))
 
 
@@ -351,7 +371,7 @@ def fit_all(samples: pd.DataFrame, shapes: dict[str, ModelSpec], limit: Callable
 
 def _parts(samples: pd.DataFrame) -> list[tuple[str, str, pd.DataFrame]]:
     """Modules of devices each for themselves; all links together."""
-    joint = samples["module"].isin(["transfer", "all_reduce"])
+    joint = samples["module"].isin(LINK_MODULES)
     subjects = samples["subject"].where(~joint, "links")
     keys = sorted(set(zip(samples["module"], subjects, strict=True)))
     return [(module, subject, samples[(samples["module"] == module) & (subjects == subject)])
@@ -368,8 +388,8 @@ def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, Mod
         return fit_prefill(subject, samples, shapes)
     if module == "head_packing":
         return fit_packing(subject, samples)
-    if module == "transfer":
-        return fit_transfers(samples)
+    if module in ("transfer", "hop"):
+        return fit_messages(module, samples)
     return fit_reduces(samples) if module == "all_reduce" else fit_host(samples, launches)
 
 

@@ -222,7 +222,7 @@ class InstanceTimer:
         gpus = [cluster.devices[device].gpu for device in stage.devices]
         hop = None
         if s + 1 < len(self.plan.stages):
-            hop = self._cost.transfer(cluster.link(stage.devices[-1], self.plan.stages[s + 1].devices[0]))
+            hop = self._cost.hop(cluster.link(stage.devices[-1], self.plan.stages[s + 1].devices[0]))
         heads = self._model.heads_per_group
         ranks = {(gpu.name, owned): (gpu, owned * heads)
                  for gpu, owned in zip(gpus, stage.owned_groups, strict=True)}

@@ -301,6 +301,11 @@ class ProfileCost(MemoisedCost):
         return TransferCost(max(found.gamma_s_per_byte, 1.0 / link.bandwidth_bytes_per_s),
                             max(found.beta_s, link.latency_s))
 
+    def hop(self, link: LinkSpec) -> TransferCost:
+        profile = self._with_module(LINKS_DEVICE, "hop")
+        found = None if profile is None or profile.hop is None else profile.hop.messages.get(link.name)
+        return self.transfer(link) if found is None else found
+
     def _all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
         seconds = None
         for device in (gpu.name, LINKS_DEVICE):

@@ -111,6 +111,11 @@ class MisjudgedCost(MemoisedCost):
         return replace(true, gamma_s_per_byte=factor("gamma", link.name) * true.gamma_s_per_byte,
                        beta_s=factor("beta", link.name) * true.beta_s)
 
+    def hop(self, link: LinkSpec) -> TransferCost:
+        true, factor = self.truth.hop(link), self._judged.factor
+        return replace(true, gamma_s_per_byte=factor("gamma", link.name) * true.gamma_s_per_byte,
+                       beta_s=factor("beta", link.name) * true.beta_s)
+
     def _all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
         seconds = self.truth.all_reduce_s(gpu, link, size_bytes, ranks)
         return self._judged.factor("all_reduce", gpu.name, link.name) * seconds

@@ -139,6 +139,10 @@ class CostModel(ABC):
     def transfer(self, link: LinkSpec) -> TransferCost:
         """Coefficients of a point-to-point message on a link."""
 
+    def hop(self, link: LinkSpec) -> TransferCost:
+        """Coefficients of activations on their way to the next stage: those of any message by default."""
+        return self.transfer(link)
+
     @abstractmethod
     def all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
         """All-reduce of ``size_bytes`` per rank over ``ranks`` cards joined by ``link``; 0 for one rank."""

@@ -21,10 +21,11 @@ and each module
     note          the reasoning behind a derived value
 
 Modules: gemm (tile_wave), elementwise (curves), prefill_attention (flash_blocks), decode_attention and
-remote_attention (linear; the latter of a device that has waited for its heads), all_reduce and transfer
-(links), dense_layer and head (token_tables: one model shape measured whole; they go before gemm and
-elementwise where they match), host_overhead (per_iteration: what an iteration takes besides, of the device
-"host"), head_packing (per_message: processor time of a rank for one attention worker in one layer).
+remote_attention (linear; the latter of a device that has waited for its heads), all_reduce, transfer and
+hop (links; the last of activations between stages, where they differ from other messages), dense_layer and
+head (token_tables: one model shape measured whole; they go before gemm and elementwise where they match),
+host_overhead (per_iteration: what an iteration takes besides, of the device "host"), head_packing
+(per_message: processor time of a rank for one attention worker in one layer).
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ HOST_DEVICE = "host"
 NO_CARD = (LINKS_DEVICE, HOST_DEVICE)
 STATUSES = ("measured", "derived")
 MODELS = {"gemm": "tile_wave", "elementwise": "curves", "prefill_attention": "flash_blocks",
-          "decode_attention": "linear", "all_reduce": "links", "transfer": "links",
+          "decode_attention": "linear", "all_reduce": "links", "transfer": "links", "hop": "links",
           "remote_attention": "linear", "dense_layer": "token_tables", "head": "token_tables",
           "host_overhead": "per_iteration",
           "head_packing": "per_message"}
@@ -86,6 +87,7 @@ class Profile:
     remote_attention: tuple[DecodeClass, ...] = ()
     all_reduce: LinkTable | None = None
     transfer: LinkTable | None = None
+    hop: LinkTable | None = None
     dense_layer: TokenTables | None = None
     head: TokenTables | None = None
     host_overhead: HostOverhead | None = None
@@ -167,7 +169,7 @@ def _coefficients(module: str, raw: dict[str, Any], key: str) -> Any:
         if not isinstance(classes, list) or not classes:
             raise SpecError(f"{key}.classes", classes, "a list with at least one class")
         return tuple(form.parse(item, f"{key}.classes[{n}]") for n, item in enumerate(classes))
-    if module in ("all_reduce", "transfer"):
+    if module in ("all_reduce", "transfer", "hop"):
         return LinkTable.parse(raw, key)
     if module == "host_overhead":
         return HostOverhead.parse(raw, key)

@@ -68,7 +68,7 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
     assert strong.calibration.hardware
     assert set(strong.infos) == {"dense_layer", "head", "prefill_attention", "decode_attention",
                                  "remote_attention", "head_packing"}
-    assert set(read_profile(out / "links.json").infos) == {"transfer", "all_reduce"}
+    assert set(read_profile(out / "links.json").infos) == {"transfer", "hop", "all_reduce"}
     samples = pd.read_parquet(out / "cpu-core.parquet")
     assert (samples["seconds"] > 0).all()
     assert set(samples["module"]) == set(strong.infos)

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("torch", reason="calibration needs the extra exec")
 
-from hetis_exec.calibrate.fit import Fits, Fitted, fit_all, held_out_errors, least_relative
+from hetis_exec.calibrate.fit import Fits, Fitted, fit_all, held_out_errors, least_relative, rising
 from hetis_exec.calibrate.samples import Point, Sample, Store, frame_of, medians
 from hetis_exec.calibrate.write import profile_of, subjects_of, write_profile
 from hetis_exec.measure_config import LIMITS, CalibrateConfig
@@ -77,7 +77,7 @@ def points() -> Iterable[tuple[Point, float]]:
         yield (Point("prefill_attention", "cpu-core", name, 1, new_tokens=new, context_tokens=context,
                      heads=MODEL.query_heads, kv_heads=MODEL.kv_heads), prefill_s(new, context))
     for size in (2000, 20_000, 200_000, 600_000):
-        yield Point("transfer", "pipe", size_bytes=size, messages=1), BETA + GAMMA * size
+        yield Point("hop", "pipe", size_bytes=size, messages=1), 5 * (BETA + GAMMA * size)
         yield Point("all_reduce", "pipe", size_bytes=size, messages=1, ranks=2), 3 * (BETA + GAMMA * size)
 
 
@@ -114,6 +114,7 @@ def test_known_coefficients_come_back(tmp_path: Path) -> None:
     assert (remote.a_s_per_head, remote.c_s) == pytest.approx((2 * A, 2 * C), rel=1e-3)
     assert cost.transfer(PIPE).beta_s == pytest.approx(BETA, rel=1e-3)
     assert cost.transfer(PIPE).gamma_s_per_byte == pytest.approx(GAMMA, rel=1e-3)
+    assert cost.hop(PIPE).beta_s == pytest.approx(5 * BETA, rel=1e-3)
     assert cost.head_packing(CORE).beta_s == pytest.approx(BETA / 2, rel=1e-3)
     assert cost.host_overhead_s(7) == pytest.approx(HOST + 7 * EACH, rel=1e-3)
     assert cost.dense_layer_s(CORE, MODEL, 24, 1) == pytest.approx(dense_s(24), rel=1e-3)
@@ -197,6 +198,13 @@ def test_least_relative_error_is_robust() -> None:
     y[5] *= 10
     assert least_relative([np.ones(12), x], y) == pytest.approx([2.0, 0.5])
     assert least_relative([np.ones(12), x], 10.0 - 0.5 * x).min() >= 0.0
+
+
+def test_curves_that_fall_are_levelled_not_raised() -> None:
+    """A point that is too long does not lift all that come after it."""
+    assert rising([1.0, 4.0, 1.0, 3.0]) == pytest.approx([1.0, 2.0, 2.0, 3.0])
+    assert rising([2.0, 3.0, 5.0]) == pytest.approx([2.0, 3.0, 5.0])
+    assert rising([8.0, 1.0]) == pytest.approx([8**0.5, 8**0.5])
 
 
 def test_limits_name_modules() -> None:
