@@ -27,6 +27,7 @@ from hetis_sim.policies.memory import stage_weight_bytes
 from hetis_sim.policies.plan import InstancePlan
 from hetis_sim.spec.errors import InfeasibleError
 from hetis_sim.spec.gpu import GIB
+from hetis_sim.spec.model import ModelSpec
 
 MEMORY_FILE = Path("/proc/meminfo")
 
@@ -96,7 +97,10 @@ class TorchBackend:
                                       "cluster with less memory")
 
     def need_bytes(self, engines: Sequence[Engine], here: Container[int] | None = None) -> dict[str, int]:
-        """Weights and caches of all workers, or of those here, on each torch device."""
+        """Weights and caches of all workers, or of those here, on each torch device.
+
+        On cards room for activations as well: what does not fit there ends a run in the middle of it.
+        """
         spec = self.architecture.spec
         need: dict[str, int] = {}
         for engine in engines:
@@ -105,6 +109,10 @@ class TorchBackend:
             parts = [(device, unit_bytes * units) for device, units in engine.capacity_units.items()]
             parts += [(device, stage_weight_bytes(spec, stage, rank, s == 0, s == len(stages) - 1))
                       for s, stage in enumerate(stages) for rank, device in enumerate(stage.devices)]
+            limits = engine.settings.limits
+            parts += [(device, activation_bytes(spec, limits.max_batch_tokens, limits.max_batch_requests,
+                                                stage.tp, ELEMENT_TYPES[self.dtype]))
+                      for stage in stages for device in stage.devices if self.place(device) != CPU]
             for device, size_bytes in parts:
                 if here is not None and device not in here:
                     continue
@@ -155,6 +163,17 @@ def operations_for(architecture: Architecture, place: str) -> Operations:
     """What a shard computes between its matrix products, on a torch device."""
     fused = None if place == CPU else triton_kernels("fused")
     return TorchOperations(architecture) if fused is None else FusedOperations(architecture, fused)
+
+
+def activation_bytes(spec: ModelSpec, tokens: int, rows: int, tp: int, element_bytes: int) -> int:
+    """What one rank holds at a time besides weights and cache, in the largest step.
+
+    Of the MLP both projections and their product, heads before and after attention, some activations of the
+    width of the model; and at the end logits in two types.
+    """
+    heads = (spec.query_heads + 2 * spec.kv_heads) * spec.head_dim
+    of_token = 3 * spec.ffn_hidden // tp + 2 * heads // tp + 4 * spec.hidden
+    return tokens * of_token * element_bytes + rows * spec.vocab * (element_bytes + 4)
 
 
 def part_of(plan: InstancePlan, stage: int, rank: int, ffn_hidden: int) -> Part:

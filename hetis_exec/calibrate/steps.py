@@ -43,6 +43,8 @@ class Sizes:
         context_max: of a request.
         repeats: of each step.
         limit_s: no step is repeated that takes longer.
+        context_min: of decoding requests, on average. Kernels of cards take whole tiles of tokens: what is
+            shorter takes as long as one, and would only bend a line that batches in service follow.
     """
 
     batch_max: int
@@ -52,6 +54,7 @@ class Sizes:
     limit_s: float
     quick: bool
     seed: int
+    context_min: int = CONTEXT_MIN
 
 
 def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[Job]:
@@ -67,8 +70,8 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
     for batch in batches:
         longest = min(sizes.context_max, int(pool_tokens / (POOL_SHARE * batch)))
         steps = QUICK_CONTEXT_STEPS if sizes.quick else CONTEXT_STEPS
-        if longest > CONTEXT_MIN:
-            contexts = np.geomspace(CONTEXT_MIN, longest, steps).astype(int)
+        if longest > sizes.context_min:
+            contexts = np.geomspace(sizes.context_min, longest, steps).astype(int)
             jobs += [Job(decode=spread_contexts(tokens, batch, longest, rng))
                      for tokens in dict.fromkeys(contexts.tolist())]
     limit = min(sizes.tokens_max, sizes.context_max, pool_tokens)

@@ -18,7 +18,7 @@ from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
 from hetis_exec.calibrate.samples import Samples
-from hetis_exec.calibrate.steps import Sizes, measure_steps
+from hetis_exec.calibrate.steps import CONTEXT_MIN, Sizes, measure_steps
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.crews import crew_maker
 from hetis_exec.devices import CPU, free_bytes
@@ -38,6 +38,9 @@ TOKENS_MAX, QUICK_TOKENS_MAX = 2048, 256
 CONTEXT_MAX, QUICK_CONTEXT_MAX = 2048, 512
 SHAPE_TOKENS_MAX, SHAPE_BATCH_MAX = 8192, 256
 CHILD_S = 1800.0
+CARD_CONTEXT_MIN = 64
+"""Tokens of a tile of the decode kernel."""
+
 POOL_MIB, CARD_POOL_MIB = 512.0, 8192.0
 POOL_SHARE = 0.25
 """Of the free memory of a card, at most so much is taken for cache."""
@@ -179,7 +182,8 @@ def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, 
         place = backend.place(device)
         pool_bytes = _pool_bytes(given.pool_mib, place)
         slow = max(throttle.dense, throttle.attention)
-        own = sizes_of(config, model, slow, shape_only=False)
+        least = CONTEXT_MIN if place == CPU else CARD_CONTEXT_MIN
+        own = replace(sizes_of(config, model, slow, shape_only=False), context_min=least)
         degrees = degrees_of(config, model, count) if model.name not in shapes else []
         if place != CPU and degrees:
             loop = LoopSpec(device, kind, model, place, backend.dtype, block_tokens, given.seed, False,
@@ -202,7 +206,7 @@ def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, 
             loop = LoopSpec(device, kind, shape, place, backend.dtype, block_tokens, given.seed, True, True,
                             pool_bytes)
             degrees = degrees_of(config, shape, DEGREES[-1])
-            sizes = sizes_of(config, shape, slow, shape_only=True)
+            sizes = replace(sizes_of(config, shape, slow, shape_only=True), context_min=least)
             name = f"shape/{kind}/{shape.name}/tp{'-'.join(map(str, degrees))}"
             yield Work(name, partial(_loops, loop, degrees, sizes), apart=True)
 

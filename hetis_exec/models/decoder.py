@@ -167,15 +167,22 @@ class DecoderShard:
         """
         assert self._final_norm is not None
         prepared = self.prepare_at(positions)
-        hidden, change = self.embed_at(tokens, prepared), None
+        hidden, change = self.through(self.embed_at(tokens, prepared), prepared, attend)
+        if ends is not None:
+            hidden, change = hidden[ends], change[ends]
+        return self._head_of(self._operations.add_norm(hidden, change, self._final_norm))
+
+    def through(self, hidden: torch.Tensor, prepared: Prepared,
+                attend: Attend) -> tuple[torch.Tensor, torch.Tensor]:
+        """All layers: activations, changed in place, and what is still to be added to them."""
+        change: torch.Tensor | None = None
         for number, weights in enumerate(self._layers):
             normal = self._operations.add_norm(hidden, change, weights.attention_norm)
             change = self.project(number, attend(number, *self._heads(number, normal, prepared)))
             normal = self._operations.add_norm(hidden, change, weights.mlp_norm)
             change = self._mlp(number, normal)
-        if ends is not None and change is not None:
-            hidden, change = hidden[ends], change[ends]
-        return self._head_of(self._operations.add_norm(hidden, change, self._final_norm))
+        assert change is not None
+        return hidden, change
 
     @property
     def first(self) -> bool:

@@ -17,7 +17,8 @@ from hetis_exec.devices import find_places, find_type
 from hetis_exec.kernels.wire import array_of, tensor_of
 from hetis_exec.models.architecture import read_architecture
 from hetis_exec.replay import replay
-from hetis_exec.torch_backend import TorchBackend
+from hetis_exec.torch_backend import TorchBackend, activation_bytes
+from hetis_sim.spec.architectures import MODELS
 from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
 from hetis_sim.spec.errors import InfeasibleError, SpecError
 from hetis_sim.spec.gpu import GpuSpec
@@ -156,3 +157,11 @@ def test_runs_in_16_bits_agree_with_transformers(scenario: str, dtype: str) -> N
         same, total = same + sum(a == b for a, b in pairs), total + len(pairs)
     assert total > 40
     assert same >= 0.9 * total
+
+
+def test_activations_need_room_on_cards() -> None:
+    """As much as the largest step holds, shared by the ranks; on the CPU memory is taken as it is needed."""
+    spec = MODELS["llama3-8b"]
+    whole, half = (activation_bytes(spec, 4096, 64, tp, 2) for tp in (1, 2))
+    assert 4096 * 2 * 3 * spec.ffn_hidden < whole < 1.1e9
+    assert half < whole < 2 * half
