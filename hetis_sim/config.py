@@ -71,7 +71,8 @@ class CostConfig:
 
     Attributes:
         kind: ``profile`` (measured where there are measurements) or ``roofline`` (datasheets).
-        profiles: further profile files, or folders of them, which go before the shipped ones.
+        profiles: further profile files, folders of them, or calibrations that come with the package by
+            name, which go before the shipped ones.
         host_base_s, host_per_sequence_s: host time of one iteration; an assumption of ours, which a profile
             with measured host time replaces.
         host_launch_s_per_layer: host time to queue the kernels of a layer, which runs ahead of the devices;

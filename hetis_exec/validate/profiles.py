@@ -9,6 +9,7 @@ from hetis_exec.config import ExecutionConfig
 from hetis_exec.run import Execution
 from hetis_exec.throttle import described, read_throttles
 from hetis_exec.torch_backend import TorchBackend
+from hetis_sim.cost.load import profile_path
 from hetis_sim.cost.profile import read_profile
 from hetis_sim.spec.errors import SpecError
 
@@ -44,5 +45,5 @@ def check_profiles(config: ExecutionConfig, execution: Execution) -> None:
 
 def files_of(config: ExecutionConfig) -> list[Path]:
     """The files of all profiles that are given."""
-    paths = [Path(path).expanduser() for path in config.cost.profiles]
+    paths = [profile_path(path) for path in config.cost.profiles]
     return [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]

@@ -47,6 +47,28 @@ def shipped_devices() -> tuple[str, ...]:
     return tuple(sorted(name.removesuffix(".json") for name in names if name.endswith(".json")))
 
 
+def measured_names() -> tuple[str, ...]:
+    """Calibrations that come with the package; their folders say on what and when they were measured."""
+    folder = files("hetis_sim.cost") / "measured"
+    return tuple(sorted(item.name for item in folder.iterdir() if item.is_dir()))
+
+
+def profile_path(name: str | Path) -> Path:
+    """Where a profile or a folder of them is: at that path or, if nothing is there, in the package.
+
+    Raises:
+        SpecError: neither.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    names = measured_names()
+    if str(name) in names:
+        return Path(str(files("hetis_sim.cost") / "measured" / str(name)))
+    raise SpecError("profile", str(name), "a readable file, a folder, or a calibration that comes with the "
+                    f"package: {', '.join(names)}")
+
+
 def read_shipped(device: str) -> Profile | None:
     """The profile shipped for ``device``; None where there is none."""
     if device not in shipped_devices():
@@ -63,8 +85,9 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
 
     Args:
         kind: ``profile`` or ``roofline``.
-        profiles: files of the user's, or folders of them, which go before the shipped profiles module by
-            module. Of a folder, those of devices that are not among ``gpus`` are left out.
+        profiles: files of the user's, folders of them, or names of :func:`measured_names`, which go before
+            the shipped profiles module by module. Of a folder, those of devices that are not among ``gpus``
+            are left out.
         host: host time of an iteration.
         roofline: shares of the datasheet peaks behind the profiles.
         cache_copies: times that the whole cache is copied in an iteration; see :class:`MemoisedCost`.
@@ -85,7 +108,7 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
                             "empty with cost.kind=roofline")
         behind.cache_copies = cache_copies
         return behind
-    user = [profile for path in profiles for profile in _read(Path(path), gpus)]
+    user = [profile for name in profiles for profile in _read(profile_path(name), gpus)]
     for profile in user:
         if gpus is not None and profile.device not in NO_CARD:
             _require_used(profile, gpus)
@@ -104,9 +127,9 @@ def _read(path: Path, gpus: Sequence[GpuSpec] | None) -> list[Profile]:
     Raises:
         SpecError: a folder without any.
     """
-    if not path.expanduser().is_dir():
-        return [read_profile(path.expanduser())]
-    found = [read_profile(file) for file in sorted(path.expanduser().glob("*.json"))]
+    if not path.is_dir():
+        return [read_profile(path)]
+    found = [read_profile(file) for file in sorted(path.glob("*.json"))]
     devices = [profile.device for profile in found if profile.device not in NO_CARD]
     names = set(devices) if gpus is None else {gpu.name for gpu in gpus}
     if not names & set(devices):
