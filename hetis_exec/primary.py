@@ -245,7 +245,7 @@ class PrimaryWorker(Worker):
         tokens: Tokens | None = None
         if not place.next_devices and place.rank == 0:
             tokens = self._sample(batch, hidden)
-            self._stopwatch.lap(DENSE)
+        self._stopwatch.lap(DENSE)
         spent = self._stopwatch.read()
         spent[HEAD_TRANSFER] = spent.get(HEAD_TRANSFER, 0.0) + spent.get(PACKING, 0.0)
         ended_s = time.perf_counter()
@@ -286,8 +286,13 @@ class PrimaryWorker(Worker):
 
     def _mlp(self, layer: int, hidden: Tensor) -> Tensor:
         values = self._shard.mlp(layer, hidden)
-        self._stopwatch.lap(DENSE)
+        self._lap_before_sum()
         return values
+
+    def _lap_before_sum(self) -> None:
+        """Dense work of one layer and the next is one lap where no other rank is waited for in between."""
+        if len(self._place.peers) > 1:
+            self._stopwatch.lap(DENSE)
 
     # -- attention ---------------------------------------------------------------------------------
 
@@ -302,7 +307,8 @@ class PrimaryWorker(Worker):
             parts = kernels.pack([share.of(x) for x in (q, k, v)])
             self.send(device, AttentionRequest(batch.seq, self.device, self._place.stage, layer, items,
                                                *parts))
-        lap(PACKING)
+        if batch.remote:
+            lap(PACKING)
         local = batch.local
         if attended is None:
             attended = kernels.attend_prompts(batch.prompts, layer, q, k, v)
@@ -327,7 +333,7 @@ class PrimaryWorker(Worker):
             batch.worker_busy_s[device] = batch.worker_busy_s.get(device, 0.0) + result.busy_s
             lap(PACKING)
         projected = self._shard.project(layer, attended)
-        lap(DENSE)
+        self._lap_before_sum()
         return projected
 
     def _plan_prompts(self, rows: Sequence[Row]) -> Any:
