@@ -33,8 +33,8 @@ TIMEOUT_S = 600.0
 FAR_DEVICE = 1 << 20
 """Numbers of devices that take part on paper only: the other ranks of a stage."""
 
-ONE_BITS = 0x3F80
-"""1.0 in bfloat16."""
+DRAWN = (1 << 18) - 5
+"""Numbers that are drawn; larger arrays repeat them, from other places in each of their rows."""
 
 
 class Job(NamedTuple):
@@ -93,12 +93,17 @@ def owned_groups(model: ModelSpec, tp: int) -> tuple[int, ...]:
 
 
 def filler(dtype: str, shape: tuple[int, ...], seed: int = 0) -> Array:
-    """An array of a message with numbers of no meaning, in the type that it travels in."""
+    """An array of a message with numbers of no meaning, in the type that it travels in.
+
+    They differ, as those of a text do: cards multiply equal numbers faster, for that takes less power.
+    """
+    size = int(np.prod(shape))
+    drawn = np.random.default_rng(seed).standard_normal(min(size, DRAWN), dtype=np.float32)
     if dtype == "bfloat16":
-        ones: Array = np.full(shape, ONE_BITS, dtype=np.int16)
-        return ones
-    drawn = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return drawn.astype(dtype)
+        # Of a single the first half is a bfloat16, rounded towards 0.
+        bits: Array = np.resize((drawn.view(np.uint32) >> 16).astype(np.uint16).view(np.int16), shape)
+        return bits
+    return np.resize(drawn, shape).astype(dtype)
 
 
 class Loopback:

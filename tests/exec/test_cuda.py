@@ -192,7 +192,7 @@ def test_the_card_is_asked_for_its_free_memory() -> None:
         run(what)
 
 
-@pytest.mark.parametrize("scenario", ["all_local", "chunked", "recompute"])
+@pytest.mark.parametrize("scenario", ["all_local", "recompute"])
 def test_prompts_are_replayed_from_graphs(scenario: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 16 bits, and nearly all tokens are those of steps in layers: the order of sums differs."""
     replayed: list[int] = []

@@ -233,8 +233,16 @@ def test_every_kind_and_link_is_crossed(words: list[str]) -> None:
 
 def test_fillers_are_numbers_of_the_type() -> None:
     """What stands for activations travels as the type does."""
+    import torch
+
     from hetis_exec.calibrate.bench import filler
+    from hetis_exec.kernels.wire import tensor_of
 
     assert filler("float32", (2, 3)).dtype == np.float32
     assert filler("bfloat16", (2, 3)).dtype == np.int16
     assert filler("float16", (2, 3)).dtype == np.float16
+    for dtype in ("float32", "bfloat16"):
+        numbers = tensor_of(filler(dtype, (700, 600))).float()
+        assert abs(float(numbers.mean())) < 0.01
+        assert abs(float(numbers.std()) - 1.0) < 0.01
+        assert not torch.equal(numbers[0], numbers[-1])
