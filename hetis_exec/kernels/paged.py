@@ -37,13 +37,61 @@ DOT_ROWS = 16
 """Matrix units are used from this compute capability on, and take this many rows."""
 
 
+@triton.jit
+def one_tile(q, k, v, seen, scale, top, total, mixed, PRECISE: tl.constexpr):
+    """Go on with a running softmax by the keys of a tile."""
+    if PRECISE:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    else:
+        scores = tl.dot(q, tl.trans(k)) * scale
+    scores = tl.where(seen, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, 1))
+    weights = tl.exp2(scores - higher[:, None])
+    kept = tl.exp2(top - higher)
+    total = total * kept + tl.sum(weights, 1)
+    if PRECISE:
+        mixed = tl.dot(weights.to(v.dtype), v, mixed * kept[:, None], input_precision="ieee")
+    else:
+        mixed = tl.dot(weights.to(v.dtype), v, mixed * kept[:, None])
+    return higher, total, mixed
+
+
+@triton.jit
+def plain_tile(wide, k, v, inside, scale, tops_at, sums_at, mixed_at):
+    """The same without matrix units: each place of a tile has a softmax of its own."""
+    scores = tl.sum(wide[:, None, :] * k.to(tl.float32)[None, :, :], 2) * scale
+    scores = tl.where(inside[None, :], scores, float("-inf"))
+    higher = tl.maximum(tops_at, scores)
+    weights = tl.exp2(scores - higher)
+    kept = tl.exp2(tops_at - higher)
+    mixed_at = mixed_at * kept[:, :, None] + weights[:, :, None] * v.to(tl.float32)[None, :, :]
+    return higher, sums_at * kept + weights, mixed_at
+
+
+@triton.jit
+def joined_places(tops_at, sums_at, mixed_at):
+    """One softmax of those of the places."""
+    top = tl.max(tops_at, 1)
+    joined = tl.exp2(tops_at - top[:, None])
+    return top, tl.sum(sums_at * joined, 1), tl.sum(mixed_at * joined[:, :, None], 1)
+
+
+@triton.jit
+def one_token(q, k, v, scale, top, total, mixed):
+    """Go on with a running softmax by a single key."""
+    score = tl.sum(q.to(tl.float32) * k.to(tl.float32)[None, :], 1) * scale
+    top_new = tl.maximum(top, score)
+    weight = tl.exp2(score - top_new)
+    old = tl.exp2(top - top_new)
+    return top_new, total * old + weight, mixed * old[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
+
+
 @triton.jit(do_not_specialize=["layer", "groups", "splits"])
 def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: PLR0915 - one kernel
-                key_pool, value_pool, arena, spans, positions,
-                query_token, query_group, key_token, key_group, value_token, value_group, layer, groups,
-                splits, scale, G: tl.constexpr, G_PAD: tl.constexpr, D: tl.constexpr,
-                D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr,
-                DOT: tl.constexpr, STAGES: tl.constexpr):
+                key_pool, value_pool, arena, spans, positions, query_token, query_group, key_token, key_group,
+                value_token, value_group, layer, groups, splits, scale, G: tl.constexpr, G_PAD: tl.constexpr,
+                D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+                WHOLE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):
     """One of some pieces of one row; strides are in elements, ``scale`` is that of base-2 exponents."""
     row = tl.program_id(0)
     split = tl.program_id(1)
@@ -60,8 +108,7 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
                     mask=(g < G)[:, None] & in_head[None, :], other=0.0)
 
         share = tl.cdiv(tl.cdiv(position, splits), TILE) * TILE
-        first = split * share
-        last = tl.minimum(position, first + share)
+        first, last = split * share, tl.minimum(position, split * share + share)
 
         if DOT:
             top = tl.full([G_PAD], NO_SCORE, tl.float32)
@@ -70,7 +117,7 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
         else:
             wide = q.to(tl.float32)
             tops_at = tl.full([G_PAD, TILE], NO_SCORE, tl.float32)
-            totals_at = tl.zeros([G_PAD, TILE], tl.float32)
+            sums_at = tl.zeros([G_PAD, TILE], tl.float32)
             mixed_at = tl.zeros([G_PAD, TILE, D_PAD], tl.float32)
 
         for start in tl.range(first, last, TILE, num_stages=STAGES):
@@ -82,28 +129,12 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
             k = tl.load(key_pool + at[:, None] + d[None, :], mask=wanted, other=0.0)
             v = tl.load(value_pool + at[:, None] + d[None, :], mask=wanted, other=0.0)
             if DOT:
-                scores = tl.where(inside[None, :], tl.dot(q, tl.trans(k)) * scale, float("-inf"))
-                higher = tl.maximum(top, tl.max(scores, 1))
-                weights = tl.exp2(scores - higher[:, None])
-                kept = tl.exp2(top - higher)
-                total = total * kept + tl.sum(weights, 1)
-                mixed = tl.dot(weights.to(v.dtype), v, mixed * kept[:, None])
-                top = higher
+                top, total, mixed = one_tile(q, k, v, inside[None, :], scale, top, total, mixed, False)
             else:
-                scores = tl.sum(wide[:, None, :] * k.to(tl.float32)[None, :, :], 2) * scale
-                scores = tl.where(inside[None, :], scores, float("-inf"))
-                higher = tl.maximum(tops_at, scores)
-                weights = tl.exp2(scores - higher)
-                kept = tl.exp2(tops_at - higher)
-                totals_at = totals_at * kept + weights
-                mixed_at = mixed_at * kept[:, :, None] + weights[:, :, None] * v.to(tl.float32)[None, :, :]
-                tops_at = higher
+                tops_at, sums_at, mixed_at = plain_tile(wide, k, v, inside, scale, tops_at, sums_at, mixed_at)
 
         if not DOT:
-            top = tl.max(tops_at, 1)
-            joined = tl.exp2(tops_at - top[:, None])
-            total = tl.sum(totals_at * joined, 1)
-            mixed = tl.sum(mixed_at * joined[:, :, None], 1)
+            top, total, mixed = joined_places(tops_at, sums_at, mixed_at)
 
         if split == 0:
             k_new = tl.load(new_keys + token * key_token + group * key_group + d, mask=in_head, other=0.0)
@@ -113,13 +144,7 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
             at_new = (unit_new * BLOCK + position % BLOCK) * D
             tl.store(key_pool + at_new + d, k_new, mask=in_head)
             tl.store(value_pool + at_new + d, v_new, mask=in_head)
-            score = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1) * scale
-            top_new = tl.maximum(top, score)
-            weight = tl.exp2(score - top_new)
-            old = tl.exp2(top - top_new)
-            total = total * old + weight
-            mixed = mixed * old[:, None] + weight[:, None] * v_new.to(tl.float32)[None, :]
-            top = top_new
+            top, total, mixed = one_token(q, k_new, v_new, scale, top, total, mixed)
 
         heads = g[:, None] * D + d[None, :]
         stored = (g < G)[:, None] & in_head[None, :]

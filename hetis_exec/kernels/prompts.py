@@ -21,29 +21,10 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from hetis_exec.kernels.paged import DOT_FROM, DOT_ROWS, LOG2_E, NO_SCORE, STARTING, power_of_two
+from hetis_exec.kernels.paged import DOT_FROM, DOT_ROWS, LOG2_E, NO_SCORE, STARTING, one_tile, power_of_two
 
 NOTHING = -1
 """A block that is left out."""
-
-
-@triton.jit
-def one_tile(q, k, v, seen, scale, top, total, mixed, PRECISE: tl.constexpr):
-    """Go on with a running softmax by the keys of a tile."""
-    if PRECISE:
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    else:
-        scores = tl.dot(q, tl.trans(k)) * scale
-    scores = tl.where(seen, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, 1))
-    weights = tl.exp2(scores - higher[:, None])
-    kept = tl.exp2(top - higher)
-    total = total * kept + tl.sum(weights, 1)
-    if PRECISE:
-        mixed = tl.dot(weights.to(v.dtype), v, mixed * kept[:, None], input_precision="ieee")
-    else:
-        mixed = tl.dot(weights.to(v.dtype), v, mixed * kept[:, None])
-    return higher, total, mixed
 
 
 @triton.jit(do_not_specialize=["layer", "groups"])
