@@ -25,7 +25,7 @@ from analysis.paper.page import page_text, statement_table, write_page
 from analysis.paper.ratios import cell_ratio, largest, missing, up_to
 from analysis.paper.scale import QUICK, Scale
 from analysis.paper.section import Finding, Section, table
-from analysis.paper.sections import latency, serving
+from analysis.paper.sections import assumptions, latency, serving
 from analysis.paper.sections.serving import ratio_chart
 from analysis.paper.store import Answer, Job, Store
 from hetis_sim import compose
@@ -34,6 +34,7 @@ from hetis_sim.policies.splitwise import SplitwisePolicy
 from hetis_sim.run import prepare
 from hetis_sim.spec.errors import InfeasibleError, SpecError
 from hetis_sim.study.capacity import capacity
+from hetis_sim.study.estimate import Estimate
 from hetis_sim.study.runs import cases_of
 from hetis_sim.study.search import Found, Probe
 
@@ -345,6 +346,16 @@ def test_the_page_says_which_limit_is_missed_first() -> None:
         "Hetis TPOT (at 12.3 requests/s 100 % hold that on TTFT, 77 % that on TPOT)")
     assert serving._missed(Answer({"first_failure": None}), "hetis") == ""
     assert serving._missed(Answer(None, "no plan"), "hetis") == ""
+
+
+def test_a_reason_is_named_only_where_the_switches_tell_one() -> None:
+    """A limit that changes the ratio by a quarter; of links only what they show."""
+    base, more, less = (Estimate(mean, mean, mean, 3) for mean in (1.0, 1.9, 0.7))
+    told = assumptions._reason(base, {"TPOT x 5": more, "NVLink between A100s": less}, "Splitwise")
+    assert "limit on TPOT" in told
+    assert "not the reason" in told
+    assert "not the reason" not in assumptions._reason(base, {"TPOT x 5": more}, "Splitwise")
+    assert assumptions._reason(base, {"TPOT x 5": base, "NVLink between A100s": less}, "Splitwise") == ""
 
 
 def test_a_capacity_that_ends_at_the_bound_is_marked() -> None:

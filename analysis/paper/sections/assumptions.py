@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ SWITCHES: dict[str, tuple[str, ...]] = {
 SLO_FACTORS = {"SLO x 5": (5.0, 5.0), "TPOT x 5": (1.0, 5.0)}
 """On the limits on TTFT and TPOT."""
 TESTBED = "paper"
+TELLING = 1.25
+"""Factor by which a switch must change a ratio for it to be called the reason."""
 
 
 def build(evaluation: Evaluation) -> Section:
@@ -95,7 +97,21 @@ def _finding(found: dict[tuple[Cell, str, str], Answer], cell: Cell, switches: S
     words = ", ".join(f"{switch} {known[switch].mean:.2f}x" for switch in order)
     return Finding(f"throughput-{name}", "",
                    f"{cell_name(*cell)} at the SLO, one assumption switched at a time, from {times(base)}: "
-                   f"{words}.")
+                   f"{words}.{_reason(base, known, label(name))}")
+
+
+def _reason(base: Estimate, known: Mapping[str, Estimate], name: str) -> str:
+    """What the switches say of why a baseline is ahead, where they say anything."""
+    tpot, nvlink = known.get("TPOT x 5"), known.get("NVLink between A100s")
+    if tpot is None or tpot.mean < TELLING * base.mean:
+        return ""
+    text = (f" So it is the limit on TPOT that holds Hetis back against {name}: its primaries both "
+            f"compute prompts and decode, and a prompt holds up every token behind it; {name} has "
+            "other cards for decoding.")
+    if nvlink is not None and nvlink.mean < base.mean:
+        text += (" Collectives over PCIe are not the reason: with NVLink, Hetis gains less than "
+                 f"{name} does.")
+    return text
 
 
 def _words(cell: Cell, switch: str) -> tuple[str, ...]:

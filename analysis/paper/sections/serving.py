@@ -65,6 +65,9 @@ def build(evaluation: Evaluation) -> Section:
         *_findings(ratios, others),
         *(Finding(f"throughput-{name}", "", _limit_note(evaluation, found, name))
           for name in BASELINES if name in others),
+        Finding("throughput-others", "; ".join(
+            f"{label(name)} {spread(ratios['slo'][name]) or 'none'}" for name in beside) or "left out here",
+            f"{_focus_model(evaluation)} only." if beside else ""),
         *([Finding("throughput-splitwise", "", _mixed_note(evaluation, found))] if STRICT in others else [])])
 
 
@@ -127,9 +130,13 @@ def _beside_text(evaluation: Evaluation) -> str:
     beside = [name for name in evaluation.variants if evaluation.cells_of(name) != evaluation.scale.cells]
     if not beside:
         return ""
-    model = MODEL_NAMES.get(evaluation.scale.focus[0], evaluation.scale.focus[0])
-    return (f" {', '.join(map(label, beside))}, with which the paper does not compare, are run for {model} "
-            "only.")
+    return (f" {', '.join(map(label, beside))}, with which the paper does not compare, are run for "
+            f"{_focus_model(evaluation)} only.")
+
+
+def _focus_model(evaluation: Evaluation) -> str:
+    model = evaluation.scale.focus[0]
+    return MODEL_NAMES.get(model, model)
 
 
 def _sustained_text() -> str:
