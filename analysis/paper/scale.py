@@ -13,6 +13,10 @@ BASELINES = ("splitwise", "hexgen")
 NEIGHBOURS = ("vllm", "vllm_all", "distserve", "lamina", "helix", "infinite")
 """Systems that the paper does not compare with; those that are registered are run, for the focus' model."""
 
+MESHES = ("helix",)
+"""Of these, requests go round a mesh of nodes: a step is that of a single node, so that no iteration of a
+whole model is recorded."""
+
 MODEL_NAMES = {"llama-13b": "Llama-13B", "opt-30b": "OPT-30B", "llama2-70b": "Llama-70B"}
 WORKLOAD_NAMES = {"sharegpt": "ShareGPT", "humaneval": "HumanEval", "longbench": "LongBench"}
 POLICY_NAMES = {"hetis": "Hetis", "splitwise": "Splitwise", "hexgen": "HexGen", "vllm": "vLLM, A100s only",

@@ -11,7 +11,7 @@ import numpy as np
 from analysis.figures.charts import Axis, BarChart, Bars, Rule
 from analysis.paper.evaluation import STRICT, Cell, Evaluation, seed_values
 from analysis.paper.ratios import CellRatio, cell_ratio, missing, spread, up_to
-from analysis.paper.scale import BASELINES, COMMON_SHARE, HETIS, cell_name
+from analysis.paper.scale import BASELINES, COMMON_SHARE, HETIS, MESHES, cell_name
 from analysis.paper.section import Finding, Section, by_rows
 from analysis.paper.sections.serving import label, ratio_chart
 from analysis.paper.store import Answer
@@ -22,6 +22,7 @@ Found = Mapping[tuple[Cell, str], Answer]
 
 KEYS = {"ttft_p95_s": "P95 TTFT", "tpot_p95_s": "P95 TPOT", "decode_dense_s": "dense modules of an iteration",
         "attention": "decode attention of an iteration"}
+MODULES = ("decode_dense_s", "attention")
 PART_NAMES = {"host": "host", "dense": "dense modules", "collective": "collectives", "attention": "attention",
               "head_transfer": "head transfer", "hop": "hops", "waiting": "waiting"}
 
@@ -41,7 +42,8 @@ def build(evaluation: Evaluation) -> Section:
         "### P95 TPOT, ms", _columns(evaluation, found, "tpot_p95_s", 1e3),
         "### Modules of a decode iteration, ms",
         "Means over decoded tokens, summed over the stages that a token passes: dense modules, then decode "
-        "attention with the transfer of heads to attention workers.",
+        "attention with the transfer of heads to attention workers. Helix is left out: its requests "
+        "go from node to node, and no iteration of a whole model is recorded.",
         _columns(evaluation, found, "decode_dense_s", 1e3), _columns(evaluation, found, "attention", 1e3)]
     rules = {"ttft_p95_s": [Rule("paper: HexGen", 1.22), Rule("paper: Splitwise", 1.47)],
              "tpot_p95_s": [Rule("paper", 1.39)], "decode_dense_s": [Rule("paper", 1.29)],
@@ -80,6 +82,8 @@ def _columns(evaluation: Evaluation, found: Found, key: str, scale: float) -> st
     columns: dict[str, dict[str, str]] = {"requests/s": {
         cell_name(*cell): f"{evaluation.common_rate(cell) or 0.0:.3g}" for cell in evaluation.scale.cells}}
     for name in evaluation.variants:
+        if key in MODULES and name in MESHES:
+            continue
         column = columns[label(name)] = {}
         for cell in evaluation.scale.cells:
             answer = found.get((cell, name))
@@ -93,8 +97,8 @@ def _columns(evaluation: Evaluation, found: Found, key: str, scale: float) -> st
 def _parts_chart(evaluation: Evaluation, found: Found, phase: str) -> BarChart | None:
     """Where an iteration's time goes, in the cell of the sweeps."""
     cell = evaluation.scale.focus
-    names = [name for name in evaluation.variants
-             if (cell, name) in found and not found[cell, name].error
+    names = [name for name in evaluation.variants if name not in MESHES
+             and (cell, name) in found and not found[cell, name].error
              and all(np.isfinite(seed_values(found[cell, name].value[0], f"{phase}_dense_s")))]
     if not names:
         return None
