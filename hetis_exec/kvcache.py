@@ -60,6 +60,10 @@ class KvPool:
         self._free = np.arange(capacity_units - 1, -1, -1, dtype=np.int64)
         self._free_units = capacity_units
 
+    def scatter(self, seed: int) -> None:
+        """Hand free units out in an order without order, as those of a pool that has long been in use."""
+        np.random.default_rng(seed).shuffle(self._free)
+
     @property
     def used_units(self) -> int:
         """Units in use."""

@@ -142,8 +142,8 @@ class TimedShard:
 class StepBench:
     """One rank with its cache; computes steps and says what they took.
 
-    Tables are opened once, each for the longest context that its place in a batch will have, and
-    filled: pages that were never written to would be read from a cache.
+    Tables are opened once, each for the longest context that its place in a batch will have, with blocks
+    that lie anywhere, and filled: pages that were never written to would be read from a cache.
 
     Args:
         tables: tokens of each request.
@@ -160,6 +160,7 @@ class StepBench:
         self.groups = spec.owned[0]
         units = sum(-(-tokens // spec.block_tokens) for tokens in tables.values()) * self.groups * layers
         pool = KvPool(units, spec.block_tokens, spec.backend.kernels(spec.device, units, spec.block_tokens))
+        pool.scatter(spec.device)
         self._worker = PrimaryWorker(spec.device, self._endpoint, pool, TIMEOUT_S, Rank(alone, 0, 0),
                                      self._shard, throttle=spec.throttle)
         self._seq = 0

@@ -141,6 +141,7 @@ class LayerBench:
         self.kernels: Kernels = backend.kernels(spec.device, units, spec.block_tokens)
         self.shard = backend.shard(spec.device, plan, 0, 0)
         self.pool = KvPool(units, spec.block_tokens, self.kernels)
+        self.pool.scatter(spec.seed)
         self.groups = tuple(range(self.owned[0]))
         for request, tokens in tables.items():
             self._open(request, tokens)
