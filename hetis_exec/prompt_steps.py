@@ -20,7 +20,7 @@ from hetis_exec.backend import Asked
 from hetis_exec.kernels.cuda import PROMPT_TOKENS_MAX, PromptPlan, Units
 from hetis_exec.messages import Tokens
 from hetis_exec.models.decoder import DecoderShard
-from hetis_exec.recording import COMPUTED, Recorder, host_numbers
+from hetis_exec.recording import Outputs, Recorder, Step
 
 TOKENS = (16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896,
           PROMPT_TOKENS_MAX)
@@ -30,30 +30,13 @@ PROMPTS_MAX = 16
 NOTHING = -1
 
 
-@dataclass(slots=True)
-class PromptStep:
-    """A step of prompts with so many tokens together.
-
-    Attributes:
-        inputs: on the device, one after the other: tokens, positions, places of the tokens after which one is
-            sampled, prompts, spans and blocks as attention wants them.
-        host: the same on this side, in pinned memory.
-        graph: None where steps are computed anew each time.
-        logits, likeliest: what comes out, for each prompt.
-        found: the likeliest tokens on this side, in pinned memory.
-    """
-
-    inputs: torch.Tensor
-    host: torch.Tensor
-    found: torch.Tensor
-    logits: torch.Tensor
-    likeliest: torch.Tensor
-    graph: torch.cuda.CUDAGraph | None
-
-
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where what is in the inputs of a step of some size."""
+    """Where what is in the inputs of a step of some size.
+
+    They are tokens, positions, places of the tokens after which one is sampled, prompts, spans and blocks as
+    attention wants them.
+    """
 
     tokens: int
     prompts: int
@@ -81,7 +64,7 @@ class PromptSteps:
         self._recorder = recorder
         self._kernels = recorder.kernels
         self._launch = recorder.kernels.prompt_launch(shard.heads_per_group)
-        self._steps: dict[Layout, PromptStep] = {}
+        self._steps: dict[Layout, Step] = {}
 
     def takes(self, news: Sequence[int]) -> bool:
         """Whether prompts with so many new tokens can be computed here."""
@@ -97,19 +80,8 @@ class PromptSteps:
         layout = self._layout(sum(news), len(news))
         step = self._steps.get(layout) or self._make(layout)
         self._fill(layout, step.host.numpy(), spans, positions, news, tokens, sampled)
-        step.inputs.copy_(step.host, non_blocking=True)
-        self._recorder.stopwatch.start()
-        if step.graph is not None:
-            step.graph.replay()
-        else:
-            step.logits, step.likeliest = self._compute(layout, step.inputs)
-        self._recorder.stopwatch.lap(COMPUTED)
-        if not self._shard.sampling.greedy(asked):
-            return self._shard.sampling.choose(step.logits[:len(sampled)], asked)
-        step.found.copy_(step.likeliest, non_blocking=True)
-        self._kernels.wait()
-        found: Tokens = step.found.numpy()[:len(sampled)].copy()
-        return found
+        return self._recorder.run(step, lambda: self._compute(layout, step.inputs), len(sampled),
+                                  self._shard.sampling, asked)
 
     def warm_up(self, tokens_max: int, until_s: float) -> None:
         """Record steps with up to so many tokens, the largest first, while there is time."""
@@ -145,19 +117,15 @@ class PromptSteps:
         cut = self._kernels.blocks_of(self._launch, news)
         blocks[:cut.size] = cut.ravel()
 
-    def _make(self, layout: Layout) -> PromptStep:
-        kernels = self._kernels
-        inputs = torch.zeros(layout.size, dtype=torch.int64, device=kernels.device)
+    def _make(self, layout: Layout) -> Step:
+        inputs = torch.zeros(layout.size, dtype=torch.int64, device=self._kernels.device)
         layout.parts(inputs)[-1].fill_(NOTHING)
-        found = host_numbers(layout.prompts, kernels)
-        step = PromptStep(inputs, host_numbers(layout.size, kernels), found, found, found, None)
+        step = self._recorder.step(inputs, layout.prompts, lambda: self._compute(layout, inputs))
         if self._recorder.graphs:
-            step.graph, (step.logits, step.likeliest) = self._recorder.record(
-                lambda: self._compute(layout, inputs))
             self._steps[layout] = step
         return step
 
-    def _compute(self, layout: Layout, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute(self, layout: Layout, inputs: torch.Tensor) -> Outputs:
         """Start a step on what the inputs hold: logits and likeliest tokens."""
         kernels = self._kernels
         tokens, positions, ends, prompts, spans, blocks = layout.parts(inputs)

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from hetis_exec.backend import Asked
 from hetis_exec.kernels.cuda import RECORDING, URGENT, CudaKernels, new_stream
+from hetis_exec.messages import Tokens
+from hetis_exec.models.sampling import Sampling
 
 COMPUTED = "computed"
 Outputs = tuple[torch.Tensor, torch.Tensor]
+"""Logits and likeliest tokens."""
+
+
+@dataclass(slots=True)
+class Step:
+    """A step of some size.
+
+    Attributes:
+        inputs: on the device, all numbers that it goes by, one after the other.
+        host: the same on this side, in pinned memory.
+        graph: None where steps are computed anew each time.
+        logits, likeliest: what comes out.
+        found: the likeliest tokens on this side, in pinned memory.
+    """
+
+    inputs: torch.Tensor
+    host: torch.Tensor
+    found: torch.Tensor
+    logits: torch.Tensor
+    likeliest: torch.Tensor
+    graph: torch.cuda.CUDAGraph | None
 
 
 class Recorder:
@@ -41,6 +66,31 @@ class Recorder:
         self._generation = self.kernels.tables.generation
         self._memory = None
         return True
+
+    def step(self, inputs: torch.Tensor, results: int, compute: Callable[[], Outputs]) -> Step:
+        """Buffers for inputs and so many results and, where wanted, the graph of what lies between."""
+        found = host_numbers(results, self.kernels)
+        step = Step(inputs, host_numbers(len(inputs), self.kernels), found, found, found, None)
+        if self.graphs:
+            step.graph, (step.logits, step.likeliest) = self.record(compute)
+        return step
+
+    def run(self, step: Step, compute: Callable[[], Outputs], number: int, sampling: Sampling,
+            asked: Asked) -> Tokens:
+        """Compute a step on what its host side holds: the first so many of the next tokens."""
+        step.inputs.copy_(step.host, non_blocking=True)
+        self.stopwatch.start()
+        if step.graph is not None:
+            step.graph.replay()
+        else:
+            step.logits, step.likeliest = compute()
+        self.stopwatch.lap(COMPUTED)
+        if not sampling.greedy(asked):
+            return sampling.choose(step.logits[:number], asked)
+        step.found.copy_(step.likeliest, non_blocking=True)
+        self.kernels.wait()
+        found: Tokens = step.found.numpy()[:number].copy()
+        return found
 
     def record(self, compute: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         """A graph of some work and where it leaves its results.

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from hetis_exec.kvcache import KvPool, Table, TableKey
 from hetis_exec.messages import Tokens
 from hetis_exec.models.decoder import DecoderShard
 from hetis_exec.prompt_steps import PromptSteps
-from hetis_exec.recording import COMPUTED, Recorder, host_numbers
+from hetis_exec.recording import COMPUTED, Outputs, Recorder, Step
 
 SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 """Rows of the recorded batches."""
@@ -30,26 +29,6 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 NO_TABLE = -1
 LONG = 1 << 30
 """Pieces of rows are chosen as for the longest of contexts: a graph serves all of them."""
-
-
-@dataclass(slots=True)
-class Step:
-    """A step for one size of batch.
-
-    Attributes:
-        inputs: on the device: tokens, positions, and the spans of the rows' tables, one after the other.
-        host: the same on this side, in pinned memory.
-        graph: None where steps are computed anew each time.
-        logits, likeliest: what comes out.
-        found: the likeliest tokens on this side, in pinned memory.
-    """
-
-    inputs: torch.Tensor
-    host: torch.Tensor
-    found: torch.Tensor
-    logits: torch.Tensor
-    likeliest: torch.Tensor
-    graph: torch.cuda.CUDAGraph | None
 
 
 class WholeSteps:
@@ -100,19 +79,8 @@ class WholeSteps:
         host[size:size + number] = positions
         host[2 * size:2 * size + spans.size] = spans.ravel()
         host[2 * size + spans.size:] = NO_TABLE
-        step.inputs.copy_(step.host, non_blocking=True)
-        self._recorder.stopwatch.start()
-        if step.graph is not None:
-            step.graph.replay()
-        else:
-            step.logits, step.likeliest = self._compute(step.inputs, size, max(positions))
-        self._recorder.stopwatch.lap(COMPUTED)
-        if not self._shard.sampling.greedy(asked):
-            return self._shard.sampling.choose(step.logits[:number], asked)
-        step.found.copy_(step.likeliest, non_blocking=True)
-        self._kernels.wait()
-        found: Tokens = step.found.numpy()[:number].copy()
-        return found
+        return self._recorder.run(step, lambda: self._compute(step.inputs, size, max(positions)), number,
+                                  self._shard.sampling, asked)
 
     def run_prompts(self, request_ids: Sequence[int], positions: Sequence[int], news: Sequence[int],
                     tokens: Tokens, sampled: Sequence[int], asked: Asked) -> Tokens:
@@ -154,18 +122,13 @@ class WholeSteps:
         return found
 
     def _make(self, size: int) -> Step:
-        """Buffers and, where wanted, the graph of a size of batch."""
-        kernels, numbers = self._kernels, 2 * size + 2 * size * self._groups
-        inputs = torch.zeros(numbers, dtype=torch.int64, device=kernels.device)
+        """For a size of batch; inputs are tokens, positions and the spans of the rows' tables."""
+        inputs = torch.zeros(2 * size + 2 * size * self._groups, dtype=torch.int64,
+                             device=self._kernels.device)
         inputs[2 * size:] = NO_TABLE
-        found = host_numbers(size, kernels)
-        step = Step(inputs, host_numbers(numbers, kernels), found, found, found, None)
-        if self._recorder.graphs:
-            step.graph, (step.logits, step.likeliest) = self._recorder.record(
-                lambda: self._compute(inputs, size, LONG))
-        return step
+        return self._recorder.step(inputs, size, lambda: self._compute(inputs, size, LONG))
 
-    def _compute(self, inputs: torch.Tensor, size: int, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute(self, inputs: torch.Tensor, size: int, longest: int) -> Outputs:
         """Start a step on what the inputs hold: logits and likeliest tokens."""
         kernels = self._kernels
         tokens, positions = inputs[:size], inputs[size:2 * size]
