@@ -30,6 +30,7 @@ from hetis_exec.net.meeting import (
     join_meeting,
 )
 from hetis_exec.net.wires import GlooWire, Reaper, gloo_group, release_devices
+from hetis_exec.processes import end_processes
 from hetis_exec.shaping import Shapes
 from hetis_exec.transport import Endpoint
 
@@ -274,13 +275,7 @@ class DistributedCrew:
         for device in {*self._specs, *self._endpoint.peers}:
             self._endpoint.send(device, Stop(at_once))
         deadline_s = time.monotonic() + (STOP_AT_ONCE_S if at_once else STOP_S)
-        for process in self.processes.values():
-            if process.pid is None:
-                continue
-            process.join(max(0.0, deadline_s - time.monotonic()))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+        end_processes(self.processes.values(), deadline_s)
         # What those of other hosts have to say is heard until they hang up.
         self._endpoint.await_parting(max(0.0, deadline_s - time.monotonic()))
         self._endpoint.close(max(0.1, deadline_s - time.monotonic()))

@@ -9,10 +9,11 @@ import select
 import signal
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import combinations
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
 from queue import SimpleQueue
 from threading import Lock, Thread
@@ -175,10 +176,15 @@ class ProcessCrew:
         for device in self.processes:
             self.endpoint.send(device, Stop(at_once))
         deadline_s = time.monotonic() + (STOP_AT_ONCE_S if at_once else STOP_S)
-        for process in self.processes.values():
-            if process.pid is None:
-                continue
-            process.join(max(0.0, deadline_s - time.monotonic()))
-            if process.exitcode is None:
-                process.kill()
-                process.join()
+        end_processes(self.processes.values(), deadline_s)
+
+
+def end_processes(processes: Iterable[BaseProcess], deadline_s: float) -> None:
+    """Wait for processes that were told to end; those that do not in time (monotonic clock) are killed."""
+    for process in processes:
+        if process.pid is None:
+            continue
+        process.join(max(0.0, deadline_s - time.monotonic()))
+        if process.exitcode is None:
+            process.kill()
+            process.join()

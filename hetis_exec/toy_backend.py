@@ -153,7 +153,7 @@ class ToyKernels:
         return None
 
     def attend_prompts(self, plan: Any, layer: int, queries: Array, keys: Array, values: Array) -> Array:
-        raise NotImplementedError
+        raise NotImplementedError("plan_prompts has said that prompts are computed one by one")
 
     def causal(self, queries: Array, keys: Array, values: Array) -> Array:
         new, total = len(queries), keys.shape[1]

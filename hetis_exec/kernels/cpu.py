@@ -218,7 +218,7 @@ class CpuKernels:
 
     def attend_prompts(self, plan: Any, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                        values: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        raise NotImplementedError("plan_prompts has said that prompts are computed one by one")
 
     def causal(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         new, groups, r, d = queries.shape
