@@ -14,6 +14,10 @@ from hetis_sim.cost.tables import TokenTables
 from hetis_sim.spec.model import ModelSpec
 
 TOKENS = (1.0, 16.0, 256.0)
+TINY_CONFIG = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
+               "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+               "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
+"""``config.json`` of a model that is measured in no time."""
 
 
 def module(model: str, coefficients: Mapping[str, Any], **ranges: tuple[float, float]) -> dict[str, Any]:

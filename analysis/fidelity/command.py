@@ -13,6 +13,7 @@ from analysis.fidelity.case import METRICS, DataSet, require_folder
 from analysis.fidelity.errors import relative
 from analysis.fidelity.page import Compared, write_page
 from analysis.fidelity.sets import curves, helix, tgis, vllm
+from analysis.paper.options import check_options, tell
 from analysis.paper.store import Job, Store
 from hetis_sim.metrics.strictjson import dump_line
 from hetis_sim.spec.errors import HetisError, require
@@ -69,16 +70,11 @@ def main(words: Sequence[str]) -> None:
         HetisError: a file of the data is missing or faulty, or a fault in the code came up.
     """
     given = parser().parse_args(words)
-    for name in given.only or ():
-        require(name in SETS, "only", name, f"one of {', '.join(SETS)}")
-    require(given.workers is None or given.workers >= 1, "workers", given.workers, ">= 1")
-    require(not (given.docs and (given.quick or given.only)), "docs", given.docs,
-            "given without --quick and --only: the documentation holds full runs")
-    require(not given.docs or DOCS.is_dir(), "docs", given.docs, "given in a checkout of the project")
+    check_options(given, SETS, DOCS)
     data, out = Path(given.data), Path(given.out)
     require_folder(data, "data")
     sets = read_sets(data, given.only, quick=given.quick)
-    store = Store(out / "answers", given.workers, _tell)
+    store = Store(out / "answers", given.workers, tell)
     compared = [compare(found, store) for found in sets]
     write_tables(out, compared)
     write_page(out / "fidelity.md", out / "figures", compared, quick=given.quick, formats=("svg", "pdf"))
@@ -132,9 +128,3 @@ def write_tables(out: Path, compared: Sequence[Compared]) -> None:
                         writer.writerow((each.given.key, case.name, metric, a, b, error))
     document = {each.given.key: each.document() for each in compared}
     (out / "fidelity.json").write_text(dump_line(document), encoding="utf-8")
-
-
-def _tell(what: str, done: int, total: int) -> None:
-    """Progress on standard error: one line that is written over where that is a terminal."""
-    end = "\r" if sys.stderr.isatty() and done < total else "\n"
-    print(f"{what}: {done} of {total}    ", end=end, file=sys.stderr, flush=True)

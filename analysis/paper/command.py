@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from analysis.paper.evaluation import Evaluation
+from analysis.paper.options import check_options, tell
 from analysis.paper.page import write_page
 from analysis.paper.scale import BASELINES, FULL, HETIS, QUICK, Scale
 from analysis.paper.section import Section
@@ -72,14 +73,9 @@ def main(words: Sequence[str]) -> None:
         HetisError: a fault in the code came up; the page is written all the same.
     """
     given = parser().parse_args(words)
-    for name in given.only or ():
-        require(name in SECTIONS, "only", name, f"one of {', '.join(SECTIONS)}")
-    require(given.workers is None or given.workers >= 1, "workers", given.workers, ">= 1")
-    require(not (given.docs and (given.quick or given.only)), "docs", given.docs,
-            "given without --quick and --only: the documentation holds full runs")
-    require(not given.docs or DOCS.is_dir(), "docs", given.docs, "given in a checkout of the project")
+    check_options(given, SECTIONS, DOCS)
     out = Path(given.out)
-    store = Store(out / ANSWERS, given.workers, _tell)
+    store = Store(out / ANSWERS, given.workers, tell)
     scale = narrowed(QUICK if given.quick else FULL, given.models, given.workloads, given.policies)
     sections = run(scale, store, given.only)
     write_page(out / PAGE, out / PICTURES, scale, sections, ("svg", "pdf"))
@@ -123,9 +119,3 @@ def run(scale: Scale, store: Store, only: Sequence[str] | None = None) -> list[S
     """The sections asked for, in the order of the page."""
     evaluation = Evaluation(scale, store)
     return [build(evaluation) for name, build in SECTIONS.items() if not only or name in only]
-
-
-def _tell(what: str, done: int, total: int) -> None:
-    """Progress on standard error: one line that is written over where that is a terminal."""
-    end = "\r" if sys.stderr.isatty() and done < total else "\n"
-    print(f"{what}: {done} of {total}    ", end=end, file=sys.stderr, flush=True)

@@ -13,6 +13,8 @@ import pytest
 
 pytest.importorskip("torch", reason="calibration needs the extra exec")
 
+from calibrated import TINY_CONFIG
+
 from hetis_exec.calibrate import command
 from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, owned_groups, tables_of
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
@@ -30,9 +32,6 @@ from hetis_sim.run import simulate
 from hetis_sim.spec.architectures import MODELS
 from hetis_sim.spec.errors import SpecError
 
-TINY = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
 WORDS = ("cluster.hosts=[{gpus:{cpu-core:1},memory_gib:2},{gpus:{weak-core:1},memory_gib:2}]", "policy=vllm",
          "scheduler.max_batch_requests=8", "scheduler.max_batch_tokens=64", "executor.workers=threads",
          "calibrate.quick=true", "calibrate.repeats=2", "calibrate.pool_mib=4", "workload.table=fixed",
@@ -44,7 +43,7 @@ WORDS = ("cluster.hosts=[{gpus:{cpu-core:1},memory_gib:2},{gpus:{weak-core:1},me
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     """The command line of a calibration that takes a second or two."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
     return [f"model.config={tmp_path}", f"calibrate.out={tmp_path / 'out'}", *WORDS]
 
 

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("torch", reason="real models need the extra exec")
 
-from calibrated import device_profile, host_profile, links_profile, signed, written
+from calibrated import TINY_CONFIG, device_profile, host_profile, links_profile, signed, written
 
 from hetis_exec.calibrate.machine import machine_at
 from hetis_exec.cli import main
@@ -27,9 +27,6 @@ from hetis_sim.spec.errors import HetisError, SpecError
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.study.runs import Load
 
-TINY = {"model_type": "llama", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
 WORDS = ("cluster.hosts=[{gpus:{cpu-core:1},memory_gib:2},{gpus:{weak-core:1},memory_gib:2}]", "policy=vllm",
          "executor.workers=threads", "workload.table=fixed", "workload.prompt_tokens=12",
          "workload.output_tokens=6", "workload.prompt_scale=1", "workload.output_scale=1", "rate=100",
@@ -149,7 +146,7 @@ def profiles_for(model: ModelSpec, folder: Path, **changes: Any) -> Path:
 @pytest.fixture
 def words(tmp_path: Path) -> list[str]:
     """The command line of a validation that takes a second or two."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
     words = [f"model.config={tmp_path}", *WORDS]
     model = prepare_execution(compose_execution(*words)).prepared.model
     return [*words, f"profile={profiles_for(model, tmp_path / 'profiles')}"]
