@@ -25,8 +25,9 @@ def calibrate(words: list[str]) -> int:
 
 
 def validate(words: list[str]) -> int:
-    """Compare runs with their simulation; status 2 on bad input, or if a run has failed."""
+    """Compare runs with their simulation; status 2 on bad input, 1 if a run has failed."""
     register_execution()
+    fine: list[bool] = []
 
     def task(config: object) -> None:
         from hydra.core.hydra_config import HydraConfig
@@ -34,7 +35,7 @@ def validate(words: list[str]) -> int:
         from hetis_exec.validate.command import run_command
 
         assert isinstance(config, ExecutionConfig)
-        run_command(config, Path(HydraConfig.get().runtime.output_dir))
+        fine.append(run_command(config, Path(HydraConfig.get().runtime.output_dir)))
 
     with_hydra(task, words, MAIN, ExecutionConfig)
-    return 0
+    return 0 if all(fine) else 1

@@ -11,6 +11,8 @@ from hetis_sim.spec.lookup import require_int, require_mapping
 PIECES = ("device", "shape", "heads", "hops", "sums", "host")
 """What a calibration consists of."""
 
+RATES = ("own", "common")
+
 LIMITS = {"dense_layer": 0.10, "head": 0.15, "prefill_attention": 0.15, "decode_attention": 0.15,
           "remote_attention": 0.20,
           "head_packing": 0.30, "transfer": 0.30, "hop": 0.30, "all_reduce": 0.30, "host_overhead": 0.30}
@@ -86,24 +88,38 @@ class ValidateConfig:
         policies: names, or mappings of ``name`` and settings; none stands for the policy of the run.
         loads: shares of the measured capacity at which requests arrive.
         seeds: of arrivals and lengths at each load, from ``workload.seed`` on.
-        noise_runs: of these, so many are run for real a second time: what differs then is noise.
+        noise_runs: of these, so many are run for real again: what differs then is noise.
+        repeats: how often those are run again.
         run_s: about how long requests arrive in a run.
         requests_min, requests_max: of a run.
         capacity_requests: of the overloaded run that measures capacity.
         warmup_s: before anything counts; null for 4 s, or 15 s where cards compute; 0 for none.
         resamples: of the bootstrap.
+        rates: shares are of each policy's ``own`` capacity, or of the least of all policies (``common``), so
+            that all get the same requests at the same times.
+        budget_s: no run begins of which this time would not see the end; null for no limit.
+        out: folder for what is written; null for the folder of the run. Runs that it has are not run again.
+        pace: measure the speed of the machine before and after every run; see
+            :mod:`hetis_exec.calibrate.reference`.
+        recalibrate: calibrate first, as the keys of ``calibrate`` say, and use that in place of ``profile``.
     """
 
     policies: list[Any] = field(default_factory=list)
     loads: list[float] = field(default_factory=lambda: [0.3, 0.6, 0.85, 0.95])
     seeds: int = 2
     noise_runs: int = 1
+    repeats: int = 1
     run_s: float = 10.0
     requests_min: int = 20
     requests_max: int = 400
     capacity_requests: int = 40
     warmup_s: float | None = None
     resamples: int = 1000
+    rates: str = "own"
+    budget_s: float | None = None
+    out: str | None = None
+    pace: bool = True
+    recalibrate: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.loads) >= 1, "validate.loads", list(self.loads), "at least one load")
@@ -113,6 +129,10 @@ class ValidateConfig:
                                ("capacity_requests", 4, 100_000), ("resamples", 10, 1_000_000)):
             require_int(f"validate.{key}", getattr(self, key), low, high)
         require_int("validate.noise_runs", self.noise_runs, 0, self.seeds)
+        require_int("validate.repeats", self.repeats, 1, 1000)
+        require(self.rates in RATES, "validate.rates", self.rates, f"one of {', '.join(RATES)}")
+        if self.budget_s is not None:
+            require_finite("validate.budget_s", self.budget_s, 0.0, open_low=True)
         require_finite("validate.run_s", self.run_s, 0.0, open_low=True)
         require(self.warmup_s is None or 0 <= self.warmup_s <= 3600, "validate.warmup_s", self.warmup_s,
                 "null or 0 to 3600")

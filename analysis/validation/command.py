@@ -15,7 +15,7 @@ from analysis.validation.figures import validation_charts
 from hetis_sim.spec.errors import SpecError, require
 
 RESULT, REQUESTS = "validation.json", "requests.parquet"
-FORMAT = 1
+FORMAT = 2
 
 
 def parser() -> argparse.ArgumentParser:

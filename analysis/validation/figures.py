@@ -24,7 +24,8 @@ from analysis.figures.charts import (
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "e2el": "E2EL"}
 ORIGIN = "simulated and measured"
 STATISTICS = ("mean", "p95")
-CAPTION_NOISE = "Whiskers are 95 % bootstrap intervals over requests; noise is a second measurement's error."
+CAPTION_NOISE = ("Whiskers are 95 % bootstrap intervals over requests; those of real against real are what "
+                 "runs of the same requests differ by.")
 
 
 def validation_charts(cases: Sequence[Mapping[str, Any]], requests: pd.DataFrame) -> list[Chart]:
@@ -49,10 +50,12 @@ def error_chart(metric: str, cases: Sequence[Mapping[str, Any]]) -> DotChart:
     series: list[Dots] = []
     for statistic in STATISTICS:
         found = [_error(case, metric, statistic) for case in cases]
-        value, low, high, noise = (100.0 * np.array([_number(error, key) for error in found])
-                                   for key in ("error", "low", "high", "noise"))
+        value, low, high, least, most = (
+            100.0 * np.array([_number(error, key) for error in found])
+            for key in ("error", "low", "high", "noise_low", "noise_high"))
         series.append(Dots(f"{statistic}", value, len(series), low, high))
-        series.append(Dots(f"noise of {statistic}", noise, len(series)))
+        middle = (least + most) / 2.0
+        series.append(Dots(f"real against real, {statistic}", middle, len(series), least, most))
     return DotChart(
         key=f"error-{metric}", title=f"Error of {METRICS[metric]}", origin=ORIGIN,
         caption=f"Simulated over measured {METRICS[metric]}, less one, by load. {CAPTION_NOISE}",

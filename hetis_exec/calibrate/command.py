@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from hetis_exec.calibrate.fit import LINK_MODULES, Fits, Fitted, fit_all
 from hetis_exec.calibrate.machine import Machine, machine_at
-from hetis_exec.calibrate.samples import Store, frame_of
+from hetis_exec.calibrate.samples import Store, frame_of, references_of
 from hetis_exec.calibrate.tasks import Plan, Work, plan_of
 from hetis_exec.calibrate.write import Written, profile_of, subjects_of, write_profile
 from hetis_exec.config import ExecutionConfig
@@ -73,7 +73,8 @@ def calibrate(config: ExecutionConfig, tick: Tick | None = None) -> Calibrated:
     fits = fit_all(samples, plan.shapes, config.calibrate.limit) if len(samples) else Fits()
     written = {}
     for device, modules in subjects_of(fits.found).items():
-        about = _calibration(execution, plan, machines, device, store.took_s(names))
+        about = replace(_calibration(execution, plan, machines, device, store.took_s(names)),
+                        reference=references_of(samples, device))
         subjects = samples["subject"]
         own = subjects == device
         if device == "links":

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import linprog
 
-from hetis_exec.calibrate.samples import medians
+from hetis_exec.calibrate.samples import PREFIX, medians
 from hetis_exec.calibrate.surface import fit_surface
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
@@ -359,7 +359,8 @@ def fit_all(samples: pd.DataFrame, shapes: dict[str, ModelSpec], limit: Callable
     """
     fits = Fits()
     launching = samples["module"] == "host_launch"
-    for module, subject, part in _parts(samples[~launching]):
+    pace = samples["module"].str.startswith(PREFIX)
+    for module, subject, part in _parts(samples[~launching & ~pace]):
         made = _fit(module, subject, part, shapes, samples[launching])
         reason = reason_against(made, limit(module))
         if reason:

@@ -60,6 +60,9 @@ class Sample:
 
 Samples = list[Sample]
 
+PREFIX = "reference_"
+"""Of modules that tell the pace of a device and are not fitted; see :mod:`hetis_exec.calibrate.reference`."""
+
 COLUMNS = tuple(field.name for field in fields(Point))
 
 
@@ -123,3 +126,10 @@ class Store:
     def took_s(self, tasks: Iterable[str]) -> float:
         """How long they took to measure."""
         return sum(self._tasks[task][1] for task in tasks)
+
+
+def references_of(samples: pd.DataFrame, subject: str) -> dict[str, float]:
+    """Median seconds of a device's reference work, by part; empty where none was taken."""
+    own = samples[(samples["subject"] == subject) & samples["module"].str.startswith(PREFIX)]
+    return {str(module).removeprefix(PREFIX): float(rows.median())
+            for module, rows in own.groupby("module")["seconds"]}

@@ -95,13 +95,18 @@ def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Genera
     return tuple(drawn)
 
 
-def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
-    """The samples of one device at one degree. ``tick`` is called after each step."""
+def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None],
+                  between: Callable[[], Samples] = list) -> Samples:
+    """The samples of one device at one degree.
+
+    ``tick`` is called after each step; ``between`` before and after all steps have been computed once, and
+    what it gives is among the samples.
+    """
     jobs = jobs_for(sizes, spec.pool_tokens, dense_only=spec.tp > 1)
     bench = StepBench(spec, tables_of(jobs))
     bench.step(jobs[0])
     bench.step(jobs[len(jobs) // 2])
-    samples: Samples = []
+    samples: Samples = [*between()]
     spent = dict.fromkeys(jobs, 0.0)
     for turn in range(sizes.repeats):
         for job in jobs:
@@ -113,6 +118,7 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
             if timed.whole_s > sizes.limit_s:
                 spent = {other: s for other, s in spent.items() if other.tokens < job.tokens}
             tick()
+        samples += between()
     return samples
 
 

@@ -17,6 +17,7 @@ from hetis_exec.calibrate.crews import CrewSpec, measure_hops, measure_star, mea
 from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
+from hetis_exec.calibrate.reference import ReferenceSpec
 from hetis_exec.calibrate.samples import Samples
 from hetis_exec.calibrate.steps import CONTEXT_MIN, Sizes, measure_steps
 from hetis_exec.config import ExecutionConfig
@@ -201,7 +202,7 @@ def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, 
                                      * model.kv_bytes_per_token_per_layer_per_group))
             spec = BenchSpec(device, model, backend, throttle, backend.dtype, block_tokens, tp,
                              max(64, pool))
-            yield Work(name, partial(_steps, spec, own, kind), apart=True, core=_core(execution, 0))
+            yield Work(name, partial(_steps, spec, own, kind), apart=True, core=core_of(execution, device))
         for shape in shapes.values():
             loop = LoopSpec(device, kind, shape, place, backend.dtype, block_tokens, given.seed, True, True,
                             pool_bytes)
@@ -223,16 +224,38 @@ def _launch(spec: LaunchSpec, repeats: int, tick: Callable[[], None]) -> Samples
 
 
 def _steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
-    return measure_steps(spec, sizes, kind, tick)
+    if spec.tp > 1:
+        return measure_steps(spec, sizes, kind, tick)
+    reference = ReferenceSpec(kind, spec)
+    measure = reference.made()
+    return measure_steps(spec, sizes, kind, tick, lambda: reference.samples(measure()))
 
 
 def _loops(spec: LoopSpec, degrees: Sequence[int], sizes: Sizes, tick: Callable[[], None]) -> Samples:
-    return [sample for tp in degrees for sample in measure_loops(
-        spec, tp, sizes, tick, dense_only=tp not in (degrees[0], degrees[-1]))]
+    samples: Samples = []
+    reference = ReferenceSpec(spec.kind, spec)
+    measure = None if spec.split_head else reference.made()
+    for tp in degrees:
+        samples += [] if measure is None else reference.samples(measure())
+        samples += measure_loops(spec, tp, sizes, tick, dense_only=tp not in (degrees[0], degrees[-1]))
+    return samples if measure is None else [*samples, *reference.samples(measure())]
 
 
-def _core(execution: Execution, number: int) -> int | None:
-    """The core of the first worker of a plan, where workers are pinned."""
+def reference_of(execution: Execution, device: int) -> ReferenceSpec:
+    """The work that tells the pace of a device, as its calibration has done it."""
+    backend, model = execution.given.backend, execution.prepared.model
+    assert isinstance(backend, TorchBackend)
+    kind = execution.prepared.cluster.devices[device].gpu.name
+    block_tokens = execution.config.scheduler.block_tokens
+    place = backend.place(device)
+    if place == CPU:
+        return ReferenceSpec(kind, BenchSpec(device, model, backend, NONE, backend.dtype, block_tokens, 1, 0))
+    return ReferenceSpec(kind, LoopSpec(device, kind, model, place, backend.dtype, block_tokens, 0, False,
+                                        backend.cuda_graphs, 0.0))
+
+
+def core_of(execution: Execution, number: int) -> int | None:
+    """The core of a worker, where workers are pinned."""
     wish = execution.config.executor.pin
     if wish == "none":
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from hetis_exec.calibrate.machine import machine_at
@@ -47,3 +48,16 @@ def files_of(config: ExecutionConfig) -> list[Path]:
     """The files of all profiles that are given."""
     paths = [profile_path(path) for path in config.cost.profiles]
     return [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+
+
+def hashes_of(config: ExecutionConfig) -> dict[str, str]:
+    """The hash of each profile's content, by file name."""
+    return {file.name: str(json.loads(file.read_text(encoding="utf-8")).get("sha256"))
+            for file in files_of(config)}
+
+
+def references_of(config: ExecutionConfig) -> dict[str, dict[str, float]]:
+    """Seconds of the reference work by type of device and part, of profiles that have them."""
+    profiles = [read_profile(file) for file in files_of(config)]
+    return {profile.device: dict(profile.calibration.reference) for profile in profiles
+            if profile.calibration is not None and profile.calibration.reference}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -14,81 +14,113 @@ from rich.console import Console
 from rich.table import Table
 
 from hetis_exec.config import ExecutionConfig
-from hetis_exec.validate.compare import Error, Part, plain_error
-from hetis_exec.validate.profiles import files_of
+from hetis_exec.validate.case import Compared, Validation
+from hetis_exec.validate.compare import Error, plain_error
+from hetis_exec.validate.profiles import hashes_of
+from hetis_exec.validate.ranking import agreement
 from hetis_sim.metrics import build_manifest
 from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.metrics.strictjson import plain
 
-FORMAT = 1
+FORMAT = 2
 RESULT, TABLE, REQUESTS = "validation.json", "validation.csv", "requests.parquet"
 SHOWN = ("mean", "p95")
 
 
-@dataclass(frozen=True)
-class Compared:
-    """A policy at a load.
-
-    Attributes:
-        rate_rps: of arrivals.
-        errors: of latencies, rates and use of the cache.
-        parts: of iterations.
-        requests: of all seeds, paired.
-    """
-
-    policy: str
-    load: float
-    capacity_rps: float
-    rate_rps: float
-    errors: list[Error]
-    parts: list[Part]
-    requests: pd.DataFrame
-
-
-def write_validation(folder: Path, config: ExecutionConfig, found: Sequence[Compared]) -> Path:
-    """Write ``validation.json``, ``validation.csv`` and ``requests.parquet``."""
+def write_validation(folder: Path, config: ExecutionConfig, found: Validation) -> Path:
+    """Write ``validation.json``, ``validation.csv`` and ``requests.parquet``, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     cases = [{"policy": one.policy, "load": one.load, "capacity_rps": one.capacity_rps,
               "rate_rps": one.rate_rps, "errors": [plain_error(error) for error in one.errors],
-              "parts": [plain_error(part) for part in one.parts]} for one in found]
+              "parts": [plain_error(part) for part in one.parts], "runs": one.runs} for one in found.cases]
     manifest = build_manifest(label="measured", seeds={"workload": config.workload.seed},
                               hashes={"config": value_sha256(asdict(config))},
-                              extra={"profiles": _hashes(config)})
-    content = {"format": FORMAT, "manifest": manifest, "config": asdict(config), "cases": cases}
-    (folder / RESULT).write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
-    rows = [{"policy": one.policy, "load": one.load, **plain_error(error)} for one in found
-            for error in one.errors]
-    pd.DataFrame(rows).to_csv(folder / TABLE, index=False)
-    pd.concat([one.requests for one in found], ignore_index=True).to_parquet(folder / REQUESTS, index=False)
+                              extra={"profiles": hashes_of(config)})
+    content = {"format": FORMAT, "complete": found.complete, "left_out": found.left_out,
+               "failed": found.failed, "manifest": manifest, "config": asdict(config),
+               "capacities": found.capacities, "ranking": [asdict(order) for order in found.orders],
+               "cases": cases}
+    text = json.dumps(plain(content), indent=1) + "\n"
+    rows = pd.DataFrame([{"policy": one.policy, "load": one.load, **plain_error(error)}
+                         for one in found.cases for error in one.errors])
+    requests = pd.concat([one.requests for one in found.cases], ignore_index=True)
+    _replace(folder / REQUESTS, lambda path: requests.to_parquet(path, index=False))
+    _replace(folder / TABLE, lambda path: rows.to_csv(path, index=False))
+    _replace(folder / RESULT, lambda path: path.write_text(text, encoding="utf-8"))
     return folder
 
 
-def _hashes(config: ExecutionConfig) -> dict[str, str]:
-    return {file.name: str(json.loads(file.read_text(encoding="utf-8")).get("sha256"))
-            for file in files_of(config)}
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    part.replace(path)
 
 
-def print_validation(found: Sequence[Compared]) -> None:
-    """The table of errors, and below it the parts of iterations that differ most."""
-    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+def print_validation(found: Validation) -> None:
+    """The table of errors, the pace of the machine, parts of iterations that differ, and the ranking."""
+    console = Console(width=None if sys.stdout.isatty() else 130, highlight=False)
+    console.print(_errors_table(found.cases))
+    for line in pace_lines(found.cases):
+        console.print(line, soft_wrap=True)
+    console.print(_parts_table(found.cases))
+    for line in ranking_lines(found):
+        console.print(line, soft_wrap=True)
+
+
+def _errors_table(cases: Sequence[Compared]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for header in ("policy", "load", "figure", "", "measured", "simulated", "error", "95% interval", "noise"):
+    headers = ("policy", "load", "figure", "", "measured", "simulated", "error", "95% interval",
+               "real against real", "at measured pace")
+    for header in headers:
         table.add_column(header, justify="left" if header in ("policy", "figure", "") else "right")
-    for one in found:
+    for one in cases:
         for n, error in enumerate(error for error in one.errors if error.statistic in SHOWN):
             first = (one.policy, f"{one.load:.0%}") if n == 0 else ("", "")
-            table.add_row(*first, error.metric.replace("_", " "), error.statistic, f"{error.measured:.4g}",
-                          f"{error.simulated:.4g}", _percent(error.error),
-                          f"{_percent(error.low)} to {_percent(error.high)}", _percent(error.noise))
-    console.print(table)
-    console.print(_parts_table(found))
+            table.add_row(*first, error.metric.replace("_", " "), error.statistic, *_cells(error))
+    return table
 
 
-def _parts_table(found: Sequence[Compared]) -> Table:
+def _cells(error: Error) -> tuple[str, ...]:
+    return (f"{error.measured:.4g}", f"{error.simulated:.4g}", _percent(error.error),
+            _range(error.low, error.high), _range(error.noise_low, error.noise_high), _percent(error.paced))
+
+
+def pace_lines(cases: Sequence[Compared]) -> list[str]:
+    """How fast the machine was beside the runs of each case, as a share of its calibrated speed."""
+    lines = []
+    for one in cases:
+        words = []
+        for kind in one.runs[0]["slowdown"]:
+            for part in one.runs[0]["slowdown"][kind]:
+                speeds = sorted(1.0 / run["slowdown"][kind][part] for run in one.runs if run["slowdown"])
+                ends = f"{speeds[0]:.2f}" if len(speeds) == 1 else f"{speeds[0]:.2f} to {speeds[-1]:.2f}"
+                words.append(f"{kind} {part} {ends}")
+        if words:
+            lines.append(f"{one.policy}, {one.load:.0%}: machine at {', '.join(words)} of its calibrated "
+                         "speed")
+    return lines
+
+
+def ranking_lines(found: Validation) -> list[str]:
+    """Whether policies rank alike in both worlds."""
+    if not found.orders:
+        return []
+    count = agreement(found.orders)
+    lines = [f"ranking of policies: {count['same']} of {len(found.orders)} pairs as measured, {count['tie']} "
+             f"that measurements cannot tell apart, {count['other']} the other way round"]
+    for order in found.orders:
+        if order.verdict == "other":
+            where = "" if math.isnan(order.load) else f" at {order.load:.0%}"
+            lines.append(f"  {order.metric}{where}: {order.first} against {order.second}: measured "
+                         f"{_percent(order.measured)}, simulated {_percent(order.simulated)}")
+    return lines
+
+
+def _parts_table(cases: Sequence[Compared]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False,
                   title="milliseconds of an iteration, simulated less measured (measured)")
-    kinds = [(one, kind) for one in found for kind in dict.fromkeys(part.kind for part in one.parts)]
-    names = list(dict.fromkeys(part.part for one in found for part in one.parts if part.part != "requests"))
+    kinds = [(one, kind) for one in cases for kind in dict.fromkeys(part.kind for part in one.parts)]
+    names = list(dict.fromkeys(part.part for one in cases for part in one.parts if part.part != "requests"))
     for header in ("policy", "load", "kind", *names):
         left = header in ("policy", "kind")
         table.add_column(header.replace("_", " "), justify="left" if left else "right")
@@ -102,3 +134,7 @@ def _parts_table(found: Sequence[Compared]) -> Table:
 
 def _percent(value: float) -> str:
     return "" if math.isnan(value) else f"{100 * value:+.1f}%"
+
+
+def _range(low: float, high: float) -> str:
+    return "" if math.isnan(low) else f"{_percent(low)} to {_percent(high)}"

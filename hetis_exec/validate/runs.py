@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -13,6 +13,7 @@ from hetis_exec.crews import crew_maker
 from hetis_exec.devices import CPU
 from hetis_exec.driver import Executor
 from hetis_exec.run import Execution, prepare_execution
+from hetis_sim.cost.paced import PacedCost, Slowdown
 from hetis_sim.metrics import Recorder, Trim, summarize
 from hetis_sim.metrics.columns import Table
 from hetis_sim.run import Prepared, event_budget
@@ -97,12 +98,8 @@ def loaded(subject: Subject, load: Load) -> LoadedCase:
     """
     prepared, config = under(subject.prepared, load), subject.execution.config
     assert isinstance(prepared.workload, OpenWorkload)
-    places = getattr(subject.execution.given.backend, "places", ())
-    cards = any(place != CPU for place in places)
-    number = config.scheduler.max_batch_requests if cards else WARMUP_REQUESTS
-    begin_s = config.validate.warmup_s
-    if begin_s is None:
-        begin_s = CARD_WARMUP_S if cards else WARMUP_S
+    number = config.scheduler.max_batch_requests if _has_cards(subject) else WARMUP_REQUESTS
+    begin_s = warmup_s(subject)
     number = min(number, config.scheduler.max_batch_requests) if begin_s else 0
     most = prepared.model.context_limit_tokens // 2
     warm = [Request(WARMUP_ID + n, 0.0, min(WARMUP_PROMPTS[n % len(WARMUP_PROMPTS)], most), min(n + 1, most))
@@ -110,6 +107,18 @@ def loaded(subject: Subject, load: Load) -> LoadedCase:
     counted = [replace(request, arrival_s=request.arrival_s + begin_s)
                for request in prepared.workload.requests()]
     return LoadedCase(prepared, [*warm, *counted], begin_s)
+
+
+def warmup_s(subject: Subject) -> float:
+    """How long warming up may take before anything counts."""
+    given = subject.execution.config.validate.warmup_s
+    if given is not None:
+        return given
+    return CARD_WARMUP_S if _has_cards(subject) else WARMUP_S
+
+
+def _has_cards(subject: Subject) -> bool:
+    return any(place != CPU for place in getattr(subject.execution.given.backend, "places", ()))
 
 
 def measure(subject: Subject, load: Load) -> Outcome:
@@ -129,13 +138,18 @@ def measure(subject: Subject, load: Load) -> Outcome:
     return _outcome(recorder, case)
 
 
-def simulate(subject: Subject, load: Load) -> Outcome:
-    """Simulate the same."""
+def simulate(subject: Subject, load: Load, slowdowns: Mapping[str, Slowdown] | None = None) -> Outcome:
+    """Simulate the same, at the profile's pace or with the times of computing scaled by type of device.
+
+    The policy goes by the profile in either case, as in the real run.
+    """
     case = loaded(subject, load)
     prepared = case.prepared
+    cost = PacedCost(prepared.cost, slowdowns) if slowdowns else prepared.cost
     simulation = Simulation(SimulationInput(
-        prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan, case.requests,
-        prepared.settings, event_budget(prepared) + 100 * len(case.requests)))
+        prepared.cluster, prepared.model, cost, prepared.policy, prepared.plan, case.requests,
+        prepared.settings, event_budget(prepared) + 100 * len(case.requests),
+        believed=prepared.cost if slowdowns else None))
     return _outcome(simulation.run(), case)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hetis_sim.spec.errors import SpecError, require
+from hetis_sim.spec.errors import SpecError, require, require_finite
 from hetis_sim.spec.model import ModelSpec
 
 KEY = "calibration"
@@ -36,6 +36,8 @@ class Calibration:
         settings: what else decided the measurement.
         samples: file with the samples, beside the profile.
         seconds: that the measurement took.
+        reference: seconds of a short piece of work by part (``dense``, ``attention``), taken between the
+            samples: who measures it again sees how fast the machine is by then. Empty where it was not taken.
     """
 
     hardware: str
@@ -50,6 +52,7 @@ class Calibration:
     settings: Mapping[str, Any] = field(default_factory=dict)
     samples: str = ""
     seconds: float = 0.0
+    reference: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, raw: Any, key: str) -> Calibration:
@@ -65,9 +68,13 @@ class Calibration:
         throttle, settings = raw.get("throttle") or {}, raw.get("settings") or {}
         require(isinstance(throttle, dict), f"{key}.throttle", throttle, "an object")
         require(isinstance(settings, dict), f"{key}.settings", settings, "an object")
+        reference = raw.get("reference") or {}
+        require(isinstance(reference, dict), f"{key}.reference", reference, "an object")
+        for part, seconds in reference.items():
+            require_finite(f"{key}.reference.{part}", seconds, 0.0, open_low=True)
         return cls(raw["hardware"], raw["driver"], raw["torch"], raw["python"], raw["date"], raw["dtype"],
                    int(size), tuple(models), throttle, settings, str(raw.get("samples", "")),
-                   float(raw.get("seconds", 0.0)))
+                   float(raw.get("seconds", 0.0)), reference)
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""

@@ -20,7 +20,7 @@ def cases() -> list[dict[str, object]]:
     """Two loads of one policy; nothing is known of the noise at the second."""
     return [{"policy": "vllm", "load": load, "errors": [
         {"metric": metric, "statistic": statistic, "error": 0.1 * load, "low": 0.0, "high": 0.2 * load,
-         "noise": 0.01 if load < 0.5 else None}
+         "noise_low": -0.01 if load < 0.5 else None, "noise_high": 0.03 if load < 0.5 else None}
         for metric in ("ttft", "tpot", "e2el") for statistic in ("mean", "p95")]} for load in LOADS]
 
 
@@ -41,7 +41,7 @@ def requests() -> pd.DataFrame:
 def written(folder: Path) -> Path:
     """A folder as a validation leaves it."""
     folder.mkdir()
-    (folder / "validation.json").write_text(json.dumps({"format": 1, "cases": cases()}))
+    (folder / "validation.json").write_text(json.dumps({"format": 2, "cases": cases()}))
     requests().to_parquet(folder / "requests.parquet")
     return folder
 
@@ -57,6 +57,8 @@ def test_charts_hold_the_figures() -> None:
     assert error.series[0].values == pytest.approx([3.0, 9.0])
     assert error.series[0].high == pytest.approx([6.0, 18.0])
     assert error.series[1].values[0] == pytest.approx(1.0)
+    assert error.series[1].high is not None
+    assert error.series[1].high[0] == pytest.approx(3.0)
     assert np.isnan(error.series[1].values[1])
     scatter = charts["scatter-tpot"]
     assert isinstance(scatter, ScatterChart)

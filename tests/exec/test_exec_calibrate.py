@@ -70,7 +70,12 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
     assert set(read_profile(out / "links.json").infos) == {"transfer", "hop", "all_reduce"}
     samples = pd.read_parquet(out / "cpu-core.parquet")
     assert (samples["seconds"] > 0).all()
-    assert set(samples["module"]) == set(strong.infos)
+    reference = {"reference_dense", "reference_attention"}
+    assert set(samples["module"]) == set(strong.infos) | reference
+    taken = samples[samples["module"] == "reference_dense"]["seconds"]
+    assert len(taken) == 1 + 2
+    assert strong.calibration.reference["dense"] == pytest.approx(taken.median())
+    assert set(strong.calibration.reference) == {"dense", "attention"}
     text = capsys.readouterr().out
     assert "decode_attention" in text
     assert "written to" in text

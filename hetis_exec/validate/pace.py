@@ -1,0 +1,137 @@
+"""How fast the machine is just now, against how fast it was when its profile was measured.
+
+Each device of the plan does the reference work of :mod:`hetis_exec.calibrate.reference` before and after a
+run, one device after the other, in a process of its own on the core of that device's worker. Nothing of
+the run itself is in it: what it gives may be held against the run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+from hetis_exec.calibrate.reference import PARTS, Measure, ReferenceSpec
+from hetis_exec.calibrate.tasks import core_of, reference_of
+from hetis_exec.errors import ExecutorError
+from hetis_exec.run import Execution
+from hetis_sim.cost.paced import Slowdown
+
+Seconds = dict[str, dict[str, float]]
+"""By type of device and part."""
+
+START_S, MEASURE_S = 180.0, 120.0
+
+
+class _Child:
+    """A process that measures when it is told to."""
+
+    def __init__(self, spec: ReferenceSpec, core: int | None) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["hetis_exec.processes", "hetis_exec.torch_backend"])
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_life, args=(spec, core, theirs), name="pace", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._spec = spec
+        self._hear(START_S)
+
+    def __call__(self) -> dict[str, float]:
+        self._pipe.send("measure")
+        return self._hear(MEASURE_S)
+
+    def _hear(self, within_s: float) -> dict[str, float]:
+        try:
+            if not self._pipe.poll(within_s):
+                raise ExecutorError(f"the pace of {self._spec.kind}: no answer within {within_s:g} s")
+            kind, content = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise ExecutorError(f"the pace of {self._spec.kind}: its process has ended") from error
+        if kind == "failed":
+            raise ExecutorError(f"the pace of {self._spec.kind} cannot be measured: {content}")
+        found: dict[str, float] = content
+        return found
+
+    def end(self) -> None:
+        """Kill the process."""
+        self._process.kill()
+        self._process.join()
+
+
+def _life(spec: ReferenceSpec, core: int | None, pipe: Connection) -> None:
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    try:
+        measure = spec.made()
+        pipe.send(("ready", {}))
+        while True:
+            pipe.recv()
+            pipe.send(("measured", measure()))
+    except EOFError:
+        return
+    except Exception:  # noqa: BLE001 - the parent is told, and raises
+        pipe.send(("failed", traceback.format_exc(limit=-2)))
+
+
+class PaceKeeper:
+    """Measures devices that come into play, and keeps what that takes ready.
+
+    Args:
+        references: seconds of the calibration, by type of device and part; types without are not measured.
+        apart: in processes of their own.
+    """
+
+    def __init__(self, references: Mapping[str, Mapping[str, float]], apart: bool) -> None:
+        self._references = references
+        self._apart = apart
+        self._made: dict[int, Measure] = {}
+        self._kinds: dict[int, str] = {}
+
+    def __enter__(self) -> PaceKeeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        for measure in self._made.values():
+            if isinstance(measure, _Child):
+                measure.end()
+
+    def seconds(self, execution: Execution, devices: Iterable[int]) -> Seconds:
+        """The reference work of some devices, now; several of one type are averaged.
+
+        Raises:
+            ExecutorError: it cannot be done.
+        """
+        found: dict[str, list[dict[str, float]]] = {}
+        for device in devices:
+            kind = execution.prepared.cluster.devices[device].gpu.name
+            if self._references.get(kind):
+                found.setdefault(kind, []).append(self._measure(execution, device)())
+        return {kind: _mean(rows) for kind, rows in found.items()}
+
+    def _measure(self, execution: Execution, device: int) -> Measure:
+        if device not in self._made:
+            spec = reference_of(execution, device)
+            self._made[device] = _Child(spec, core_of(execution, device)) if self._apart else spec.made()
+        return self._made[device]
+
+    def slowdowns(self, measured: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+        """By type of device and part, mean seconds over those of the calibration."""
+        found: dict[str, dict[str, float]] = {}
+        for kind in measured[0] if measured else ():
+            mean, reference = _mean([one[kind] for one in measured]), self._references[kind]
+            found[kind] = {part: mean[part] / reference[part] for part in PARTS if part in reference}
+        return found
+
+
+def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {part: sum(row[part] for row in rows) / len(rows) for part in PARTS}
+
+
+def slowdown_of(raw: Mapping[str, Any]) -> dict[str, Slowdown]:
+    """What :meth:`PaceKeeper.slowdowns` gives, for a cost model."""
+    return {kind: Slowdown(**parts) for kind, parts in raw.items()}

@@ -1,0 +1,104 @@
+"""A machine that runs at another pace than when its profile was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hetis_sim.cost.memo import MemoisedCost
+from hetis_sim.cost.model import AttentionCost, CostModel, ProvenanceRow, TransferCost
+from hetis_sim.spec.cluster import LinkSpec
+from hetis_sim.spec.errors import require_finite
+from hetis_sim.spec.gpu import GpuSpec
+from hetis_sim.spec.model import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Slowdown:
+    """Times that work takes over what it took when the profile was measured.
+
+    Attributes:
+        dense: of dense modules and the LM head.
+        attention: of attention.
+    """
+
+    dense: float = 1.0
+    attention: float = 1.0
+
+    def __post_init__(self) -> None:
+        for part in ("dense", "attention"):
+            require_finite(f"slowdown.{part}", getattr(self, part), 0.0, open_low=True)
+
+
+NO_SLOWDOWN = Slowdown()
+
+
+class PacedCost(MemoisedCost):
+    """The durations of another cost model, with those of computing scaled by device; the rest as they are.
+
+    Args:
+        whole: durations at the pace of the profile.
+        slowdowns: by type of device; those that are not named run at the profile's pace.
+    """
+
+    def __init__(self, whole: CostModel, slowdowns: Mapping[str, Slowdown]) -> None:
+        super().__init__()
+        self._whole = whole
+        self._slowdowns = dict(slowdowns)
+
+    def _of(self, gpu: GpuSpec) -> Slowdown:
+        return self._slowdowns.get(gpu.name, NO_SLOWDOWN)
+
+    def _dense_layer_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        return self._of(gpu).dense * self._whole.dense_layer_s(gpu, model, tokens, tp)
+
+    def _head_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
+        return self._of(gpu).dense * self._whole.head_s(gpu, model, tokens, tp)
+
+    def _prefill_attention_layer_s(self, gpu: GpuSpec, model: ModelSpec, query_heads: int,
+                                   new_tokens: int, context_tokens: int) -> float:
+        seconds = self._whole.prefill_attention_layer_s(gpu, model, query_heads, new_tokens, context_tokens)
+        return self._of(gpu).attention * seconds
+
+    def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        return _scaled(self._whole.decode_attention(gpu, model), self._of(gpu).attention)
+
+    def remote_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
+        return _scaled(self._whole.remote_attention(gpu, model), self._of(gpu).attention)
+
+    def _transfer_cost(self, link: LinkSpec) -> TransferCost:
+        return self._whole.transfer(link)
+
+    def hop(self, link: LinkSpec) -> TransferCost:
+        return self._whole.hop(link)
+
+    def _all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
+        return self._whole.all_reduce_s(gpu, link, size_bytes, ranks)
+
+    def host_overhead_s(self, sequences: int) -> float:
+        return self._whole.host_overhead_s(sequences)
+
+    def head_packing(self, gpu: GpuSpec) -> TransferCost:
+        return self._whole.head_packing(gpu)
+
+    def ranges(self, gpu: GpuSpec, module: str) -> Mapping[str, tuple[float, float]]:
+        return self._whole.ranges(gpu, module)
+
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
+        return self._whole.host_beside_s(sequences, layers, leads, prompts)
+
+    def graph_prompt_tokens(self) -> int:
+        return self._whole.graph_prompt_tokens()
+
+    def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
+                   links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
+        return self._whole.provenance(gpus, model, links)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return self._whole.warnings
+
+
+def _scaled(cost: AttentionCost, factor: float) -> AttentionCost:
+    return replace(cost, a_s_per_head=factor * cost.a_s_per_head, b_s_per_byte=factor * cost.b_s_per_byte,
+                   c_s=factor * cost.c_s)
