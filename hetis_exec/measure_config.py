@@ -35,8 +35,8 @@ class CalibrateConfig:
             512, or 8192 on cards.
         tp: tensor-parallel degrees of the dense modules; null for those of the cluster's hosts.
         models: shapes by name, whose single layers are measured besides, with random weights.
-        only: kinds of pieces to measure: ``device``, ``shape``, ``heads``, ``hops``, ``sums``, ``host``; null
-            for all.
+        only: kinds of pieces to measure (``device``, ``shape``, ``heads``, ``hops``, ``sums``, ``host``), or
+            with what they are of: ``heads/a100`` are pieces with that rank; null for all.
         limits: by module, the largest median error on held-out samples with which it is written.
     """
 
@@ -65,7 +65,8 @@ class CalibrateConfig:
         for degree in self.tp or []:
             require_int("calibrate.tp", degree, 1, 64)
         for piece in self.only or []:
-            require(piece in PIECES, "calibrate.only", piece, f"one of {', '.join(PIECES)}")
+            require(piece.partition("/")[0] in PIECES, "calibrate.only", piece,
+                    f"one of {', '.join(PIECES)}, and what of it after a slash")
         for name, limit in require_mapping("calibrate.limits", self.limits or {}).items():
             require(name in LIMITS, "calibrate.limits", name, f"a module: {', '.join(LIMITS)}")
             require_finite(f"calibrate.limits.{name}", limit, 0.0)

@@ -135,8 +135,9 @@ def plan_of(execution: Execution) -> Plan:
     shapes = {name: _shape(name, backend.dtype) for name in config.calibrate.models}
     work = [*_device_work(execution, backend, shapes), *_crew_work(execution, backend),
             Work("host", partial(_host, execution))]
-    only = config.calibrate.only
-    return Plan([piece for piece in work if not only or piece.name.partition("/")[0] in only],
+    only = [f"{wish}/" for wish in config.calibrate.only or []]
+    return Plan([piece for piece in work
+                 if not only or any(f"{piece.name}/".startswith(wish) for wish in only)],
                 {**shapes, model.name: model} if model.name not in shapes else shapes)
 
 

@@ -250,3 +250,17 @@ def test_fillers_are_numbers_of_the_type() -> None:
         assert abs(float(numbers.mean())) < 0.01
         assert abs(float(numbers.std()) - 1.0) < 0.01
         assert not torch.equal(numbers[0], numbers[-1])
+
+
+def test_some_pieces_of_a_kind_can_be_chosen(words: list[str]) -> None:
+    """By what they are of; an unknown kind is refused."""
+    def names(*only: str) -> list[str]:
+        config = config_of(words, f"calibrate.only=[{','.join(only)}]")
+        return [work.name for work in plan_of(prepare_execution(config)).work]
+
+    assert {name.split("/")[:2][1] for name in names("device")} == {"cpu-core", "weak-core"}
+    assert [name.split("/")[:2] for name in names("device/weak-core", "host")] == [
+        ["device", "weak-core"], ["host"]]
+    assert names("device/weak") == []
+    with pytest.raises(SpecError, match=r"calibrate\.only='moon/cpu-core'"):
+        config_of(words, "calibrate.only=[moon/cpu-core]")
