@@ -110,7 +110,7 @@ def _compared(worker: Worker, policy: str, load: float, own: Sequence[tuple[Run,
     errors += rate_errors([one.rates for one in real], [one.rates for one in sim], given.resamples, seed,
                           [one.rates for one in scaled], [[real[n].rates for n in group] for group in groups])
     parts = part_errors([one.steps for one in real], [one.steps for one in sim],
-                        [one.steps for one in scaled])
+                        [one.steps for one in scaled], [one.same for one in real if one.same is not None])
     rows = [{"seed": run.seed, "turn": run.turn, "count": kept.count, "took_s": kept.took_s,
              "slowdown": kept.pace} for run, kept in own]
     if paced is not None:

@@ -62,8 +62,9 @@ class Error:
 class Part:
     """Mean seconds of a part of an iteration of one kind.
 
-    Measured, simulated, simulated at the machine's pace;
-    ``low_s`` and ``high_s`` are the least and the most of single real runs.
+    Measured, simulated, simulated at the machine's pace, and what the cost model gives the steps that were
+    measured: that leaves out how requests meet. ``low_s`` and ``high_s`` are the least and the most of single
+    real runs.
     """
 
     kind: str
@@ -71,6 +72,7 @@ class Part:
     measured_s: float
     simulated_s: float
     paced_s: float
+    same_s: float
     low_s: float
     high_s: float
 
@@ -174,30 +176,39 @@ def rate_errors(measured: Sequence[Mapping[str, float]], simulated: Sequence[Map
     return found
 
 
-def parts_of(steps: pd.DataFrame) -> dict[tuple[str, str], float]:
-    """Mean seconds of each part of an iteration, by kind; ``all`` is the whole of it."""
+def parts_of(steps: pd.DataFrame, whole: bool = True) -> dict[tuple[str, str], float]:
+    """Mean seconds of each part of an iteration, by kind.
+
+    ``all`` is the whole of it or, where the steps were not simulated, the sum of the parts.
+    """
     found: dict[tuple[str, str], float] = {}
     for kind, rows in steps.groupby("kind", observed=True):
         iterations = float(rows["iterations"].sum())
         for part in PARTS:
             found[str(kind), part] = float(rows[f"{part}_s"].sum()) / iterations
-        found[str(kind), "all"] = float((rows["end_s"] - rows["start_s"]).sum()) / iterations
+        took_s = float((rows["end_s"] - rows["start_s"]).sum()) / iterations
+        found[str(kind), "all"] = took_s if whole else sum(found[str(kind), part] for part in PARTS)
         found[str(kind), "requests"] = float((rows["requests"] * rows["iterations"]).sum()) / iterations
     return found
 
 
 def part_errors(measured: Sequence[pd.DataFrame], simulated: Sequence[pd.DataFrame],
-                paced: Sequence[pd.DataFrame] = ()) -> list[Part]:
-    """Parts of iterations that occur in both worlds; a frame of steps for each run."""
+                paced: Sequence[pd.DataFrame] = (), same: Sequence[pd.DataFrame] = ()) -> list[Part]:
+    """Parts of iterations that occur in both worlds; a frame of steps for each run.
+
+    ``same`` are the measured steps with the parts that the cost model gives them.
+    """
     real, sim = (parts_of(pd.concat(frames, ignore_index=True)) for frames in (measured, simulated))
     scaled = parts_of(pd.concat(paced, ignore_index=True)) if paced else {}
+    modelled = parts_of(pd.concat(same, ignore_index=True), whole=False) if same else {}
     single = [parts_of(frame) for frame in measured]
 
     def ends(key: tuple[str, str]) -> tuple[float, float]:
         values = [one[key] for one in single if key in one]
         return min(values), max(values)
 
-    return [Part(*key, value, sim[key], scaled.get(key, math.nan), *ends(key))
+    return [Part(*key, value, sim[key], scaled.get(key, math.nan), modelled.get(key, math.nan),
+                 *ends(key))
             for key, value in real.items() if key in sim]
 
 

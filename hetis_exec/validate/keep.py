@@ -88,7 +88,8 @@ class Shelf:
             if files is not None:
                 requests, steps = (pd.read_parquet(self._folder / f"{files}.{what}.parquet")
                                    for what in ("requests", "steps"))
-                outcome = Outcome(requests, steps, rates)
+                same = self._folder / f"{files}.same.parquet"
+                outcome = Outcome(requests, steps, rates, pd.read_parquet(same) if same.exists() else None)
             self._kept[raw["name"]] = Kept(**raw, outcome=outcome)
         except (OSError, ValueError, KeyError, TypeError):
             return
@@ -104,6 +105,8 @@ class Shelf:
             files = f"{len(self._kept):04d}"
             kept.outcome.requests.to_parquet(self._folder / f"{files}.requests.parquet", index=False)
             kept.outcome.steps.to_parquet(self._folder / f"{files}.steps.parquet", index=False)
+            if kept.outcome.same is not None:
+                kept.outcome.same.to_parquet(self._folder / f"{files}.same.parquet", index=False)
         line = {"name": kept.name, "rate_rps": kept.rate_rps, "count": kept.count, "took_s": kept.took_s,
                 "pace": kept.pace, "capacity_rps": kept.capacity_rps, "files": files,
                 "rates": kept.outcome.rates if kept.outcome is not None else None}

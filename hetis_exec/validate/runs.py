@@ -11,7 +11,10 @@ import pandas as pd
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.crews import crew_maker
 from hetis_exec.devices import CPU
-from hetis_exec.driver import Executor
+from hetis_exec.driver import Executor, ExecutorInput
+from hetis_exec.errors import ReplayError
+from hetis_exec.records import RunRecord
+from hetis_exec.replay import Replay
 from hetis_exec.run import Execution, prepare_execution
 from hetis_sim.cost.paced import PacedCost, Slowdown
 from hetis_sim.metrics import Recorder, Trim, summarize
@@ -41,11 +44,14 @@ class Outcome:
     Attributes:
         requests, steps: rows of the recorder.
         rates: figures that a run has one of.
+        same: of a real run, its own steps with the parts that the cost model gives them; None where the
+            simulator does not make the same steps.
     """
 
     requests: pd.DataFrame
     steps: pd.DataFrame
     rates: dict[str, float]
+    same: pd.DataFrame | None = None
 
 
 @dataclass(frozen=True)
@@ -129,13 +135,27 @@ def measure(subject: Subject, load: Load) -> Outcome:
     """
     case, execution = loaded(subject, load), subject.execution
     given = dataclasses.replace(execution.given, requests=case.requests, log_decisions=False)
-    recorder = Executor(given, crew_maker(execution.config, given)).run().recorder
+    result = Executor(given, crew_maker(execution.config, given)).run()
+    recorder = result.recorder
     rows = recorder.requests()
     warm_s = float(rows[rows["request_id"] >= WARMUP_ID]["finish_s"].max())
     if warm_s > case.begin_s:
         raise HetisError(f"policy {subject.label}: the warm-up has taken {warm_s:.1f} s, "
                          f"validate.warmup_s={case.begin_s:g}: give it more")
-    return _outcome(recorder, case)
+    return replace(_outcome(recorder, case), same=_same_steps(given, result.record, case.begin_s))
+
+
+def _same_steps(given: ExecutorInput, record: RunRecord, begin_s: float) -> pd.DataFrame | None:
+    """The steps of a real run as the cost model sees them: same batches, same contexts, same places of heads.
+
+    Other steps than those of the simulation, whose requests meet at other times.
+    """
+    try:
+        steps = Replay(given, record).run().steps()
+    except ReplayError:
+        return None
+    # What is left of the measured time would be called waiting.
+    return steps[steps["start_s"] >= begin_s].assign(waiting_s=0.0)
 
 
 def simulate(subject: Subject, load: Load, slowdowns: Mapping[str, Slowdown] | None = None) -> Outcome:

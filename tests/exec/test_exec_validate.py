@@ -209,7 +209,11 @@ def test_a_validation_writes_what_it_says(words: list[str], tmp_path: Path,
     assert "real against real" in text
     assert "of its calibrated speed" in text
     assert not list((tmp_path / "run").glob("*.part"))
-    assert "simulated less measured" in text
+    assert "less measured" in text
+    decode = {part["part"]: part for part in case["parts"] if part["kind"] == "decode"}
+    parts = [part["same_s"] for name, part in decode.items() if name not in ("all", "requests")]
+    assert decode["all"]["same_s"] == pytest.approx(sum(parts))
+    assert decode["requests"]["same_s"] == pytest.approx(decode["requests"]["measured_s"])
 
 
 def test_both_worlds_get_the_same(words: list[str]) -> None:
