@@ -198,6 +198,11 @@ class StepBench:
         return Timed(done.times, self.sample_s, whole_s)
 
     @property
+    def pool(self) -> KvPool:
+        """Its cache."""
+        return self._worker.cache.pool
+
+    @property
     def sample_s(self) -> float:
         """Of the last step, the time that sampling took, the throttle's part included."""
         return self._shard.sample_s * self.spec.throttle.dense

@@ -283,12 +283,12 @@ def _prefill_model(known: pd.DataFrame, head_dim: int, kv_bytes: int, block: int
 # -- messages and host -----------------------------------------------------------------------------------
 
 
-def fit_packing(subject: str, samples: pd.DataFrame) -> Fitted:
-    """beta + gamma*d of a rank for one attention worker and layer."""
+def fit_packing(module: str, subject: str, samples: pd.DataFrame) -> Fitted:
+    """beta + gamma*d of what a device does with a message or a copy."""
     rows = medians(samples)
     beta, gamma = least_relative(_message_columns(rows), rows["seconds"].to_numpy())
     errors = held_out_errors(rows, ["size_bytes"], lambda known: _linear(known, _message_columns))
-    return Fitted("head_packing", subject, {"gamma_s_per_byte": gamma, "beta_s": beta},
+    return Fitted(module, subject, {"gamma_s_per_byte": gamma, "beta_s": beta},
                   {"bytes": _ends(rows["size_bytes"])}, errors, len(rows), len(samples))
 
 
@@ -387,8 +387,8 @@ def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, Mod
         return fit_decode(module, subject, samples, shapes)
     if module == "prefill_attention":
         return fit_prefill(subject, samples, shapes)
-    if module == "head_packing":
-        return fit_packing(subject, samples)
+    if module in ("head_packing", "host_copy"):
+        return fit_packing(module, subject, samples)
     if module in ("transfer", "hop"):
         return fit_messages(module, samples)
     return fit_reduces(samples) if module == "all_reduce" else fit_host(samples, launches)

@@ -17,6 +17,7 @@ import numpy as np
 
 from hetis_exec.backend import Kernels, Tensor, Wanted
 from hetis_exec.calibrate.bench import FAR_DEVICE, PROMPT, Job, filler, owned_groups, tables_of
+from hetis_exec.calibrate.copies import Cached
 from hetis_exec.calibrate.samples import Point, Sample, Samples
 from hetis_exec.calibrate.steps import BATCHES, QUICK_BATCHES, Sizes, decode_point, jobs_for
 from hetis_exec.kernels.cuda import CudaKernels
@@ -238,9 +239,14 @@ def measure_loops(spec: LoopSpec, tp: int, sizes: Sizes, tick: Callable[[], None
     jobs = [] if dense_only else jobs_for(sizes, max(64, int(spec.pool_bytes / token_bytes)))
     bench = LayerBench(spec, tp, tables_of(jobs))
     clock = Clock(bench.kernels.synchronize, spec.graphs)
-    return [sample for point, work, share in _points(bench, spec, tp, sizes, jobs)
+    samples = [sample for point, work, share in _points(bench, spec, tp, sizes, jobs)
             for sample in _timed(clock, point, work(), share, sizes.repeats, tick,
                                  point.module != "head" or bench.records_heads)]
+    decoding = {request: tokens for request, tokens in tables_of(jobs).items() if request < PROMPT}
+    if tp == 1 and decoding and not spec.split_head:
+        cached = Cached(bench.pool, decoding, bench.owned[0], token_bytes)
+        samples += cached.samples(spec.kind, spec.model.name, sizes.repeats, tick)
+    return samples
 
 
 def _timed(clock: Clock, point: Point, work: Callable[[], Any], share: float, repeats: int,

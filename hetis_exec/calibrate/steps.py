@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, Timed, tables_of
+from hetis_exec.calibrate.bench import PROMPT, BenchSpec, Job, StepBench, Timed, tables_of
+from hetis_exec.calibrate.copies import Cached
 from hetis_exec.calibrate.samples import Point, Sample, Samples
 from hetis_sim.control.timing import dense_share
+from hetis_sim.spec.model import ModelSpec
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -119,7 +121,16 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
                 spent = {other: s for other, s in spent.items() if other.tokens < job.tokens}
             tick()
         samples += between()
-    return samples
+    if spec.tp > 1:
+        return samples
+    decoding = {request: tokens for request, tokens in tables_of(jobs).items() if request < PROMPT}
+    cached = Cached(bench.pool, decoding, bench.groups, token_bytes_of(spec.model, bench.groups))
+    return samples + cached.samples(kind, spec.model.name, sizes.repeats, tick)
+
+
+def token_bytes_of(model: ModelSpec, groups: int) -> int:
+    """Cache of one token in some KV groups of all layers."""
+    return model.layers * groups * model.kv_bytes_per_token_per_layer_per_group
 
 
 def samples_of(spec: BenchSpec, kind: str, job: Job, timed: Timed) -> Samples:

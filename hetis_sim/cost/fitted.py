@@ -106,6 +106,12 @@ class ProfileCost(MemoisedCost):
         profile = self._with_module(gpu.name, "head_packing")
         return NO_PACKING if profile is None or profile.head_packing is None else profile.head_packing
 
+    def host_copy(self, gpu: GpuSpec) -> TransferCost:
+        profile = self._with_module(gpu.name, "host_copy")
+        if profile is None or profile.host_copy is None:
+            return super().host_copy(gpu)
+        return profile.host_copy
+
     def ranges(self, gpu: GpuSpec, module: str) -> Mapping[str, tuple[float, float]]:
         profile = self._with_module(HOST_DEVICE if module == "host_overhead" else gpu.name, module)
         return {} if profile is None else profile.infos[module].ranges
@@ -338,7 +344,7 @@ class ProfileCost(MemoisedCost):
         """Modules that durations on a card come from: whole layers where they were measured."""
         if self._measured("dense_layer", gpu, model) is None or not self._calibrated(gpu, "dense_layer"):
             return GPU_MODULES
-        more = [name for name in ("remote_attention", "head_packing")
+        more = [name for name in ("remote_attention", "head_packing", "host_copy")
                 if self._with_module(gpu.name, name) is not None]
         return ("dense_layer", "head", *GPU_MODULES[2:], *more)
 

@@ -126,6 +126,9 @@ class MisjudgedCost(MemoisedCost):
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         return self.truth.head_packing(gpu)
 
+    def host_copy(self, gpu: GpuSpec) -> TransferCost:
+        return self.truth.host_copy(gpu)
+
     def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         return self.truth.host_beside_s(sequences, layers, leads, prompts)
 

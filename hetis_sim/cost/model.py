@@ -160,6 +160,13 @@ class CostModel(ABC):
         """
         return NO_PACKING
 
+    def host_copy(self, gpu: GpuSpec) -> TransferCost:
+        """A copy of cache between a device and the memory of its host, either way.
+
+        That of the card's datasheet unless it was measured.
+        """
+        return TransferCost(1.0 / gpu.host_bandwidth_bytes_per_s, 0.0)
+
     def ranges(self, gpu: GpuSpec, module: str) -> Mapping[str, tuple[float, float]]:
         """What the durations of a module were fitted on: ends by quantity; empty where nothing was fitted."""
         return {}

@@ -81,6 +81,9 @@ class PacedCost(MemoisedCost):
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         return self._whole.head_packing(gpu)
 
+    def host_copy(self, gpu: GpuSpec) -> TransferCost:
+        return self._whole.host_copy(gpu)
+
     def ranges(self, gpu: GpuSpec, module: str) -> Mapping[str, tuple[float, float]]:
         return self._whole.ranges(gpu, module)
 

@@ -25,7 +25,8 @@ remote_attention (linear; the latter of a device that has waited for its heads),
 hop (links; the last of activations between stages, where they differ from other messages), dense_layer and
 head (token_tables: one model shape measured whole; they go before gemm and elementwise where they match),
 host_overhead (per_iteration: what an iteration takes besides, of the device "host"), head_packing
-(per_message: processor time of a rank for one attention worker in one layer).
+(per_message: processor time of a rank for one attention worker in one layer), host_copy (per_message: cache
+between the device and the memory of its host).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ MODELS = {"gemm": "tile_wave", "elementwise": "curves", "prefill_attention": "fl
           "decode_attention": "linear", "all_reduce": "links", "transfer": "links", "hop": "links",
           "remote_attention": "linear", "dense_layer": "token_tables", "head": "token_tables",
           "host_overhead": "per_iteration",
-          "head_packing": "per_message"}
+          "head_packing": "per_message", "host_copy": "per_message"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ class Profile:
     head: TokenTables | None = None
     host_overhead: HostOverhead | None = None
     head_packing: TransferCost | None = None
+    host_copy: TransferCost | None = None
     calibration: Calibration | None = None
 
     def check_device(self, gpu: GpuSpec) -> None:
@@ -173,7 +175,7 @@ def _coefficients(module: str, raw: dict[str, Any], key: str) -> Any:
         return LinkTable.parse(raw, key)
     if module == "host_overhead":
         return HostOverhead.parse(raw, key)
-    if module == "head_packing":
+    if module in ("head_packing", "host_copy"):
         return TransferCost(positive(raw.get("gamma_s_per_byte"), f"{key}.gamma_s_per_byte", zero=True),
                             positive(raw.get("beta_s"), f"{key}.beta_s", zero=True))
     return TokenTables.parse(raw, key)

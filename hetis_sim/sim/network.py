@@ -179,6 +179,8 @@ class Network:
                 # A link of two hosts is none of the others' business.
                 wires.append(self._wire("pair", source_host * len(hosts) + target_host, link))
             latency = self._cost.transfer(link).beta_s
+        elif source < 0 or target < 0:
+            latency = self._cost.host_copy(devices[max(source, target)].gpu).beta_s
         if target >= 0:
             wires.append(self._host_wire("in", target))
         return tuple(wires), latency
@@ -196,5 +198,6 @@ class Network:
         if link.name.startswith("pcie"):
             return self._wire(f"peer_{direction}", device, link)
         wire = (f"host_{direction}", device)
-        self._bandwidth[wire] = spec.gpu.host_bandwidth_bytes_per_s
+        gamma_s_per_byte = self._cost.host_copy(spec.gpu).gamma_s_per_byte
+        self._bandwidth[wire] = 1.0 / gamma_s_per_byte if gamma_s_per_byte > 0.0 else math.inf
         return wire

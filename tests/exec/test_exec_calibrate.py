@@ -66,8 +66,10 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
     assert strong.calibration.throttle == {}
     assert strong.calibration.hardware
     assert set(strong.infos) == {"dense_layer", "head", "prefill_attention", "decode_attention",
-                                 "remote_attention", "head_packing"}
+                                 "remote_attention", "head_packing", "host_copy"}
     assert set(read_profile(out / "links.json").infos) == {"transfer", "hop", "all_reduce"}
+    assert strong.host_copy is not None
+    assert 0 < strong.host_copy.seconds(1e6) < 1
     samples = pd.read_parquet(out / "cpu-core.parquet")
     assert (samples["seconds"] > 0).all()
     reference = {"reference_dense", "reference_attention"}

@@ -78,6 +78,7 @@ def points() -> Iterable[tuple[Point, float]]:
                      heads=MODEL.query_heads, kv_heads=MODEL.kv_heads), prefill_s(new, context))
     for size in (2000, 20_000, 200_000, 600_000):
         yield Point("hop", "pipe", size_bytes=size, messages=1), 5 * (BETA + GAMMA * size)
+        yield Point("host_copy", "cpu-core", size_bytes=size, messages=2), 4 * BETA + 7 * GAMMA * size
         yield Point("all_reduce", "pipe", size_bytes=size, messages=1, ranks=2), 3 * (BETA + GAMMA * size)
 
 
@@ -116,6 +117,8 @@ def test_known_coefficients_come_back(tmp_path: Path) -> None:
     assert cost.transfer(PIPE).gamma_s_per_byte == pytest.approx(GAMMA, rel=1e-3)
     assert cost.hop(PIPE).beta_s == pytest.approx(5 * BETA, rel=1e-3)
     assert cost.head_packing(CORE).beta_s == pytest.approx(BETA / 2, rel=1e-3)
+    copy = cost.host_copy(CORE)
+    assert (copy.beta_s, copy.gamma_s_per_byte) == pytest.approx((2 * BETA, 7 * GAMMA), rel=1e-3)
     assert cost.host_overhead_s(7) == pytest.approx(HOST + 7 * EACH, rel=1e-3)
     assert cost.dense_layer_s(CORE, MODEL, 24, 1) == pytest.approx(dense_s(24), rel=1e-3)
     assert cost.head_s(CORE, MODEL, 24, 1) == pytest.approx(5 * dense_s(24), rel=1e-3)

@@ -15,6 +15,7 @@ from hetis_sim.cost.model import TransferCost
 from hetis_sim.sim.clock import Clock
 from hetis_sim.sim.network import BACKGROUND_SHARE, Network, Wire
 from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
+from hetis_sim.spec.gpu import GpuSpec
 
 RATE = 1e6
 BETA_S = 1e-3
@@ -201,3 +202,19 @@ def test_two_hosts_with_a_link_of_their_own_leave_the_network_to_others() -> Non
     assert [wires.network.bandwidth(wire) for wire in paths[0] if wire[0] == "pair"] == [4 * RATE]
     assert wires.network.path(0, 1)[1] == BETA_S / 2
     assert wires.network.path(-1, -3)[0] == (("nic_out", 0), ("nic_in", 2))
+
+
+class Copying(ConstantCost):
+    """Copies to and from host memory were measured: 4 us, and 2 us for every byte."""
+
+    def host_copy(self, gpu: GpuSpec) -> TransferCost:
+        return TransferCost(2e-6, 4e-6)
+
+
+def test_swaps_take_what_copies_were_measured_to_take() -> None:
+    """Both ways at the measured rate, with what a copy costs besides; without it the datasheet's rate."""
+    pipe = replace(CLUSTER, hosts=tuple(replace(h, link=replace(PEER, name="pipe")) for h in CLUSTER.hosts))
+    wires = Wires(pipe, Copying(wire=TransferCost(1 / RATE, BETA_S)))
+    wires.send(0, 1.0, Flow(0, -1, 1e6))
+    wires.send(1, 5.0, Flow(-1, 0, 5e5))
+    assert wires.run() == {0: approx(3.0 + 4e-6), 1: approx(6.0 + 4e-6)}
