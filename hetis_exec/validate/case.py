@@ -146,7 +146,8 @@ def _orders(capacities: Sequence[dict[str, Any]], cases: Sequence[Compared]) -> 
         here = [case for case in cases if case.load == load]
         for metric, statistic in RANKED:
             figures = {case.policy: Figure(error.measured, error.simulated,
-                                           _noise(error.noise_low, error.noise_high))
+                                           _noise(error.noise_low, error.noise_high),
+                                           error.measured * (1.0 + error.paced))
                        for case in here for error in case.errors
                        if (error.metric, error.statistic) == (metric, statistic)}
             found += orders_of(metric, load, figures)

@@ -9,16 +9,23 @@ from itertools import combinations
 from typing import Literal
 
 Verdict = Literal["same", "tie", "other"]
+VERDICTS: tuple[Verdict, ...] = ("same", "tie", "other")
 CAPACITY = "capacity"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure of a policy in both worlds; ``noise`` is what real runs differ by, as a share, or nan."""
+    """A figure of a policy in both worlds.
+
+    Attributes:
+        noise: what real runs differ by, as a share; nan where that is not known.
+        paced: as simulated at the machine's measured pace; nan where that was not measured.
+    """
 
     measured: float
     simulated: float
     noise: float = math.nan
+    paced: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +37,8 @@ class Order:
         measured, simulated: the first's figure over the second's, less one.
         noise: of the measured one.
         verdict: ``same`` order in both worlds, ``other``, or a ``tie``: measurements cannot tell.
+        paced: as ``simulated``, at the pace that the machine had beside the runs; nan where not measured.
+        paced_verdict: of that; the verdict itself where there is none.
     """
 
     metric: str
@@ -40,6 +49,8 @@ class Order:
     simulated: float
     noise: float
     verdict: Verdict
+    paced: float
+    paced_verdict: Verdict
 
 
 def orders_of(metric: str, load: float, figures: Mapping[str, Figure]) -> list[Order]:
@@ -49,15 +60,21 @@ def orders_of(metric: str, load: float, figures: Mapping[str, Figure]) -> list[O
 
 
 def _order(metric: str, load: float, first: str, second: str, one: Figure, other: Figure) -> Order:
-    measured, simulated = one.measured / other.measured - 1.0, one.simulated / other.simulated - 1.0
+    measured, simulated, paced = (a / b - 1.0 for a, b in (
+        (one.measured, other.measured), (one.simulated, other.simulated), (one.paced, other.paced)))
     noise = math.hypot(one.noise, other.noise)
-    verdict: Verdict = "same" if (measured > 0) == (simulated > 0) else "other"
+    verdict = _verdict(measured, simulated, noise)
+    return Order(metric, load, first, second, measured, simulated, noise, verdict, paced,
+                 verdict if math.isnan(paced) else _verdict(measured, paced, noise))
+
+
+def _verdict(measured: float, simulated: float, noise: float) -> Verdict:
     if abs(measured) <= noise:
-        verdict = "tie"
-    return Order(metric, load, first, second, measured, simulated, noise, verdict)
+        return "tie"
+    return "same" if (measured > 0) == (simulated > 0) else "other"
 
 
-def agreement(orders: Sequence[Order]) -> dict[str, int]:
+def agreement(orders: Sequence[Order], paced: bool = False) -> dict[str, int]:
     """How many pairs have each verdict."""
-    return {verdict: sum(order.verdict == verdict for order in orders)
-            for verdict in ("same", "tie", "other")}
+    verdicts = [order.paced_verdict if paced else order.verdict for order in orders]
+    return {verdict: verdicts.count(verdict) for verdict in VERDICTS}

@@ -105,14 +105,16 @@ def ranking_lines(found: Validation) -> list[str]:
     """Whether policies rank alike in both worlds."""
     if not found.orders:
         return []
-    count = agreement(found.orders)
-    lines = [f"ranking of policies: {count['same']} of {len(found.orders)} pairs as measured, {count['tie']} "
-             f"that measurements cannot tell apart, {count['other']} the other way round"]
+    plain, paced = agreement(found.orders), agreement(found.orders, paced=True)
+    lines = [f"ranking of policies: {plain['same']} of {len(found.orders)} pairs as measured, {plain['tie']} "
+             f"that measurements cannot tell apart, {plain['other']} the other way round "
+             f"({paced['other']} at the measured pace)"]
     for order in found.orders:
-        if order.verdict == "other":
+        if "other" in (order.verdict, order.paced_verdict):
             where = "" if math.isnan(order.load) else f" at {order.load:.0%}"
+            pace = "" if math.isnan(order.paced) else f", at the measured pace {_percent(order.paced)}"
             lines.append(f"  {order.metric}{where}: {order.first} against {order.second}: measured "
-                         f"{_percent(order.measured)}, simulated {_percent(order.simulated)}")
+                         f"{_percent(order.measured)}, simulated {_percent(order.simulated)}{pace}")
     return lines
 
 

@@ -20,8 +20,15 @@ def cases() -> list[dict[str, object]]:
     """Two loads of one policy; nothing is known of the noise at the second."""
     return [{"policy": "vllm", "load": load, "errors": [
         {"metric": metric, "statistic": statistic, "error": 0.1 * load, "low": 0.0, "high": 0.2 * load,
-         "noise_low": -0.01 if load < 0.5 else None, "noise_high": 0.03 if load < 0.5 else None}
-        for metric in ("ttft", "tpot", "e2el") for statistic in ("mean", "p95")]} for load in LOADS]
+         "noise_low": -0.01 if load < 0.5 else None, "noise_high": 0.03 if load < 0.5 else None,
+         "measured": 0.5, "paced": 0.02}
+        for metric in ("ttft", "tpot", "e2el") for statistic in ("mean", "p95")],
+        "parts": [{"kind": "decode", "part": "dense", "measured_s": 0.01, "same_s": 0.012}],
+        "runs": [{"slowdown": {"core": {"dense": factor}}} for factor in (1.25, 0.8)]} for load in LOADS]
+
+
+ORDER = {"metric": "tpot", "load": 0.3, "first": "vllm", "second": "hetis", "measured": 0.1, "noise": 0.02,
+         "simulated": -0.1, "paced": None, "verdict": "other"}
 
 
 def requests() -> pd.DataFrame:
@@ -41,7 +48,8 @@ def requests() -> pd.DataFrame:
 def written(folder: Path) -> Path:
     """A folder as a validation leaves it."""
     folder.mkdir()
-    (folder / "validation.json").write_text(json.dumps({"format": 2, "cases": cases()}))
+    (folder / "validation.json").write_text(json.dumps({
+        "format": 2, "cases": cases(), "complete": False, "left_out": ["a", "b"], "ranking": [ORDER]}))
     requests().to_parquet(folder / "requests.parquet")
     return folder
 
@@ -79,6 +87,14 @@ def test_the_command_draws_every_figure(tmp_path: Path, capsys: pytest.CaptureFi
     files = sorted((folder / "figures").glob("*.svg"))
     assert len(files) == 9
     assert capsys.readouterr().out.strip() == str(folder / "figures")
+    text = (folder / "figures" / "validation.md").read_text()
+    assert "Incomplete: 2 runs are missing" in text
+    assert "| vllm | 30% | tpot mean | 0.5 | +3.0 % | +0.0 % to +6.0 % | -1.0 % to +3.0 % | +2.0 % |" in text
+    assert "| vllm | 90% | tpot mean | 0.5 | +9.0 % | +0.0 % to +18.0 % |  | +2.0 % |" in text
+    assert "| vllm | 30% | core | dense | 0.80 to 1.25 |" in text
+    assert "10.00 (+2.00)" in text
+    assert "0 of 1 pairs of policies rank as measured" in text
+    assert "| tpot | 30% | vllm | hetis | +10.0 % | 2.0 % | -10.0 % |  | other |" in text
     before = [path.read_bytes() for path in files]
     assert main(["validation", str(folder), "--formats", "svg"]) == 0
     assert [path.read_bytes() for path in files] == before
