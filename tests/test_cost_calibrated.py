@@ -269,3 +269,29 @@ def test_a_profile_says_how_it_was_measured(tmp_path: Path) -> None:
     del raw["sha256"], raw["calibration"]["driver"]
     with pytest.raises(SpecError, match=r"calibration\.driver"):
         loaded(written(tmp_path, signed(raw)), gpus=(CORE,))
+
+
+def test_a_request_alone_is_attended_to_as_was_measured_of_one(tmp_path: Path) -> None:
+    """Its line is that of a batch of one; with a second request the usual one holds, as for policies."""
+    raw = device_profile("cpu-core", MODEL)
+    line = raw["modules"]["decode_attention"]["coefficients"]["classes"][0]
+    line["lone"] = {"a_s_per_head": 0.0, "b_s_per_byte": 1e-18, "c_s": 1e-3}
+    path = written(tmp_path, signed({key: value for key, value in raw.items() if key != "sha256"}),
+                   device_profile("weak-core", MODEL), host_profile(MODEL), links_profile(MODEL, "pipe"))
+
+    def decode_s(requests: int, lone: bool) -> float:
+        profile = path if lone else folder(tmp_path / "plain")
+        words = [word for word in SERVED if not word.startswith("requests")]
+        result = simulate(*words, f"requests={2 * requests}", f"profile={profile}", "output=none")
+        steps = result.steps
+        steps = steps[(steps["kind"] == "decode") & (steps["requests"] == requests)]
+        return float(steps["attention_s"].sum() / steps["iterations"].sum()) / MODEL.layers
+
+    assert decode_s(1, lone=True) == pytest.approx(1e-3)
+    assert decode_s(2, lone=True) == pytest.approx(decode_s(2, lone=False))
+    cost = loaded(path)
+    assert cost.decode_attention(CORE, MODEL).c_s == 2e-5
+    line["lone"]["c_s"] = -1.0
+    bad = written(tmp_path / "bad", signed({key: value for key, value in raw.items() if key != "sha256"}))
+    with pytest.raises(SpecError, match=r"lone\.c_s"):
+        load_cost_model(profiles=[bad])

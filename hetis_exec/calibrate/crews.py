@@ -46,6 +46,9 @@ WAIT_S = 120.0
 BATCHES = (1, 2, 4, 8, 16, 24, 32)
 QUICK_BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (32, 128, 448)
+LONG_CONTEXT, LONG_BATCH = 1024, 2
+"""Batches up to that size are measured with contexts of that length besides."""
+
 SUMS = (1, 4, 16, 32, 64, 128, 256, 512)
 QUICK_SUMS = (1, 4, 16, 64, 256)
 PIECE_TOKENS = 64
@@ -234,23 +237,36 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
     kv_heads = spec.model.kv_heads
     plan = InstancePlan((StagePlan((rank,), spec.model.layers, (kv_heads,)),), (worker,))
     batches = [n for n in (QUICK_BATCHES if quick else BATCHES) if n <= batch_max]
-    longest = max(CONTEXTS)
+    long = max(CONTEXTS[-1], min(LONG_CONTEXT, spec.model.context_limit_tokens))
     away, split = range(max(batches)), range(1000, 1000 + max(batches))
     shared = [worker if g >= kv_heads // 2 else rank for g in range(kv_heads)]
     holders: dict[int, list[list[int]]] = {n: [[worker] * kv_heads] for n in away}
     holders |= {n: [shared] for n in split}
     samples: Samples = []
-    with script(spec, plan, dict.fromkeys(holders, longest), holders) as workers:
-        workers.step({0: longest})
+    tables = {n: long if n < LONG_BATCH else CONTEXTS[-1] for n in holders}
+    with script(spec, plan, tables, holders) as workers:
+        workers.step({0: long})
         for _ in range(repeats):
             for batch in batches:
-                for tokens in CONTEXTS:
+                for tokens in (*CONTEXTS, *((long,) if batch <= LONG_BATCH else ())):
+                    longest = max(tokens, CONTEXTS[-1])
                     spread = spread_contexts(tokens, batch, longest, np.random.default_rng(batch))
                     (done,) = workers.step(dict(zip(away, spread, strict=False)))
                     samples += _star_samples(spec, done, rank, worker, kv_heads, spread)
-                (done,) = workers.step(dict.fromkeys(split[:batch], CONTEXTS[0]))
-                samples.append(_packing(spec, done, rank, shared.count(worker) * batch))
+                for tokens in CONTEXTS[::2]:
+                    spread = spread_contexts(tokens, batch, CONTEXTS[-1], np.random.default_rng(batch))
+                    (done,) = workers.step(dict(zip(split, spread, strict=False)))
+                    samples += _shared_samples(spec, done, rank, worker, shared.count(worker), spread)
     return samples
+
+
+def _shared_samples(spec: CrewSpec, done: StageDone, rank: int, worker: int, groups: int,
+                    contexts: Sequence[int]) -> Samples:
+    """Of a step with some of the heads at the worker: packing, and its attention."""
+    busy_s = dict(done.worker_busy_s)[worker] / spec.model.layers
+    point = decode_point(spec.kinds[worker], spec.model.name, 1, groups, contexts)
+    return [_packing(spec, done, rank, groups * len(contexts)),
+            Sample(replace(point, module="remote_attention"), busy_s)]
 
 
 def _star_samples(spec: CrewSpec, done: StageDone, rank: int, worker: int, groups: int,

@@ -32,6 +32,10 @@ Predict = Callable[[pd.DataFrame], Floats]
 
 FOLDS = 4
 POINTS_MIN = 4
+LONE_MIN = 3
+"""Batches of one request, by length, that are enough for a line of their own."""
+
+LEAST_S_PER_BYTE = 1e-18
 BLOCKS = (1, 16, 64, 128)
 """Sizes of a block of queries that are tried: kernels round prompts up to whole blocks."""
 
@@ -120,9 +124,12 @@ def least_relative(columns: Sequence[Floats], seconds: Floats, power: float = 0.
     return coefficients
 
 
-def held_out_errors(rows: pd.DataFrame, group: Sequence[str],
-                    fit: Callable[[pd.DataFrame], Predict]) -> Floats:
-    """Signed relative error of every row, predicted by a fit to the other parts of the groups."""
+def held_out_errors(rows: pd.DataFrame, group: Sequence[str], fit: Callable[[pd.DataFrame], Predict],
+                    least: int = POINTS_MIN - 1) -> Floats:
+    """Signed relative error of every row, predicted by a fit to the other parts of the groups.
+
+    Of at least so many rows.
+    """
     keys = rows[list(group)].apply(tuple, axis=1)
     groups = sorted(set(keys))
     parts = {key: n % min(FOLDS, len(groups)) for n, key in enumerate(groups)}
@@ -130,7 +137,7 @@ def held_out_errors(rows: pd.DataFrame, group: Sequence[str],
     errors: list[Floats] = []
     for number in sorted(set(parts.values())):
         known, unseen = rows[part != number], rows[part == number]
-        if len(known) >= POINTS_MIN - 1:
+        if len(known) >= least:
             errors.append(fit(known)(unseen) / unseen["seconds"].to_numpy() - 1.0)
     return np.concatenate(errors) if errors else np.empty(0)
 
@@ -183,19 +190,25 @@ def curve_errors(rows: pd.DataFrame, size: str) -> Floats:
 
 
 def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
-    """a*h + b*g + c for each head size and number of query heads per KV head."""
+    """a*h + b*g + c for each head size and number of query heads per KV head.
+
+    Batches of one request have a line of their own: nothing has to be brought together there.
+    """
     rows = medians(samples)
     classes, errors = [], []
     for (head_dim, group), part in _by_class(rows, shapes):
         model = shapes[str(part["model"].iloc[0])]
-        columns = _decode_columns(part, model=model)
-        a, b, c = least_relative(columns, part["seconds"].to_numpy(), DECODE_POWER)
-        classes.append(DecodeClass(head_dim, group, AttentionCost(a, b, c)).dump())
+        lone = part["tokens"] == 1
+        together = part[~lone] if (~lone).sum() >= POINTS_MIN else part
+        cost = _decode_line(together, model)
         columns_of = partial(_decode_columns, model=model)
-        errors.append(held_out_errors(part, ["tokens", "mixed"], partial(
+        errors.append(held_out_errors(together, ["tokens", "mixed"], partial(
             _linear, columns=columns_of, power=DECODE_POWER)))
-    for entry in classes:
-        entry["b_s_per_byte"] = max(entry["b_s_per_byte"], 1e-18)
+        if len(together) < len(part) and lone.sum() >= LONE_MIN:
+            cost = replace(cost, lone=_lone_line(part[lone], model, cost))
+            errors.append(held_out_errors(part[lone], ["row_tokens", "rows"], partial(
+                _lone_model, model=model, together=cost), least=LONE_MIN - 1))
+        classes.append(DecodeClass(head_dim, group, cost).dump())
     per_row = rows["row_tokens"] / rows["rows"]
     models = [shapes[str(name)] for name in rows["model"].unique()]
     ranges = {"rows": _ends(rows["rows"]), "tokens_per_row": _ends(per_row),
@@ -203,6 +216,25 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
               "head_dim": _ends([model.head_dim for model in models])}
     return Fitted(module, subject, {"classes": classes}, ranges, np.concatenate(errors),
                   len(rows), len(samples))
+
+
+def _decode_line(rows: pd.DataFrame, model: ModelSpec) -> AttentionCost:
+    a, b, c = least_relative(_decode_columns(rows, model), rows["seconds"].to_numpy(), DECODE_POWER)
+    return AttentionCost(a, max(b, LEAST_S_PER_BYTE), c)
+
+
+def _lone_line(rows: pd.DataFrame, model: ModelSpec, together: AttentionCost) -> AttentionCost:
+    """Of one request: its heads are nearly always the same, so a head costs what it does in a batch."""
+    heads, moved, ones = _decode_columns(rows, model)
+    left = np.maximum(rows["seconds"].to_numpy() - together.a_s_per_head * heads, 1e-9)
+    b, c = least_relative([moved, ones], left)
+    return AttentionCost(together.a_s_per_head, max(b, LEAST_S_PER_BYTE), c)
+
+
+def _lone_model(known: pd.DataFrame, model: ModelSpec, together: AttentionCost) -> Predict:
+    line = _lone_line(known, model, together)
+    weights = np.array([line.a_s_per_head, line.b_s_per_byte, line.c_s])
+    return lambda rows: np.column_stack(_decode_columns(rows, model)) @ weights
 
 
 def _by_class(rows: pd.DataFrame,

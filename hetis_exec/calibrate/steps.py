@@ -28,6 +28,9 @@ CONTEXTS = ((32, 96), (128, 128), (128, 512), (256, 1024), (512, 2048), (512, 71
 CONTEXT_MIN = 16
 CONTEXT_STEPS = 4
 QUICK_CONTEXT_STEPS = 3
+LONE_STEPS = 3
+"""So many more of a batch of one request, which has a line of its own."""
+
 ENOUGH_S = 2.0
 """A step that has taken so long altogether is not repeated a third time."""
 
@@ -73,7 +76,8 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
         longest = min(sizes.context_max, int(pool_tokens / (POOL_SHARE * batch)))
         steps = QUICK_CONTEXT_STEPS if sizes.quick else CONTEXT_STEPS
         if longest > sizes.context_min:
-            contexts = np.geomspace(sizes.context_min, longest, steps).astype(int)
+            contexts = np.geomspace(sizes.context_min, longest,
+                                    steps + LONE_STEPS if batch == 1 else steps).astype(int)
             jobs += [Job(decode=spread_contexts(tokens, batch, longest, rng))
                      for tokens in dict.fromkeys(contexts.tolist())]
     limit = min(sizes.tokens_max, sizes.context_max, pool_tokens)

@@ -16,8 +16,9 @@ from hetis_sim.control.loads import Loads
 from hetis_sim.control.ranges import ranged_lines
 from hetis_sim.control.step import Chunk, Step
 from hetis_sim.cost.model import CostModel, TransferCost
-from hetis_sim.policies.costs import mixed_cost, position_costs
+from hetis_sim.policies.costs import mixed_cost, position_cost, position_costs
 from hetis_sim.policies.plan import InstancePlan, Position
+from hetis_sim.policies.view import PositionCost
 from hetis_sim.spec.cluster import ClusterSpec, LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
@@ -164,8 +165,13 @@ class InstanceTimer:
                               for worker in self._worker_positions]
         self._stage_positions = [[self._line_facts(plan.positions[p]) for p in indices]
                                  for indices in plan.stage_positions]
-        self._mixed_positions = [[self._line_facts(plan.positions[p], mixed=True) for p in indices]
-                                 for indices in plan.stage_positions] if joint else None
+        lone = [position_cost(cluster, model, cost, plan, p, lone=True) for p in plan.positions]
+        self._lone_positions = None if tuple(lone) == self.costs else [
+            [self._line_facts(plan.positions[p], lone[p]) for p in indices]
+            for indices in plan.stage_positions]
+        self._mixed_positions = [
+            [self._line_facts(plan.positions[p], self._mixed_cost(plan.positions[p])) for p in indices]
+            for indices in plan.stage_positions] if joint else None
         self._no_waits = [0.0] * len(self.costs)
         heads = model.heads_per_group
         output = heads * model.head_dim * model.activation_bytes
@@ -174,10 +180,12 @@ class InstanceTimer:
         self.still_bytes_per_group = (output, partial)
         self.merged_bytes_per_group = (0, partial - output)
 
-    def _line_facts(self, p: Position, mixed: bool = False) -> _LineFacts:
+    def _mixed_cost(self, p: Position) -> PositionCost:
         cost = self.costs[p.index]
-        if mixed and not p.remote:
-            cost = mixed_cost(self._cluster, self._model, self._cost, p, cost)
+        return cost if p.remote else mixed_cost(self._cluster, self._model, self._cost, p, cost)
+
+    def _line_facts(self, p: Position, cost: PositionCost | None = None) -> _LineFacts:
+        cost = cost or self.costs[p.index]
         return (p.index, p.remote, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s,
                 cost.wire_s_per_group / max(1, cost.wire_sharers), cost.wire_fixed_s, cost.wire_sharers > 0)
 
@@ -301,6 +309,8 @@ class InstanceTimer:
         remote = any(map(groups.__getitem__, self._remote_positions))
         waits = self._waits(loads) if remote and len(self.plan.stages) > 1 else self._no_waits
         stages: list[StageLines] = []
+        if positions is None and len(lane.members) == 1:
+            positions = self._lone_positions
         for stage in positions or self._stage_positions:
             lines: tuple[dict[Line, None], dict[Line, None]] = ({}, {})
             # What leaves through the stage's network interface, for whichever worker.

@@ -123,14 +123,25 @@ class DecodeClass:
     def parse(cls, raw: Any, key: str) -> DecodeClass:
         """Read a profile's coefficients; :class:`SpecError` names the faulty key."""
         require(isinstance(raw, dict), key, raw, "an object")
-        cost = AttentionCost(positive(raw.get("a_s_per_head"), f"{key}.a_s_per_head", zero=True),
-                             positive(raw.get("b_s_per_byte"), f"{key}.b_s_per_byte"),
-                             positive(raw.get("c_s"), f"{key}.c_s", zero=True))
+        lone = raw.get("lone")
+        cost = replace(_line(raw, key), lone=None if lone is None else _line(lone, f"{key}.lone"))
         return cls(int(positive(raw.get("head_dim"), f"{key}.head_dim")),
                    int(positive(raw.get("heads_per_group"), f"{key}.heads_per_group")), cost)
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""
-        names = ("a_s_per_head", "b_s_per_byte", "c_s")
-        return {"head_dim": self.head_dim, "heads_per_group": self.heads_per_group,
-                **{name: float(f"{getattr(self.cost, name):.4g}") for name in names}}
+        lone = self.cost.lone
+        return {"head_dim": self.head_dim, "heads_per_group": self.heads_per_group, **_dumped(self.cost),
+                **({} if lone is None else {"lone": _dumped(lone)})}
+
+
+def _line(raw: Any, key: str) -> AttentionCost:
+    require(isinstance(raw, dict), key, raw, "an object")
+    return AttentionCost(positive(raw.get("a_s_per_head"), f"{key}.a_s_per_head", zero=True),
+                         positive(raw.get("b_s_per_byte"), f"{key}.b_s_per_byte"),
+                         positive(raw.get("c_s"), f"{key}.c_s", zero=True))
+
+
+def _dumped(cost: AttentionCost) -> dict[str, float]:
+    names = ("a_s_per_head", "b_s_per_byte", "c_s")
+    return {name: float(f"{getattr(cost, name):.4g}") for name in names}

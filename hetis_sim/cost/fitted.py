@@ -288,11 +288,15 @@ class ProfileCost(MemoisedCost):
         classes: Sequence[DecodeClass] = getattr(profile, module)
         nearest: DecodeClass = min(classes, key=lambda c: (
             abs(math.log(c.head_dim / model.head_dim)), abs(math.log(c.heads_per_group / r))))
-        a = nearest.cost.a_s_per_head * (model.head_dim / nearest.head_dim) * (nearest.heads_per_group / r)
-        b = nearest.cost.b_s_per_byte
-        if profile.calibration is None:
-            b = max(b, floor.decode_floor_s_per_byte(gpu, model))
-        return replace(nearest.cost, a_s_per_head=a, b_s_per_byte=b)
+        a_share = (model.head_dim / nearest.head_dim) * (nearest.heads_per_group / r)
+        bound = 0.0 if profile.calibration is not None else floor.decode_floor_s_per_byte(gpu, model)
+
+        def here(cost: AttentionCost) -> AttentionCost:
+            return replace(cost, a_s_per_head=cost.a_s_per_head * a_share,
+                           b_s_per_byte=max(cost.b_s_per_byte, bound))
+
+        found = here(nearest.cost)
+        return found if found.lone is None else replace(found, lone=here(found.lone))
 
     # -- links -----------------------------------------------------------------------------
 

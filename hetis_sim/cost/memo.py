@@ -78,7 +78,8 @@ class MemoisedCost(CostModel):
             self._admit(gpu, model)
             found = self._decode_attention(gpu, model)
             if self.cache_copies:
-                found = replace(found, b_s_per_byte=found.b_s_per_byte * (1.0 + 2.0 * self.cache_copies))
+                found = replace(found, b_s_per_byte=found.b_s_per_byte * (1.0 + 2.0 * self.cache_copies),
+                                lone=None)
             self._decode[key] = found
         return found
 

@@ -33,11 +33,19 @@ class AttentionCost:
         a_s_per_head: cost of one query head; h sums the query heads of all requests in the batch.
         b_s_per_byte: cost of one byte of KV cache; g sums the bytes of this one layer that are read.
         c_s: fixed cost of the kernel, paid only when there is work.
+        lone: the same of a batch of one request, where that differs: contexts of several requests have
+            to be brought together, a single one has not. Policies do not go by it.
     """
 
     a_s_per_head: float
     b_s_per_byte: float
     c_s: float
+    lone: AttentionCost | None = None
+
+    def scaled(self, factor: float) -> AttentionCost:
+        """A device that takes so many times as long."""
+        lone = None if self.lone is None else self.lone.scaled(factor)
+        return AttentionCost(factor * self.a_s_per_head, factor * self.b_s_per_byte, factor * self.c_s, lone)
 
     def seconds(self, query_heads: float, kv_bytes: float) -> float:
         """Duration for ``query_heads`` heads over ``kv_bytes`` of cache; 0 without heads."""

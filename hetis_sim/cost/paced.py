@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import AttentionCost, CostModel, ProvenanceRow, TransferCost
@@ -61,10 +61,10 @@ class PacedCost(MemoisedCost):
         return self._of(gpu).attention * seconds
 
     def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
-        return _scaled(self._whole.decode_attention(gpu, model), self._of(gpu).attention)
+        return self._whole.decode_attention(gpu, model).scaled(self._of(gpu).attention)
 
     def remote_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
-        return _scaled(self._whole.remote_attention(gpu, model), self._of(gpu).attention)
+        return self._whole.remote_attention(gpu, model).scaled(self._of(gpu).attention)
 
     def _transfer_cost(self, link: LinkSpec) -> TransferCost:
         return self._whole.transfer(link)
@@ -101,7 +101,3 @@ class PacedCost(MemoisedCost):
     def warnings(self) -> tuple[str, ...]:
         return self._whole.warnings
 
-
-def _scaled(cost: AttentionCost, factor: float) -> AttentionCost:
-    return replace(cost, a_s_per_head=factor * cost.a_s_per_head, b_s_per_byte=factor * cost.b_s_per_byte,
-                   c_s=factor * cost.c_s)

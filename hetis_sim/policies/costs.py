@@ -18,10 +18,12 @@ def position_costs(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
 
 
 def position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
-                  instance: InstancePlan, position: Position) -> PositionCost:
-    """Cost of one position, in seconds per layer."""
+                  instance: InstancePlan, position: Position, lone: bool = False) -> PositionCost:
+    """Cost of one position, in seconds per layer; ``lone`` is of a batch of one request."""
     gpu = cluster.devices[position.device].gpu
     attention = (cost.remote_attention if position.remote else cost.decode_attention)(gpu, model)
+    if lone and attention.lone is not None:
+        attention = attention.lone
     a = attention.a_s_per_head * model.heads_per_group
     b = attention.b_s_per_byte * model.kv_bytes_per_token_per_layer_per_group
     heads = model.heads_per_group

@@ -244,3 +244,24 @@ def test_a_profile_carries_its_samples_and_origin(tmp_path: Path) -> None:
     made = Fitted("head_packing", "x", {}, {}, np.empty(0), 0, 0)
     assert np.isnan(made.median)
     assert made.body("y")["held_out"] is None
+
+
+def test_a_batch_of_one_request_has_a_line_of_its_own(tmp_path: Path) -> None:
+    """It starts sooner where contexts of several requests must be brought together; others are unchanged."""
+    def seconds(point: Point, seconds: float) -> float:
+        lone = point.module == "decode_attention" and point.tokens == 1
+        return seconds - 0.75 * C if lone else seconds
+
+    made = [Sample(sample.point, seconds(sample.point, sample.seconds)) for sample in samples()]
+    fits = fit_all(frame_of(made), SHAPES, CalibrateConfig().limit)
+    cost = cost_of(fits, tmp_path)
+    attention = cost.decode_attention(CORE, MODEL)
+    assert attention.c_s == pytest.approx(C, rel=1e-3)
+    assert attention.lone is not None
+    assert attention.lone.c_s == pytest.approx(0.25 * C, rel=0.01)
+    assert attention.lone.b_s_per_byte == pytest.approx(B, rel=1e-3)
+    decode = next(fit for fit in fits.found if fit.module == "decode_attention")
+    assert decode.median < 1e-3
+    remote = cost.remote_attention(CORE, MODEL).lone
+    assert remote is not None
+    assert remote.c_s == pytest.approx(2 * C, rel=0.01)
