@@ -150,7 +150,7 @@ def fit_tables(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
     rows = medians(samples)
     tables, errors = [], []
     for _, part in rows.groupby(["model", "tp"]):
-        curve = curve_of(part, "tokens")
+        curve = curve_of(part, "tokens", falls=True)
         name, tp = str(part["model"].iloc[0]), int(part["tp"].iloc[0])
         tables.append(TokenTables.dump_table(shapes[name], tp, curve))
         errors.append(curve_errors(part, "tokens"))
@@ -159,10 +159,11 @@ def fit_tables(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
                   len(rows), len(samples))
 
 
-def curve_of(rows: pd.DataFrame, size: str) -> Curve:
-    """A curve through the points, which never falls: where points do, their geometric mean."""
+def curve_of(rows: pd.DataFrame, size: str, falls: bool = False) -> Curve:
+    """A curve through the points; where points fall and it may not, through their geometric mean."""
     rows = rows.sort_values(size)
-    return Curve(tuple(rows[size].astype(float)), tuple(rising(rows["seconds"].tolist())))
+    seconds = rows["seconds"].tolist()
+    return Curve(tuple(rows[size].astype(float)), tuple(seconds if falls else rising(seconds)), falls)
 
 
 def rising(seconds: Sequence[float]) -> list[float]:
@@ -181,7 +182,7 @@ def curve_errors(rows: pd.DataFrame, size: str) -> Floats:
     rows = rows.sort_values(size)
     errors = []
     for n in range(1, len(rows) - 1):
-        curve = curve_of(rows.drop(rows.index[n]), size)
+        curve = curve_of(rows.drop(rows.index[n]), size, falls=True)
         errors.append(curve.at(float(rows[size].iloc[n])) / float(rows["seconds"].iloc[n]) - 1.0)
     return np.array(errors)
 

@@ -19,6 +19,10 @@ from hetis_sim.spec.model import ModelSpec
 
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 QUICK_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BETWEEN = (3, 5, 6, 7, 10, 12, 14, 20, 24, 28)
+"""Batches whose dense modules alone are measured besides, with short contexts: times there rise and fall with
+the blocks of a processor's products."""
+
 PROMPTS = (1, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144,
            8192)
 QUICK_PROMPTS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -109,6 +113,10 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
     what it gives is among the samples.
     """
     jobs = jobs_for(sizes, spec.pool_tokens, dense_only=spec.tp > 1)
+    known = {job.tokens for job in jobs if job.decode}
+    between_jobs = {Job(decode=(CONTEXT_MIN,) * batch) for batch in BETWEEN
+                    if batch <= sizes.batch_max and batch not in known}
+    jobs += sorted(between_jobs)
     bench = StepBench(spec, tables_of(jobs))
     bench.step(jobs[0])
     bench.step(jobs[len(jobs) // 2])
@@ -120,7 +128,9 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
                 continue
             timed = bench.step(job)
             spent[job] += timed.whole_s
-            samples += samples_of(spec, kind, job, timed)
+            found = samples_of(spec, kind, job, timed)
+            samples += [sample for sample in found if job not in between_jobs
+                        or sample.point.module in ("dense_layer", "head")]
             if timed.whole_s > sizes.limit_s:
                 spent = {other: s for other, s in spent.items() if other.tokens < job.tokens}
             tick()

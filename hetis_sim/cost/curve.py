@@ -14,20 +14,25 @@ from hetis_sim.spec.errors import SpecError, require
 
 @dataclass(frozen=True)
 class Curve:
-    """Seconds by size, straight between knots in log-log coordinates, never falling.
+    """Seconds by size, straight between knots in log-log coordinates, never falling unless it may.
 
     Below the first knot its value holds (the launch is the limit there); beyond the last one
     time grows in proportion to the size.
+
+    Attributes:
+        falls: it may fall. Products do on the machine that they were measured on: a processor's library
+            takes less time for 4 tokens than for 3.
     """
 
     sizes: tuple[float, ...]
     seconds: tuple[float, ...]
+    falls: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.sizes) == len(self.seconds) >= 1, "curve", len(self.seconds),
                 "as many seconds as sizes")
-        require(not any(b < a for a, b in pairwise(self.seconds)), "curve.seconds", self.seconds,
-                "a sequence that never falls")
+        require(self.falls or not any(b < a for a, b in pairwise(self.seconds)), "curve.seconds",
+                self.seconds, "a sequence that never falls")
 
     def at(self, size: float) -> float:
         """Seconds for ``size``."""
@@ -41,14 +46,14 @@ class Curve:
         return seconds[i - 1] * math.pow(seconds[i] / seconds[i - 1], share)
 
     @classmethod
-    def parse(cls, raw: Any, key: str, size: str = "bytes") -> Curve:
+    def parse(cls, raw: Any, key: str, size: str = "bytes", falls: bool = False) -> Curve:
         """Read ``{size: [...], seconds: [...]}``; :class:`SpecError` names the faulty key."""
         if not isinstance(raw, dict):
             raise SpecError(key, raw, f"an object with {size} and seconds")
         sizes = ascending(raw.get(size), f"{key}.{size}")
         require(sizes[0] > 0, f"{key}.{size}", sizes, "sizes > 0")
         seconds = positive_list(raw.get("seconds"), f"{key}.seconds", length=len(sizes))
-        return cls(tuple(sizes), tuple(seconds))
+        return cls(tuple(sizes), tuple(seconds), falls)
 
     def dump(self, size: str = "bytes") -> dict[str, Any]:
         """The form for a profile file."""

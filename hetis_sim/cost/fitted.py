@@ -67,7 +67,8 @@ class ProfileCost(MemoisedCost):
     """Fitted where a profile has the module, roofline elsewhere; never below the physical floor.
 
     Dense layers and heads never get shorter with more tokens: the fitted curve is worked out
-    once for each (GPU, model, degree) and replaced by its running maximum.
+    once for each (GPU, model, degree) and replaced by its running maximum. Those that were measured on
+    the machine in question are taken as they are.
     """
 
     def __init__(self, profiles: Mapping[str, Sequence[Profile]], roofline: RooflineCost) -> None:
@@ -164,7 +165,7 @@ class ProfileCost(MemoisedCost):
         bound = floor.dense_layer_floor_s if module == "dense_layer" else floor.head_floor_s
         seconds = self._measured_curve(module, gpu, model, tp)
         if seconds is not None and self._calibrated(gpu, module):
-            return TokenCurve(tuple(np.maximum.accumulate(seconds).tolist()))
+            return TokenCurve(tuple(seconds))
         if seconds is None:
             seconds = self._summed_curve(module, gpu, model, tp)
         floors = [bound(gpu, model, tokens, tp) for tokens in LATTICE]

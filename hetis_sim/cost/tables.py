@@ -54,7 +54,7 @@ class TokenTables:
                 require(isinstance(value, int) and value >= 0, f"{place}.shape.{name}", value,
                         "an integer >= 0")
             require(isinstance(tp, int) and tp >= 1, f"{place}.tp", tp, "an integer >= 1")
-            curve = Curve.parse(table, place, "tokens")
+            curve = Curve.parse(table, place, "tokens", falls=True)
             curves[tuple(int(shape[name]) for name in SHAPE_FIELDS), tp] = curve
         return cls(curves)
 

@@ -72,6 +72,10 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
     assert 0 < strong.host_copy.seconds(1e6) < 1
     samples = pd.read_parquet(out / "cpu-core.parquet")
     assert (samples["seconds"] > 0).all()
+    tokens = {module: set(samples[samples["module"] == module]["tokens"])
+              for module in ("dense_layer", "decode_attention")}
+    assert tokens["dense_layer"] >= {1, 2, 3, 4, 5, 6, 7, 8}
+    assert tokens["decode_attention"] == {1, 2, 4, 8}
     reference = {"reference_dense", "reference_attention"}
     assert set(samples["module"]) == set(strong.infos) | reference
     taken = samples[samples["module"] == "reference_dense"]["seconds"]
