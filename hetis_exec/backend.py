@@ -104,6 +104,20 @@ class Arrived(NamedTuple):
         return self.found
 
 
+Part = tuple[Tensor, Tensor]
+"""Attention to some of the tokens, row by row, and the logarithm of each softmax sum, (rows, r)."""
+
+
+class Joining(Protocol):
+    """Rows of attention whose tokens have been attended to in parts."""
+
+    def add(self, at: tuple[Tensor, ...], part: Part) -> None:
+        """Take in the parts of some of the rows, each at most once, by an index of one axis."""
+
+    def result(self) -> Tensor:
+        """Attention to all tokens."""
+
+
 class Kernels(Protocol):
     """One worker's memory for cache, in units, and what is computed on it.
 
@@ -160,6 +174,19 @@ class Kernels(Protocol):
 
         Shapes: queries (rows, r, d), keys and values (rows, d); the result is shaped like the queries.
         """
+
+    def plan_parts(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> Any:
+        """The same for rows of which only some tokens are here.
+
+        ``positions`` are places in the tables; ``-1 - n`` is that of a row of n tokens without a new one.
+        Those come last.
+        """
+
+    def decode_parts(self, plan: Any, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Part:
+        """Store the new tokens' keys and values, of as many rows as have one, and attend to what is here."""
+
+    def joining(self, number: int, queries: Tensor) -> Joining:
+        """Begin to join parts of so many rows; queries are of their shape and type but for their number."""
 
     def plan_prompts(self, tables: Sequence[CacheTable | None], begins: Sequence[int], news: Sequence[int],
                      contexts: Sequence[int], heads: int) -> Any:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hetis_exec.backend import Leaving, Tensor
 from hetis_exec.errors import CacheError
@@ -26,20 +27,29 @@ from hetis_exec.messages import (
     Expect,
     Forget,
     Grow,
+    Join,
     Message,
     Op,
     Open,
     Park,
     Send,
+    Shed,
 )
 
 
 @dataclass(slots=True)
 class Parked:
-    """Cache of one group in host memory, shapes (layers, tokens, head_dim)."""
+    """Cache of one group in host memory, shapes (layers, tokens, head_dim), of some blocks of its text."""
 
     keys: Array
     values: Array
+    blocks: NDArray[np.int64]
+
+    def piece(self, first: int, last: int, block_tokens: int) -> tuple[Array, Array]:
+        """Tokens ``first .. last - 1``, whose blocks are all here."""
+        begin = int(np.searchsorted(self.blocks, first // block_tokens)) * block_tokens + first % block_tokens
+        here = slice(begin, begin + last - first)
+        return self.keys[:, here], self.values[:, here]
 
 
 class CacheKeeper:
@@ -61,6 +71,13 @@ class CacheKeeper:
         self._copies: list[Send | Park] = []
         self._leaving: deque[tuple[Leaving, Callable[[Array, Array], None]]] = deque()
         self._expected: dict[int, int] = {}
+
+    def may_apply(self, control: Control) -> bool:
+        """Whether what a message sends away for good has come here.
+
+        It has been on its way since an earlier message, so waiting for it comes to an end.
+        """
+        return all(self._complete(op) for op in control.ops if isinstance(op, Send) and op.final)
 
     def apply(self, control: Control) -> None:
         """Carry out the operations of a message.
@@ -112,7 +129,7 @@ class CacheKeeper:
 
     def _carry_out(self, op: Op) -> None:
         match op:
-            case Open() | Grow() | Close() | Await():
+            case Open() | Join() | Grow() | Close() | Shed() | Await():
                 for g in op.groups:
                     self._change_table(op, TableKey(op.request_id, op.stage, g))
             case Drop(request_id):
@@ -122,22 +139,26 @@ class CacheKeeper:
                 self.parked = {key: data for key, data in self.parked.items() if key.request_id != request_id}
             case Expect(tag, pieces):
                 self._count(tag, pieces)
-            case Send(final=True):
-                # What comes next may close its table.
+            case Send(final=True) | Send(parked=True):
+                # What comes next may close its table, or forget it.
                 self._copy(op)
             case Send() | Park():
                 self._copies.append(op)
 
-    def _change_table(self, op: Open | Grow | Close | Await, key: TableKey) -> None:
+    def _change_table(self, op: Open | Join | Grow | Close | Shed | Await, key: TableKey) -> None:
         match op:
             case Open():
-                self.pool.open(key, op.layers, op.blocks, op.tag)
+                self.pool.open(key._replace(aside=op.aside), op.layers, op.blocks, op.tag, op.absent)
+            case Join():
+                self.pool.join(key, op.layers, op.blocks, op.tag, op.absent)
             case Grow():
                 self.pool.grow(key, op.blocks)
             case Close():
-                self.pool.close(key)
+                self.pool.close(key._replace(aside=op.aside))
+            case Shed():
+                self.pool.shed(key, op.blocks)
             case Await():
-                self.pool.table(key).ready = False
+                self.pool.table(key).awaited += 1
 
     # -- journeys ----------------------------------------------------------------------------------
 
@@ -145,7 +166,7 @@ class CacheKeeper:
         """Make the copies whose data is complete."""
         waiting: list[Send | Park] = []
         for op in self._copies:
-            if (isinstance(op, Send) and op.parked) or self._complete(op):
+            if self._complete(op):
                 self._copy(op)
             else:
                 waiting.append(op)
@@ -159,12 +180,15 @@ class CacheKeeper:
     def _copy(self, op: Send | Park) -> None:
         keys = [TableKey(op.request_id, op.stage, g) for g in op.groups]
         if isinstance(op, Park):
-            self._leave(op, 0, op.tokens, slice(None), partial(self._park, op, keys))
+            leaving, blocks = self.pool.leave_all(op.request_id, op.stage, op.groups, op.tokens)
+            self._leaving.append((leaving, partial(self._park, op, keys, blocks)))
+            self.send_copies()
             return
         deliver, abroad = partial(self._deliver, op, self.seq), op.abroad
         if op.parked:
-            parts = [self.parked.pop(key) for key in keys]
-            deliver(np.stack([part.keys for part in parts], 1), np.stack([part.values for part in parts], 1))
+            k, v = zip(*[self.parked[key].piece(op.first, op.last, self.pool.block_tokens) for key in keys],
+                       strict=True)
+            deliver(np.stack(k, 1), np.stack(v, 1))
         elif all(key in self.pool.tables for key in keys):
             whole = slice(None) if abroad is None else slice(abroad.first, abroad.first + abroad.layers)
             self._leave(op, op.first, op.last, whole, deliver)
@@ -173,7 +197,7 @@ class CacheKeeper:
             nothing = np.empty((0, 0, 0, 0))
             self._deliver(op._replace(groups=()), self.seq, nothing, nothing)
 
-    def _leave(self, op: Send | Park, first: int, last: int, layers: slice,
+    def _leave(self, op: Send, first: int, last: int, layers: slice,
                then: Callable[[Array, Array], None]) -> None:
         """Have keys and values copied, shapes (layers, groups, tokens, head_dim), and go on with other work.
 
@@ -181,13 +205,14 @@ class CacheKeeper:
         """
         leaving = self.pool.leave(op.request_id, op.stage, op.groups, first, last, layers)
         self._leaving.append((leaving, then))
-        if isinstance(op, Send) and op.final:
+        if op.final:
             leaving.arrays()
         self.send_copies()
 
-    def _park(self, op: Park, keys: Sequence[TableKey], k: Array, v: Array) -> None:
+    def _park(self, op: Park, keys: Sequence[TableKey], blocks: NDArray[np.int64], k: Array,
+              v: Array) -> None:
         for n, key in enumerate(keys):
-            self.parked[key] = Parked(k[:, n], v[:, n])
+            self.parked[key] = Parked(k[:, n], v[:, n], blocks)
         self._count(op.tag, -1)
 
     def _deliver(self, op: Send, after: int, k: Array, v: Array) -> None:
@@ -200,9 +225,10 @@ class CacheKeeper:
     def _store(self, data: CacheData) -> None:
         """Write a piece of cache, unless its table has been closed meanwhile, and count it."""
         keys, values = self.pool.kernels.from_wire(data.keys), self.pool.kernels.from_wire(data.values)
-        found = {n: TableKey(data.request_id, data.stage, g) for n, g in enumerate(data.groups)}
         tables = self.pool.tables
-        found = {n: key for n, key in found.items() if key in tables and tables[key].tag == data.tag}
+        found = {n: key for n, g in enumerate(data.groups) for aside in (False, True)
+                 if (key := TableKey(data.request_id, data.stage, g, aside)) in tables
+                 and tables[key].takes(data.tag)}
         if found:
             here = list(found)
             spots = self.pool.spots(list(found.values()), data.start, keys.shape[2], data.layers)
@@ -210,7 +236,7 @@ class CacheKeeper:
                 keys, values = keys[:, here], values[:, here]
             self.pool.write_groups(spots, slice(None), keys, values)
         for key in found.values():
-            tables[key].ready = tables[key].ready or data.final
+            tables[key].awaited -= data.final
         if not data.final:
             self._count(data.tag, -1)
 
@@ -233,6 +259,22 @@ class CacheKeeper:
             tables += [self.pool.table(TableKey(request_id, stage, g)) for g in groups]
             positions += [position] * len(groups)
         return self.pool.kernels.plan(tables, positions)
+
+    def plan_parts(self, stage: int, items: Sequence[AttentionItem]) -> Any:
+        """The same for groups of which only some tokens are here."""
+        tables = [self.pool.table(TableKey(item.request_id, stage, g)) for item in items for g in item.groups]
+        positions = [item.position for item in items for _ in item.groups]
+        return self.pool.kernels.plan_parts(
+            tables, [self.pool.position_in(*pair) for pair in zip(tables, positions, strict=True)])
+
+    def decode_parts(self, plan: Any, layer: int, queries: Tensor, keys: Tensor,
+                     values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens that belong here and attend to what is here, row by row of the plan.
+
+        The result is what :meth:`hetis_exec.backend.Kernels.decode_parts` gives.
+        """
+        found: tuple[Tensor, Tensor] = self.pool.kernels.decode_parts(plan, layer, queries, keys, values)
+        return found
 
     def decode_attention(self, plan: Any, layer: int, queries: Tensor, keys: Tensor,
                          values: Tensor) -> Tensor:

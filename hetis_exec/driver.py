@@ -93,8 +93,9 @@ class ExecutorInput:
         require(len(set(ids)) == len(ids), "requests", "the same request_id twice", "each request_id once")
         require(self.plan.mesh is None, "plan.mesh", "a mesh of nodes",
                 "none: workers here form pipelines, plans with instances only")
-        require(not self.policy.splits_tokens, "policy", self.policy.name,
-                "one that splits cache by head alone: workers here attend to whole contexts")
+        mixed = all(instance.role == "both" for instance in self.plan.instances)
+        require(mixed or not self.policy.splits_tokens, "policy", self.policy.name,
+                "one that splits cache by head alone: divided tokens are not handed from pool to pool here")
 
     @property
     def step_settings(self) -> SchedulerSettings:

@@ -7,29 +7,14 @@ are deterministic: the same placements in the same order give the same map in ev
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hetis_exec.errors import CacheError
 from hetis_sim.control.placement import match
 from hetis_sim.policies.plan import InstancePlan, Placement
 
+Groups = tuple[int, ...]
+
 Holders = tuple[tuple[int, ...], ...]
 """For every stage, the position that holds each KV group."""
-
-
-class Change(NamedTuple):
-    """One group goes from one position to another of the same stage.
-
-    ``early``: there is room for it at its target before anything leaves it. The ledger books
-    the net gain of a position only; a worker that gives one group away in exchange for another
-    has no room for the newcomer until the switch.
-    """
-
-    stage: int
-    group: int
-    source: int
-    target: int
-    early: bool
 
 
 class GroupMap:
@@ -91,14 +76,3 @@ class GroupMap:
         if not spare:
             raise CacheError(f"no KV group for position {target} among {now}")
         return min(spare, key=lambda g: (now[g], g))
-
-    def changes(self, old: Holders, new: Holders) -> list[Change]:
-        """Groups that change their place."""
-        found: list[Change] = []
-        for stage, (before, after) in enumerate(zip(old, new, strict=True)):
-            room = {p: after.count(p) - before.count(p) for p in self._plan.stage_positions[stage]}
-            for group, (source, target) in enumerate(zip(before, after, strict=True)):
-                if source != target:
-                    room[target] -= 1
-                    found.append(Change(stage, group, source, target, room[target] >= 0))
-        return found

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from hetis_exec.groups import Holders
-from hetis_exec.holdings import Groups, Shipment
+from hetis_exec.groups import Groups, Holders
+from hetis_exec.holdings import Shipment
 from hetis_exec.messages import Abroad, Onward, Send
 from hetis_exec.mirror import Mirror
 from hetis_sim.control.handoff import shared_layers
@@ -84,8 +84,8 @@ def stream(transfer: Transfer, source: Mirror, target: Mirror, after: int) -> di
 
 def _routes(transfer: Transfer, source: Mirror, target: Mirror) -> Iterator[Route]:
     request_id = transfer.request_id
-    return routes(source.plan, source.known[request_id].holders, target.plan,
-                  target.landings[request_id].holders)
+    return routes(source.plan, source.known[request_id].cover.holders, target.plan,
+                  target.landings[request_id].cover.holders)
 
 
 def _abroad(route: Route, after: int) -> Abroad:

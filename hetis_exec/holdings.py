@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hetis_exec.groups import Change, Holders
-from hetis_exec.messages import Op
+from hetis_exec.covers import Cover, Key
+from hetis_exec.messages import Op, Span
 from hetis_sim.control.placement import PlacementShape
 from hetis_sim.control.state import HeldCache, PendingMove
 from hetis_sim.control.step import Transfer, TransferKind
-
-Groups = tuple[int, ...]
 
 
 @dataclass(slots=True, eq=False)
@@ -39,13 +37,18 @@ class Shipment:
 
 @dataclass(slots=True, eq=False)
 class Moving:
-    """A move of heads under way: ``copied`` tokens of its early groups go ahead of the switch."""
+    """A move under way: ``copied`` tokens of what is ``early`` go ahead of the switch.
+
+    Attributes:
+        aside: (stage, position, groups) of tables that are filled at their targets until then.
+    """
 
     pending: PendingMove
-    holders: Holders
-    changes: list[Change]
+    cover: Cover
+    early: frozenset[Key]
     copied: int
     tag: int
+    aside: list[tuple[int, int, tuple[int, ...]]]
 
 
 @dataclass(slots=True, eq=False)
@@ -54,21 +57,23 @@ class Holding:
 
     Attributes:
         epoch: its preemptions when it got it.
-        holders: position of each group of each stage.
-        blocks: of every group.
-        staged: blocks held at the ranks for groups that attention workers will hold.
+        cover: the places of its blocks.
+        blocks: of every group, over all places.
+        staged: blocks held at the ranks until what belongs elsewhere has been pushed.
         tag: marks data that fills it for the first time.
         landing: how the control plane knows what is held for a request that is still elsewhere.
+        spans: of its cover, by stage, as workers know them.
     """
 
     epoch: int
     shape: PlacementShape
-    holders: Holders
+    cover: Cover
     blocks: int
     staged: int
     tag: int
     move: Moving | None = None
     landing: HeldCache | None = None
+    spans: dict[int, tuple[Span, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)

@@ -220,10 +220,11 @@ class InstanceDriver:
 
     def _at_stage(self, row: Row, stage: int, streams: Streams) -> Row:
         """The same, with what one stage is to know."""
-        request_id, position, new_tokens, samples, prefill, _, push_tag, sample, _ = row
+        request_id, position, new_tokens, samples, prefill, _, push_tag, sample, _, _ = row
         onward = streams.get(request_id, NOWHERE).get(stage, ()) if streams else ()
         return Row(request_id, position, new_tokens, samples, prefill,
-                   self.mirror.devices(request_id, stage), push_tag, sample, onward)
+                   self.mirror.devices(request_id, stage), push_tag, sample, onward,
+                   self.mirror.spans(request_id, stage))
 
     # -- transfers -----------------------------------------------------------------------------------
 

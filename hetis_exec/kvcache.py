@@ -2,7 +2,8 @@
 
 The unit of memory is the ledger's: block_tokens of one KV group in one layer. A table lists
 the units of one (request, stage, group), a row for each layer of the stage, so that stages of
-different depth share an attention worker's memory and no unit lies idle in between.
+different depth share an attention worker's memory and no unit lies idle in between. Of a request whose
+tokens are divided it has some blocks only, one after the other, and knows which.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from hetis_exec.errors import CacheError
 
 
 class TableKey(NamedTuple):
-    """Which cache: one KV group of one request at one stage."""
+    """Which cache: one KV group of one request at one stage; what is copied aside for it has a table too."""
 
     request_id: int
     stage: int
     group: int
+    aside: bool = False
 
 
 @dataclass(slots=True)
@@ -32,14 +34,64 @@ class Table:
 
     Attributes:
         tag: marks the data that is meant for this table; later ones of the same key differ.
-        ready: False while tokens that attention needs are still on their way.
+        before: earlier tags of which final pieces are still on their way.
+        awaited: final pieces of tokens that attention needs which are still on their way.
         slot: see :class:`hetis_exec.backend.CacheTable`.
+        where: for each block of the text its place in the units, -1 where it is not here; None where all
+            of them are here.
     """
 
     units: NDArray[np.int64]
     tag: int
-    ready: bool = True
+    awaited: int = 0
     slot: int = -1
+    where: NDArray[np.int64] | None = None
+    before: frozenset[int] = frozenset()
+
+    def takes(self, tag: int) -> bool:
+        """Whether data with a tag is meant for it."""
+        return tag == self.tag or tag in self.before
+
+    @property
+    def ready(self) -> bool:
+        """Whether all tokens that attention needs are here."""
+        return self.awaited == 0
+
+    @property
+    def end(self) -> int:
+        """One past the last block of the text that may be here."""
+        return self.units.shape[1] if self.where is None else len(self.where)
+
+    def here(self, blocks: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which blocks of the text are here."""
+        if self.where is None:
+            found: NDArray[np.bool_] = blocks < self.units.shape[1]
+            return found
+        found = blocks < len(self.where)
+        found[found] = self.where[blocks[found]] >= 0
+        return found
+
+    def of_blocks(self, blocks: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Units of some blocks of the text, shape (layers, blocks).
+
+        Raises:
+            CacheError: some are not here.
+        """
+        if self.where is None:
+            return self.units[:, blocks]
+        if not self.here(blocks).all():
+            raise CacheError(f"blocks {blocks[~self.here(blocks)].tolist()} are not here")
+        return self.units[:, self.where[blocks]]
+
+
+def places(blocks: int, absent: Sequence[int]) -> NDArray[np.int64] | None:
+    """See :attr:`Table.where`, for all blocks up to a number but for some."""
+    if not absent:
+        return None
+    here = np.ones(blocks, dtype=np.int64)
+    here[list(absent)] = 0
+    found: NDArray[np.int64] = np.where(here > 0, np.cumsum(here) - 1, -1)
+    return found
 
 
 class KvPool:
@@ -69,15 +121,15 @@ class KvPool:
         """Units in use."""
         return self.capacity_units - self._free_units
 
-    def open(self, key: TableKey, layers: int, blocks: int, tag: int) -> None:
-        """Allocate a table.
+    def open(self, key: TableKey, layers: int, blocks: int, tag: int, absent: Sequence[int] = ()) -> None:
+        """Allocate a table of all blocks up to a number, but for some.
 
         Raises:
             CacheError: the key has one already, or there is no room.
         """
         if key in self.tables:
             raise CacheError(f"{key} is open already")
-        self.tables[key] = Table(self._take(layers, blocks), tag)
+        self.tables[key] = Table(self._take(layers, blocks - len(absent)), tag, where=places(blocks, absent))
         self.version += 1
 
     def grow(self, key: TableKey, blocks: int) -> None:
@@ -87,16 +139,64 @@ class KvPool:
             CacheError: there is no room, or it would shrink.
         """
         table = self.table(key)
-        layers, now = table.units.shape
+        layers, held = table.units.shape
+        now = table.end
         if blocks < now:
             raise CacheError(f"{key} would shrink from {now} to {blocks} blocks")
         if blocks > now:
-            table.units = np.concatenate((table.units, self._take(layers, blocks - now)), axis=1)
+            more = blocks - now
+            table.units = np.concatenate((table.units, self._take(layers, more)), axis=1)
+            if table.where is not None:
+                table.where = np.concatenate((table.where, np.arange(held, held + more)))
+
+    def shed(self, key: TableKey, blocks: Sequence[int]) -> None:
+        """Free some blocks of a table.
+
+        Raises:
+            CacheError: they are not here.
+        """
+        table = self.table(key)
+        gone = table.of_blocks(np.array(blocks, dtype=np.int64))
+        every = np.arange(table.end)
+        stays = table.here(every) & ~np.isin(every, blocks)
+        kept = table.of_blocks(every[stays])
+        self._give(Table(gone, table.tag, slot=table.slot))
+        table.units, table.slot = kept, -1
+        table.where = places(len(every), every[~stays].tolist())
+
+    def join(self, key: TableKey, layers: int, blocks: int, tag: int, absent: Sequence[int]) -> None:
+        """Have all blocks up to a number but for some: those here, those aside, and newly allocated ones.
+
+        Raises:
+            CacheError: there is no room, or there are others.
+        """
+        parts = [table for name in (key, key._replace(aside=True))
+                 if (table := self.tables.pop(name, None)) is not None]
+        wanted = places(blocks, absent)
+        units = np.full((layers, blocks - len(absent)), -1, dtype=np.int64)
+        for part in parts:
+            held = np.arange(part.end)
+            held = held[part.here(held)]
+            at = held if wanted is None else wanted[held]
+            if (at < 0).any() or (units[:, at] >= 0).any():
+                raise CacheError(f"{key} has blocks {held.tolist()}, of {blocks} blocks {list(absent)} are "
+                                 "to be absent")
+            units[:, at] = part.of_blocks(held)
+            self.kernels.clear(Table(units[:, :0], part.tag, slot=part.slot))
+        lacking = units[0] < 0 if layers else np.zeros(0, dtype=np.bool_)
+        units[:, lacking] = self._take(layers, int(lacking.sum()))
+        self.tables[key] = Table(units, tag, sum(part.awaited for part in parts), -1, wanted, frozenset(
+            n for part in parts if part.awaited for n in (part.tag, *part.before)))
+        self.version += 1
 
     def close(self, key: TableKey) -> None:
         """Free a table."""
         table = self.table(key)
         del self.tables[key]
+        self._give(table)
+
+    def _give(self, table: Table) -> None:
+        """Free the units of a table that is no longer in use."""
         self.version += 1
         self.kernels.clear(table)
         begin, end = self._free_units, self._free_units + table.units.size
@@ -128,6 +228,20 @@ class KvPool:
 
     # -- tokens ------------------------------------------------------------------------------
 
+    def position_in(self, table: Table, position: int) -> int:
+        """The place of a token among those of its table; -1 gives how many there are, as -1 - number."""
+        if position < 0:
+            return -1 - int(table.units.shape[1]) * self.block_tokens
+        if table.where is None:
+            return position
+        block, offset = divmod(position, self.block_tokens)
+        return int(table.where[block]) * self.block_tokens + offset
+
+    def tokens_here(self, key: TableKey, first: int, last: int) -> NDArray[np.int64]:
+        """Which of some tokens have a place in a table."""
+        tokens = np.arange(first, last)
+        return tokens[self.table(key).here(tokens // self.block_tokens)]
+
     def write(self, key: TableKey, layer: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Store tokens from position ``start`` on; shapes (tokens, head_dim)."""
         self.write_groups(self.spots((key,), start, len(keys), (layer,)), 0, keys, values)
@@ -138,8 +252,13 @@ class KvPool:
 
         ``layers`` picks some of the layers; those of the result are counted from 0.
         """
-        blocks, offsets = np.divmod(np.arange(start, start + tokens), self.block_tokens)
-        units = np.concatenate([self.table(key).units[:, blocks] for key in keys], axis=1)
+        return self.spots_of(keys, np.arange(start, start + tokens), layers)
+
+    def spots_of(self, keys: Sequence[TableKey], tokens: NDArray[np.int64],
+                 layers: Sequence[int] | None = None) -> Spots:
+        """The same for any tokens."""
+        blocks, offsets = np.divmod(tokens, self.block_tokens)
+        units = np.concatenate([self.table(key).of_blocks(blocks) for key in keys], axis=1)
         if layers is not None:
             units = units[list(layers)]
         return self.kernels.spots(units, np.tile(offsets, len(keys)))
@@ -166,6 +285,17 @@ class KvPool:
         units, here = self._where(request_id, stage, groups, layers, first, last)
         return self.kernels.leave(units, here)
 
+    def leave_all(self, request_id: int, stage: int, groups: Sequence[int],
+                  tokens: int) -> tuple[Leaving, NDArray[np.int64]]:
+        """The same of all that is here of the first tokens, and the blocks that this is."""
+        blocks = np.arange(-(-tokens // self.block_tokens))
+        blocks = blocks[self.table(TableKey(request_id, stage, groups[0])).here(blocks)]
+        tables = [self.table(TableKey(request_id, stage, g)).of_blocks(blocks) for g in groups]
+        lacking = self.block_tokens - tokens % self.block_tokens if tokens % self.block_tokens else 0
+        whole = len(blocks) * self.block_tokens
+        last = whole - lacking if len(blocks) and tokens < (blocks[-1] + 1) * self.block_tokens else whole
+        return self.kernels.leave(np.stack(tables, axis=1), slice(0, last)), blocks
+
     def _read(self, request_id: int, stage: int, groups: Sequence[int], layers: slice, first: int,
               last: int) -> tuple[Tensor, Tensor]:
         units, here = self._where(request_id, stage, groups, layers, first, last)
@@ -176,6 +306,7 @@ class KvPool:
                last: int) -> tuple[NDArray[np.int64], slice]:
         """Units (layers, groups, blocks) that hold some tokens, and which tokens of them."""
         begin, end = first // self.block_tokens, -(-last // self.block_tokens)
-        tables = [self.table(TableKey(request_id, stage, g)).units[layers, begin:end] for g in groups]
+        blocks = np.arange(begin, end)
+        tables = [self.table(TableKey(request_id, stage, g)).of_blocks(blocks)[layers] for g in groups]
         return np.stack(tables, axis=1), slice(first - begin * self.block_tokens,
                                                last - begin * self.block_tokens)

@@ -27,7 +27,11 @@ Tokens = NDArray[np.int64]
 
 
 class Open(NamedTuple):
-    """Allocate ``blocks`` for each of the groups; ``tag`` marks the data meant for them."""
+    """Allocate all blocks before ``blocks`` for each of the groups, but for those that are ``absent``.
+
+    ``tag`` marks the data meant for them. ``aside``: they are not attended to until they are joined
+    with what is here already.
+    """
 
     request_id: int
     stage: int
@@ -35,6 +39,24 @@ class Open(NamedTuple):
     layers: int
     blocks: int
     tag: int
+    absent: tuple[int, ...] = ()
+    aside: bool = False
+
+
+class Join(NamedTuple):
+    """Have all blocks before ``blocks`` of the groups, but for those that are ``absent``.
+
+    What has been copied aside is taken in, and whatever else is lacking is allocated; data with ``tag`` is
+    meant for it.
+    """
+
+    request_id: int
+    stage: int
+    groups: tuple[int, ...]
+    layers: int
+    blocks: int
+    tag: int
+    absent: tuple[int, ...]
 
 
 class Grow(NamedTuple):
@@ -47,11 +69,21 @@ class Grow(NamedTuple):
 
 
 class Close(NamedTuple):
-    """Free the blocks of the groups."""
+    """Free the blocks of the groups, or what has been copied aside for them."""
 
     request_id: int
     stage: int
     groups: tuple[int, ...]
+    aside: bool = False
+
+
+class Shed(NamedTuple):
+    """Free some blocks of the groups; the others stay."""
+
+    request_id: int
+    stage: int
+    groups: tuple[int, ...]
+    blocks: tuple[int, ...]
 
 
 class Drop(NamedTuple):
@@ -87,7 +119,7 @@ class Send(NamedTuple):
     """Copy tokens ``first .. last - 1`` of the groups to another worker.
 
     ``final`` pieces make the tables at their target ready for attention. ``parked`` takes the
-    data from host memory, once and for all. ``abroad`` is None within an instance.
+    data from host memory, where it stays until it is forgotten. ``abroad`` is None within an instance.
     """
 
     request_id: int
@@ -103,7 +135,7 @@ class Send(NamedTuple):
 
 
 class Await(NamedTuple):
-    """The groups are not to be read until their final piece has come."""
+    """The groups are not to be read until one more final piece has come."""
 
     request_id: int
     stage: int
@@ -127,7 +159,7 @@ class Expect(NamedTuple):
     pieces: int
 
 
-Op = Open | Grow | Close | Drop | Forget | Send | Await | Park | Expect
+Op = Open | Join | Grow | Close | Shed | Drop | Forget | Send | Await | Park | Expect
 
 
 # -- from the driver to the workers ------------------------------------------------------
@@ -159,6 +191,13 @@ class Sample(NamedTuple):
     seed: int | None = None
 
 
+class Span(NamedTuple):
+    """Older tokens of a request, from the end of the span before up to ``last``, and who holds each group."""
+
+    last: int
+    holders: tuple[int, ...]
+
+
 class Row(NamedTuple):
     """One request in one step, as one stage sees it.
 
@@ -167,11 +206,12 @@ class Row(NamedTuple):
         new_tokens: 1 when it decodes.
         samples: whether a token is sampled from its last position.
         prefill: its attention is computed where its weights are, over the whole prompt so far.
-        holders: device that holds each KV group of the stage.
+        holders: device that holds each KV group of the stage, or the newest tokens where these are divided.
         push_tag: with the last piece of a prompt, remote groups go to their holders under
             this tag; -1 otherwise.
         sample: how its token is chosen where that is not as the run's settings say.
         onward: with the last piece of a prompt, what of this stage goes to another instance.
+        older: who holds the older tokens, where they are not all with the holders.
     """
 
     request_id: int
@@ -183,6 +223,7 @@ class Row(NamedTuple):
     push_tag: int
     sample: Sample | None = None
     onward: tuple[Onward, ...] = ()
+    older: tuple[Span, ...] = ()
 
 
 class Task(NamedTuple):
@@ -240,7 +281,7 @@ class Partial(NamedTuple):
 
 
 class AttentionItem(NamedTuple):
-    """Groups of one request, and the position of its new token."""
+    """Groups of one request, and the position of its new token; -1 where it is stored elsewhere."""
 
     request_id: int
     position: int
@@ -250,9 +291,11 @@ class AttentionItem(NamedTuple):
 class AttentionRequest(NamedTuple):
     """Decode attention of one layer for remote groups, in the order of the items' groups.
 
-    The items of a step are the same in every layer; they come with the first one.
+    The items of a step are the same in every layer; they come with the first one. ``parts`` follow them: of
+    each there is a part of the tokens here, the newest of those with a position, which come first.
 
-    Shapes: queries (groups, heads per group, head_dim), keys and values (groups, head_dim).
+    Shapes: queries (groups, heads per group, head_dim), keys and values (groups, head_dim), of the new
+    tokens that are stored here.
     """
 
     after: int
@@ -263,16 +306,21 @@ class AttentionRequest(NamedTuple):
     queries: Array
     keys: Array
     values: Array
+    parts: tuple[AttentionItem, ...] = ()
 
 
 class AttentionResult(NamedTuple):
-    """Its answer, shape (groups, heads per group, head_dim), and the time it took."""
+    """Its answer, shape (groups, heads per group, head_dim), and the time it took.
+
+    ``sums``: of parts, the logarithm of the sum of exponents, shape (groups of parts, heads per group).
+    """
 
     seq: int
     layer: int
     sender: int
     values: Array
     busy_s: float
+    sums: Array | None = None
 
 
 class CacheData(NamedTuple):

@@ -10,15 +10,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
-from hetis_exec.errors import ExecutorError
-from hetis_exec.groups import Change, GroupMap, Holders
-from hetis_exec.holdings import Groups, Holding, Moving, Ops, Shipment
-from hetis_exec.messages import Await, Close, Drop, Expect, Forget, Grow, Op, Open, Park, Send
+from hetis_exec.covers import Cover, Covers, Extent, Journey, Key, every_key, extents, gathered, journeys
+from hetis_exec.groups import Groups
+from hetis_exec.holdings import Holding, Moving, Ops, Shipment
+from hetis_exec.messages import (
+    Await,
+    Close,
+    Drop,
+    Expect,
+    Forget,
+    Grow,
+    Join,
+    Op,
+    Open,
+    Park,
+    Send,
+    Shed,
+    Span,
+)
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.placement import PlacementShape
 from hetis_sim.control.state import PendingMove, RequestState, Status
 from hetis_sim.control.step import Transfer
-from hetis_sim.policies.plan import Placement
 
 
 class Mirror:
@@ -27,7 +40,7 @@ class Mirror:
     Attributes:
         known: what each request holds on devices.
         landings: what is held for requests that another instance is still to hand over.
-        parked: for requests in host memory, the positions whose hosts hold each group.
+        parked: for requests in host memory, the positions whose hosts hold each block.
     """
 
     def __init__(self, engine: Engine, hosts: Sequence[int]) -> None:
@@ -35,10 +48,11 @@ class Mirror:
         self._hosts = hosts
         self.plan = engine.plan
         self._positions = engine.plan.positions
-        self.groups = GroupMap(engine.plan)
+        self._block_tokens = engine.books.block_tokens
+        self.covers = Covers(engine.plan, self._block_tokens)
         self.known: dict[int, Holding] = {}
         self.landings: dict[int, Holding] = {}
-        self.parked: dict[int, Holders] = {}
+        self.parked: dict[int, Cover] = {}
         self._ops: defaultdict[int, Ops] = defaultdict(Ops)
         self._shipments: list[Shipment] = []
         self._tags = 0
@@ -72,11 +86,26 @@ class Mirror:
         return ops, shipments
 
     def devices(self, request_id: int, stage: int) -> tuple[int, ...]:
-        """Device that holds each group of a request at a stage."""
-        places = self.known[request_id].holders[stage]
+        """Device that holds each group of a request at a stage, its newest tokens at least."""
+        return self._devices(self.known[request_id].cover.holders[stage])
+
+    def _devices(self, places: tuple[int, ...]) -> tuple[int, ...]:
         found = self._devices_at.get(places)
         if found is None:
             found = self._devices_at[places] = tuple(self._positions[p].device for p in places)
+        return found
+
+    def spans(self, request_id: int, stage: int) -> tuple[Span, ...]:
+        """Who holds the older tokens of a request at a stage, as far as these are divided."""
+        held = self.known[request_id]
+        older = held.cover.older[stage]
+        if not older:
+            return ()
+        found = held.spans.get(stage)
+        if found is None:
+            ends = [b for b in range(1, len(older) + 1) if older[b:b + 1] != (older[b - 1],)]
+            found = held.spans[stage] = tuple([Span(b * self._block_tokens, self._devices(older[b - 1]))
+                                               for b in ends])
         return found
 
     def complete_tokens(self, state: RequestState) -> int:
@@ -100,17 +129,16 @@ class Mirror:
         return self._engine.books.blocks(self._engine.lanes[state.lane].cached_tokens(state))
 
     def _admit(self, state: RequestState, shape: PlacementShape) -> None:
-        request_id, placement = state.request_id, _placement(state.request_id, shape)
+        request_id = state.request_id
         before = self.parked.pop(request_id, None)
-        holders = (self.groups.initial(placement) if before is None
-                   else self.groups.rearranged(before, placement))
-        held = self.known[request_id] = Holding(state.preemptions, shape, holders, self._blocks(state),
+        cover = (self.covers.initial(shape) if before is None
+                 else self.covers.rearranged(before, shape, state.cached_tokens))
+        held = self.known[request_id] = Holding(state.preemptions, shape, cover, self._blocks(state),
                                                 state.staged_blocks, self._next_tag())
-        for stage, position, groups in self._held(holders):
-            self._open(request_id, stage, position, groups, held.blocks, held.tag)
-        if held.staged:
-            for stage, position, groups in self._staged(holders):
-                self._open(request_id, stage, position, groups, held.staged, held.tag)
+        for part in extents(cover, held.blocks):
+            self._open(request_id, self._with_staged(held, part), held.tag)
+        for part in self._staged(held):
+            self._open(request_id, part, held.tag)
         if before is not None:
             self._bring_back(state, before, held)
 
@@ -129,22 +157,21 @@ class Mirror:
                 self.known[request_id] = held
         for request_id, cache in landings.items():
             if request_id not in self.landings:
-                holders = self.groups.initial(_placement(request_id, cache.shape))
-                held = self.landings[request_id] = Holding(0, cache.shape, holders, cache.blocks, 0,
-                                                           self._next_tag(), landing=cache)
-                for stage, position, groups in self._held(holders):
-                    self._open(request_id, stage, position, groups, held.blocks, held.tag)
+                held = self.landings[request_id] = Holding(0, cache.shape, self.covers.initial(cache.shape),
+                                                           cache.blocks, 0, self._next_tag(), landing=cache)
+                for part in extents(held.cover, held.blocks):
+                    self._open(request_id, part, held.tag)
 
     def _release(self, request_id: int, held: Holding) -> None:
-        places = {p for stage in held.holders for p in stage}
-        places |= {p for _, p, _ in self._staged(held.holders)} if held.staged else set()
-        places |= {change.target for change in held.move.changes} if held.move else set()
+        places = {part.position for part in extents(held.cover, held.blocks)}
+        places |= {part.position for part in self._staged(held)}
+        places |= {position for _, position, _ in held.move.aside} if held.move else set()
         for device in sorted({self._positions[p].device for p in places}):
             self._ops[device].closes.append(Drop(request_id))
 
     def _forget(self, request_id: int) -> None:
-        holders = self.parked.pop(request_id)
-        for device in sorted({self._positions[p].device for stage in holders for p in stage}):
+        cover = self.parked.pop(request_id)
+        for device in sorted({self._positions[part.position].device for part in extents(cover, 0)}):
             self._ops[device].closes.append(Forget(request_id))
 
     def _is_quiet(self, held: Holding, state: RequestState) -> bool:
@@ -171,13 +198,22 @@ class Mirror:
         blocks = self._blocks(state)
         if blocks != held.blocks:
             held.blocks = blocks
-            for stage, position, groups in self._held(held.holders):
-                self._at(position).opens.append(Grow(state.request_id, stage, groups, blocks))
+            for stage, holders in enumerate(held.cover.holders):
+                for position in sorted(set(holders)):
+                    groups = tuple(g for g, p in enumerate(holders) if p == position)
+                    self._at(position).opens.append(Grow(state.request_id, stage, groups, blocks))
 
     def _unstage(self, held: Holding, state: RequestState) -> None:
+        for part in self._staged(held):
+            self._at(part.position).closes.append(Close(state.request_id, part.stage, part.groups))
+        for part in extents(held.cover, held.blocks):
+            staged = self._with_staged(held, part)
+            gone = sorted(set(range(staged.blocks)) - set(range(part.blocks))) + sorted(
+                set(part.absent) - set(staged.absent))
+            if gone:
+                self._at(part.position).closes.append(
+                    Shed(state.request_id, part.stage, part.groups, tuple(sorted(gone))))
         held.staged = 0
-        for stage, position, groups in self._staged(held.holders):
-            self._at(position).closes.append(Close(state.request_id, stage, groups))
 
     # -- prompts on their way to attention workers ----------------------------------------------------
 
@@ -185,20 +221,32 @@ class Mirror:
         """Begin the push of a prompt whose last piece is about to be computed.
 
         Returns:
-            Its tag, or -1 if every head stays at its rank.
+            Its tag, or -1 if all of it stays at its ranks.
         """
         held = self.known[state.request_id]
         shipment = Shipment(held.tag, "push", state.request_id)
-        for source, target, groups in self._pushes(held.holders):
+        for source, target, groups, tokens in self._pushes(state, held.cover):
             # A piece for every layer.
             layers = self._positions[target].layers
-            self.carry(shipment, self.device(source), self.device(target), state.context_tokens,
-                        len(groups) * layers)
+            self.carry(shipment, self.device(source), self.device(target), tokens, len(groups) * layers)
             shipment.expect(self.device(target), layers)
         if not shipment.flows:
             return -1
         self.ship(shipment)
         return held.tag
+
+    def _pushes(self, state: RequestState, cover: Cover) -> Iterator[tuple[int, int, Groups, int]]:
+        """(rank, attention worker, groups, tokens) for what does not stay at its rank, span by span."""
+        for stage, indices in enumerate(self.plan.stage_positions):
+            first = 0
+            holders = self.devices(state.request_id, stage)
+            for span in (*self.spans(state.request_id, stage), Span(state.context_tokens, holders)):
+                tokens, first = span.last - first, span.last
+                for rank in indices[:self.plan.stages[stage].tp] if tokens else ():
+                    owned = self.covers.groups.owned(rank)
+                    for device in sorted({span.holders[g] for g in owned} - {self.device(rank)}):
+                        target = next(p for p in indices if self.device(p) == device)
+                        yield rank, target, tuple(g for g in owned if span.holders[g] == device), tokens
 
     # -- prompts from other instances ----------------------------------------------------------------
 
@@ -215,64 +263,106 @@ class Mirror:
     # -- moves -------------------------------------------------------------------------------------
 
     def _begin_move(self, held: Holding, state: RequestState, pending: PendingMove) -> None:
-        """Copy the early groups ahead, while their request goes on decoding where it is."""
-        holders = self.groups.rearranged(held.holders, pending.shape.placement)
-        changes = self.groups.changes(held.holders, holders)
-        move = held.move = Moving(pending, holders, changes, self.complete_tokens(state), self._next_tag())
-        shipment = Shipment(move.tag, "move", state.request_id, transfer=pending.transfer)
-        for stage, source, target, groups in _routes(c for c in changes if c.early):
-            self._open(state.request_id, stage, target, groups, pending.blocks, move.tag)
-            self._at(source).copies.append(Send(state.request_id, stage, groups, 0, move.copied,
-                                                self.device(target), move.tag))
-            self.carry(shipment, self.device(source), self.device(target), move.copied,
-                        len(groups) * self._positions[target].layers)
-            shipment.expect(self.device(target), 1)
-        self.ship(shipment)
+        """Copy what there is room for ahead, while its request goes on decoding where it is."""
+        tokens, tag = self.complete_tokens(state), self._next_tag()
+        cover = self.covers.rearranged(held.cover, pending.shape, tokens)
+        changes = self.covers.changes(held.cover, cover, pending.blocks)
+        early = frozenset(key for key, at_once in changes.items() if at_once)
+        aside = gathered(early, lambda key: cover.places(key[0], key[2])[key[1]])
+        held.move = Moving(pending, cover, early, tokens, tag,
+                           [(stage, target, groups) for (stage, target, _), groups in aside.items()])
+        shipment = Shipment(tag, "move", state.request_id, transfer=pending.transfer)
+        for (stage, target, blocks), groups in aside.items():
+            part = Extent(stage, target, groups, blocks[-1] + 1,
+                          tuple(sorted(set(range(blocks[-1])) - set(blocks))), False)
+            self._open(state.request_id, part, tag, aside=True)
+        for journey in journeys(held.cover, cover, early):
+            first, last = self._tokens_of(journey, tokens)
+            if last > first:
+                self._send(shipment, state.request_id, journey, first, last, tag)
+        if shipment.pieces:
+            self.ship(shipment)
+
+    def _tokens_of(self, journey: Journey, tokens: int) -> tuple[int, int]:
+        """The tokens, of so many, that are in the blocks of a journey."""
+        return journey.first * self._block_tokens, min(journey.last * self._block_tokens, tokens)
+
+    def _send(self, shipment: Shipment, request_id: int, journey: Journey, first: int, last: int, tag: int, *,
+              parked: bool = False) -> None:
+        """Have some tokens of a journey copied, as part of a shipment."""
+        stage, source, target, groups = journey[:4]
+        origin = self._host(self.device(source)) if parked else self.device(source)
+        self._at(source).copies.append(Send(request_id, stage, groups, first, last, self.device(target), tag,
+                                            parked=parked))
+        self.carry(shipment, origin, self.device(target), last - first,
+                   len(groups) * self._positions[target].layers)
+        shipment.expect(self.device(target), 1)
 
     def _switch(self, held: Holding, state: RequestState, move: Moving) -> None:
-        """Heads are from now on where they have gone; what has been added meanwhile follows."""
+        """Cache is from now on where it has gone; what has been added meanwhile follows."""
         request_id, tokens, blocks = state.request_id, self.complete_tokens(state), self._blocks(state)
-        for early in (True, False):
-            for stage, source, target, groups in _routes(c for c in move.changes if c.early is early):
-                first = move.copied if early else 0
-                self._at(source).last_pieces.append(Send(request_id, stage, groups, first, tokens,
+        changes = self.covers.changes(held.cover, move.cover, blocks)
+        for journey in journeys(held.cover, move.cover, changes, move.early.__contains__):
+            first, last = self._tokens_of(journey, tokens)
+            first = max(first, move.copied) if journey.early else first
+            if last > first:
+                stage, source, target, groups = journey[:4]
+                self._at(source).last_pieces.append(Send(request_id, stage, groups, first, last,
                                                          self.device(target), move.tag, final=True))
-                self._at(source).closes.append(Close(request_id, stage, groups))
-                if early:
-                    self._at(target).opens.append(Grow(request_id, stage, groups, blocks))
-                else:
-                    self._open(request_id, stage, target, groups, blocks, move.tag)
                 self._at(target).expects.append(Await(request_id, stage, groups))
-        held.holders, held.shape, held.move = move.holders, move.pending.shape, None
+        self._give_up(request_id, held.cover, move.cover, [key for key in changes if key[2] < held.blocks])
+        gaining = {(stage, move.cover.places(stage, b)[g], g) for stage, g, b in changes}
+        for part in extents(move.cover, blocks):
+            groups = tuple(g for g in part.groups if (part.stage, part.position, g) in gaining)
+            if groups:
+                layers = self._positions[part.position].layers
+                self._at(part.position).opens.append(Join(request_id, part.stage, groups, layers, part.blocks,
+                                                          move.tag, part.absent))
+        held.cover, held.shape, held.move = move.cover, move.pending.shape, None
+        held.spans.clear()
+
+    def _give_up(self, request_id: int, old: Cover, new: Cover, changes: Iterable[Key]) -> None:
+        """Free at every position what is elsewhere from now on."""
+        staying = {(part.stage, part.position, g) for part in extents(new, 0) for g in part.groups}
+        lost = gathered(changes, lambda key: old.places(key[0], key[2])[key[1]])
+        for (stage, source, gone), groups in lost.items():
+            kept = tuple(g for g in groups if (stage, source, g) in staying)
+            closed = tuple(g for g in groups if g not in kept)
+            if kept:
+                self._at(source).closes.append(Shed(request_id, stage, kept, gone))
+            if closed:
+                self._at(source).closes.append(Close(request_id, stage, closed))
 
     def _cancel(self, held: Holding, state: RequestState, move: Moving) -> None:
-        for stage, _, target, groups in _routes(c for c in move.changes if c.early):
-            self._at(target).closes.append(Close(state.request_id, stage, groups))
+        for stage, target, groups in move.aside:
+            self._at(target).closes.append(Close(state.request_id, stage, groups, aside=True))
         held.move = None
 
     # -- host memory ---------------------------------------------------------------------------------
 
     def _park(self, held: Holding, state: RequestState) -> None:
         held.epoch = state.preemptions
-        self.parked[state.request_id] = held.holders
+        self.parked[state.request_id] = held.cover
         shipment = Shipment(self._next_tag(), "swap_out", state.request_id)
-        for stage, position, groups in self._held(held.holders):
-            device = self.device(position)
-            self._at(position).copies.append(Park(state.request_id, stage, groups, state.cached_tokens,
-                                                  shipment.tag))
-            self.carry(shipment, device, self._host(device), state.cached_tokens,
-                        len(groups) * self._positions[position].layers)
+        for part in extents(held.cover, held.blocks):
+            device = self.device(part.position)
+            tokens = sum(max(0, min(self._block_tokens, state.cached_tokens - b * self._block_tokens))
+                         for b in range(part.blocks) if b not in part.absent)
+            self._at(part.position).copies.append(Park(state.request_id, part.stage, part.groups,
+                                                       state.cached_tokens, shipment.tag))
+            self.carry(shipment, device, self._host(device), tokens,
+                       len(part.groups) * self._positions[part.position].layers)
             shipment.expect(device, 1)
         self.ship(shipment)
 
-    def _bring_back(self, state: RequestState, before: Holders, held: Holding) -> None:
+    def _bring_back(self, state: RequestState, before: Cover, held: Holding) -> None:
         shipment = Shipment(held.tag, "swap_in", state.request_id)
-        for stage, source, target, groups in _routes(_all_groups(before, held.holders)):
-            self._at(source).copies.append(Send(state.request_id, stage, groups, 0, state.cached_tokens,
-                                                self.device(target), held.tag, parked=True))
-            self.carry(shipment, self._host(self.device(source)), self.device(target), state.cached_tokens,
-                        len(groups) * self._positions[target].layers)
-            shipment.expect(self.device(target), 1)
+        for journey in journeys(before, held.cover, every_key(before, held.blocks)):
+            first, last = self._tokens_of(journey, state.cached_tokens)
+            if last > first:
+                self._send(shipment, state.request_id, journey, first, last, held.tag, parked=True)
+        for device in sorted({self.device(part.position) for part in extents(before, 0)}):
+            self._ops[device].copies.append(Forget(state.request_id))
         self.ship(shipment)
 
     # -- helpers ---------------------------------------------------------------------------------------
@@ -291,10 +381,10 @@ class Mirror:
     def _at(self, position: int) -> Ops:
         return self._ops[self.device(position)]
 
-    def _open(self, request_id: int, stage: int, position: int, groups: Groups, blocks: int,
-              tag: int) -> None:
-        layers = self._positions[position].layers
-        self._at(position).opens.append(Open(request_id, stage, groups, layers, blocks, tag))
+    def _open(self, request_id: int, part: Extent, tag: int, *, aside: bool = False) -> None:
+        stage, position, groups, blocks, absent, _ = part
+        self._at(position).opens.append(Open(request_id, stage, groups, self._positions[position].layers,
+                                             blocks, tag, absent, aside))
 
     def carry(self, shipment: Shipment, source: int, target: int, tokens: int, group_layers: int) -> None:
         """Note bytes that a shipment carries from one device to another."""
@@ -307,52 +397,19 @@ class Mirror:
             self._ops[device].expects.append(Expect(shipment.tag, pieces))
         self._shipments.append(shipment)
 
-    def _held(self, holders: Holders) -> Iterator[tuple[int, int, Groups]]:
-        """(stage, position, groups) for every position that holds any."""
-        for stage, places in enumerate(holders):
-            for position in sorted(set(places)):
-                yield stage, position, tuple(g for g, p in enumerate(places) if p == position)
+    def _with_staged(self, held: Holding, part: Extent) -> Extent:
+        """The same with what is staged at the position: a rank has whole prompts of its groups then."""
+        if not held.staged or self._positions[part.position].remote:
+            return part
+        return part._replace(blocks=max(part.blocks, held.staged), absent=())
 
-    def _pushes(self, holders: Holders) -> Iterator[tuple[int, int, Groups]]:
-        """(rank, attention worker, groups) for the groups that do not stay at their rank."""
-        for places, indices in zip(holders, self.plan.stage_positions, strict=True):
-            for rank in indices:
-                owned = self.groups.owned(rank)
-                for target in sorted({places[g] for g in owned} - {rank}):
-                    yield rank, target, tuple(g for g in owned if places[g] == target)
-
-    def _staged(self, holders: Holders) -> Iterator[tuple[int, int, Groups]]:
-        """(stage, rank, groups) that wait at their rank until they are pushed."""
+    def _staged(self, held: Holding) -> Iterator[Extent]:
+        """Groups that wait at their rank, of which nothing stays there."""
+        if not held.staged:
+            return
+        staying = {(part.stage, part.position, g) for part in extents(held.cover, 0) for g in part.groups}
         for stage, indices in enumerate(self.plan.stage_positions):
-            for rank in indices:
-                groups = tuple(g for g in self.groups.owned(rank) if holders[stage][g] != rank)
+            for rank in indices[:self.plan.stages[stage].tp]:
+                groups = tuple(g for g in self.covers.groups.owned(rank) if (stage, rank, g) not in staying)
                 if groups:
-                    yield stage, rank, groups
-
-
-def _placement(request_id: int, shape: PlacementShape) -> Placement:
-    """Groups at every position.
-
-    Raises:
-        ExecutorError: the cache is split by tokens.
-    """
-    if shape.ranges is not None:
-        raise ExecutorError(f"request {request_id} is given token ranges; workers here attend to whole "
-                            "contexts")
-    return shape.placement
-
-
-def _routes(changes: Iterable[Change]) -> Iterator[tuple[int, int, int, Groups]]:
-    """(stage, source, target, groups) of changes, those of one route together."""
-    routes: dict[tuple[int, int, int], list[int]] = {}
-    for change in changes:
-        routes.setdefault((change.stage, change.source, change.target), []).append(change.group)
-    for (stage, source, target), groups in sorted(routes.items()):
-        yield stage, source, target, tuple(groups)
-
-
-def _all_groups(old: Holders, new: Holders) -> Iterator[Change]:
-    """Where every group goes, those that stay included."""
-    for stage, (before, after) in enumerate(zip(old, new, strict=True)):
-        for group, (source, target) in enumerate(zip(before, after, strict=True)):
-            yield Change(stage, group, source, target, True)
+                    yield Extent(stage, rank, groups, held.staged, (), False)

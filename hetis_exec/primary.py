@@ -5,20 +5,20 @@ from __future__ import annotations
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hetis_exec.backend import Shard, Spots, Tensor, Wanted, WholeSteps
+from hetis_exec.backend import Joining, Shard, Spots, Tensor, Wanted, WholeSteps
 from hetis_exec.errors import CacheError, ExecutorError
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.messages import (
     DRIVER,
-    AttentionItem,
     AttentionRequest,
     AttentionResult,
     CacheData,
@@ -28,12 +28,14 @@ from hetis_exec.messages import (
     Onward,
     Partial,
     Row,
+    Span,
     StageDone,
     StageTimes,
     Stop,
     Task,
     Tokens,
 )
+from hetis_exec.shares import Share, columns_of, divide
 from hetis_exec.throttle import NONE, Throttle, throttled
 from hetis_exec.transport import Endpoint
 from hetis_exec.workers import Stopped, Worker
@@ -64,26 +66,18 @@ class Rank:
         return after[0].devices if after else ()
 
 
-@dataclass(slots=True)
-class Share:
-    """The part of a batch's decode attention that one device computes.
+class Stored(NamedTuple):
+    """Which of a prompt's new tokens a rank keeps.
 
     Attributes:
-        items: its requests and groups.
-        rows, columns: for each group, its token's row in the batch, its place among the rank's groups.
-        at: the two as an index.
-        whole: they are all rows and columns, in order.
+        tokens: they.
+        at: their places among the new ones, as an index, where these are not all of them.
+        spots: where they go.
     """
 
-    items: list[AttentionItem] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
-    columns: list[int] = field(default_factory=list)
-    at: tuple[Tensor, ...] = ()
-    whole: bool = False
-
-    def of(self, values: Tensor) -> Tensor:
-        """Its part of values of all rows and columns, shape (its groups, ...)."""
-        return values.reshape(-1, *values.shape[2:]) if self.whole else values[self.at]
+    tokens: NDArray[np.int64]
+    at: tuple[Tensor, ...]
+    spots: Spots
 
 
 @dataclass(slots=True)
@@ -93,9 +87,10 @@ class Batch:
     Attributes:
         prepared: what the weights need to know of the positions.
         local, remote: decode attention computed here and by attention workers.
-        plan: where the cache of the local part is.
+        divided: places of groups whose tokens are divided, and their number; None where there are none.
+        plan, parts_plan: where the cache of the local part is.
         prompts: attention of all of its prompts together; None where they are computed one by one.
-        spots: where the new tokens of prompts are then stored, row by row.
+        stored: where the new tokens of prompts are then stored, by request.
         worker_busy_s: seconds that attention workers have computed.
     """
 
@@ -104,9 +99,12 @@ class Batch:
     prepared: Any
     local: Share
     remote: dict[int, Share]
+    divided: tuple[Tensor, ...] | None
+    number: int
     plan: Any = None
+    parts_plan: Any = None
     prompts: Any = None
-    spots: dict[int, Spots] = field(default_factory=dict)
+    stored: dict[int, Stored] = field(default_factory=dict)
     worker_busy_s: dict[int, float] = field(default_factory=dict)
 
 
@@ -133,6 +131,7 @@ class PrimaryWorker(Worker):
             control = self._controls.popleft()
             if isinstance(control, Stop):
                 raise Stopped
+            self.wait_until(partial(self.cache.may_apply, control), "cache that is to be sent on")
             self.cache.apply(control)
             if control.task is not None:
                 self._execute(control.seq, control.task)
@@ -163,10 +162,11 @@ class PrimaryWorker(Worker):
             return
         batch = self._batch(seq, task.rows)
         hidden, sent_s, begun_s = self._input(batch, task)
-        stage, items = self._place.stage, batch.local.items
-        self.wait_until(lambda: all(self.cache.ready(i.request_id, stage, i.groups) for i in items),
-                        "heads on their way here")
+        stage, items, parts = self._place.stage, batch.local.items, batch.local.parts
+        self.wait_until(lambda: all(self.cache.ready(i.request_id, stage, i.groups)
+                                    for i in (*items, *parts)), "heads on their way here")
         batch.plan = self.cache.plan(stage, items) if items else None
+        batch.parts_plan = self.cache.plan_parts(stage, parts) if parts else None
         batch.prompts = self._plan_prompts(batch.rows)
         self._stopwatch.start()
         for layer in range(self._shard.layers):
@@ -178,7 +178,9 @@ class PrimaryWorker(Worker):
     def _is_whole(self, task: Task) -> bool:
         """Whether a step can be done in one: of plain decoding or of prompts, whose cache is all here."""
         steps, rows = self._whole_steps, task.rows
-        if steps is None or any(row.holders != self._all_here for row in rows) or not self.cache.all_ready:
+        if steps is None or not self.cache.all_ready:
+            return False
+        if any(row.holders != self._all_here or row.older for row in rows):
             return False
         if not any(row.prefill for row in rows):
             return len(rows) <= steps.rows_max
@@ -219,26 +221,10 @@ class PrimaryWorker(Worker):
 
     def _batch(self, seq: int, rows: tuple[Row, ...]) -> Batch:
         positions = np.concatenate([np.arange(row.position, row.position + row.new_tokens) for row in rows])
-        shares: dict[int, Share] = {self.device: Share()}
-        at = 0
-        for row in rows:
-            for device, columns in self._columns(row) if not row.prefill else ():
-                share = shares.setdefault(device, Share())
-                groups = tuple(self._shard.groups[n] for n in columns)
-                share.items.append(AttentionItem(row.request_id, row.position, groups))
-                share.rows += [at] * len(columns)
-                share.columns += columns
-            at += row.new_tokens
-        for share in shares.values():
-            share.whole = len(share.rows) == at * len(self._shard.groups)
-            share.at = () if share.whole else self._kernels.index(share.rows, share.columns)
-        return Batch(seq, rows, self._shard.prepare(positions), shares.pop(self.device), shares)
-
-    def _columns(self, row: Row) -> Iterator[tuple[int, list[int]]]:
-        """(device, places among this rank's groups) for every device that holds any of them."""
-        holders = [row.holders[g] for g in self._shard.groups]
-        for device in dict.fromkeys(holders):
-            yield device, [n for n, holder in enumerate(holders) if holder == device]
+        shares = divide(rows, self._shard.groups, self._kernels)
+        local = shares.by_device.pop(self.device, None) or Share()
+        return Batch(seq, rows, self._shard.prepare(positions), local, shares.by_device, shares.divided,
+                     shares.number)
 
     def _hand_over(self, batch: Batch, hidden: Tensor, sent_s: float, begun_s: float) -> None:
         place = self._place
@@ -303,21 +289,16 @@ class PrimaryWorker(Worker):
         attended = kernels.empty_like(q) if batch.prompts is None else None
         lap(DENSE)
         for device, share in batch.remote.items():
-            items = tuple(share.items) if layer == 0 else None
-            parts = kernels.pack([share.of(x) for x in (q, k, v)])
+            items, shared = (tuple(share.items), tuple(share.parts)) if layer == 0 else (None, ())
+            sent_q, sent_k, sent_v = kernels.pack([share.queries(q), share.new(k), share.new(v)])
             self.send(device, AttentionRequest(batch.seq, self.device, self._place.stage, layer, items,
-                                               *parts))
+                                               sent_q, sent_k, sent_v, shared))
         if batch.remote:
             lap(PACKING)
-        local = batch.local
         if attended is None:
             attended = kernels.attend_prompts(batch.prompts, layer, q, k, v)
-        if local.items:
-            found = self.cache.decode_attention(batch.plan, layer, *(local.of(x) for x in (q, k, v)))
-            if local.whole:
-                attended = found.reshape(q.shape)
-            else:
-                attended[local.at] = found
+        joining = kernels.joining(batch.number, q) if batch.divided is not None else None
+        attended = self._attend_here(batch, layer, (q, k, v), attended, joining)
         self._prefill(batch, layer, q, k, v, attended)
         lap(ATTENTION)
         for device, share in batch.remote.items():
@@ -326,22 +307,38 @@ class PrimaryWorker(Worker):
             assert isinstance(result, AttentionResult)
             lap(HEAD_TRANSFER)
             values = kernels.from_wire(result.values)
-            if share.whole:
-                attended = values.reshape(q.shape)
-            else:
-                attended[share.at] = values
+            attended = share.put(attended, values[:share.plain])
+            if joining is not None and result.sums is not None:
+                joining.add(share.joined, (values[share.plain:], kernels.from_wire(result.sums)))
             batch.worker_busy_s[device] = batch.worker_busy_s.get(device, 0.0) + result.busy_s
             lap(PACKING)
+        if joining is not None:
+            attended[batch.divided] = joining.result()
         projected = self._shard.project(layer, attended)
         self._lap_before_sum()
         return projected
+
+    def _attend_here(self, batch: Batch, layer: int, heads: Sequence[Tensor], attended: Tensor,
+                     joining: Joining | None) -> Tensor:
+        """Decode attention of the heads that stay here, and of the tokens of divided ones that do."""
+        local, rows = batch.local, batch.local.plain
+        if not local.items and not local.parts:
+            return attended
+        q, k, v = local.queries(heads[0]), local.new(heads[1]), local.new(heads[2])
+        if local.items:
+            found = self.cache.decode_attention(batch.plan, layer, q[:rows], k[:rows], v[:rows])
+            attended = local.put(attended, found)
+        if joining is not None and local.parts:
+            joining.add(local.joined, self.cache.decode_parts(batch.parts_plan, layer, q[rows:], k[rows:],
+                                                              v[rows:]))
+        return attended
 
     def _plan_prompts(self, rows: Sequence[Row]) -> Any:
         """Attention of the prompts of a batch together, if it can be computed so."""
         stage, own, pool = self._place.stage, self._shard.groups, self.cache.pool
         begins = list(accumulate((row.new_tokens for row in rows), initial=0))
         chosen = [(row, begin) for row, begin in zip(rows, begins, strict=False) if row.prefill]
-        if not chosen:
+        if not chosen or any(row.older for row, _ in chosen):
             return None
         tables = [pool.tables.get(TableKey(row.request_id, stage, g)) for row, _ in chosen for g in own]
         if any(table is None for table in tables) and any(row.position for row, _ in chosen):
@@ -385,27 +382,42 @@ class PrimaryWorker(Worker):
         stage, own, pool = self._place.stage, self._shard.groups, self.cache.pool
         missing = [g for g in own if TableKey(row.request_id, stage, g) not in pool.tables]
         here = [n for n, g in enumerate(own) if g not in missing]
+        last = row.position + row.new_tokens
         if here:
-            if row.request_id not in batch.spots:
-                batch.spots[row.request_id] = pool.spots(
-                    [TableKey(row.request_id, stage, own[n]) for n in here], row.position, row.new_tokens)
+            stored = self._stored(batch, row, [TableKey(row.request_id, stage, own[n]) for n in here])
             parts = (k, v) if not missing else (k[here], v[here])
-            pool.write_groups(batch.spots[row.request_id], layer, *parts)
+            if len(stored.tokens) < row.new_tokens:
+                parts = tuple(x[:, stored.at[0]] for x in parts)
+            if len(stored.tokens):
+                pool.write_groups(stored.spots, layer, *parts)
         if row.position == 0:
             return k, v
         if missing:
             raise CacheError(f"device {self.device} has no room for the first {row.position} tokens of "
                              f"request {row.request_id} in KV groups {missing}: no staging copy was booked")
-        return pool.read(row.request_id, stage, own, layer, 0, row.position + row.new_tokens)
+        return pool.read(row.request_id, stage, own, layer, 0, last)
+
+    def _stored(self, batch: Batch, row: Row, keys: Sequence[TableKey]) -> Stored:
+        """Which of a prompt's new tokens belong here, and where; the same in every layer."""
+        found = batch.stored.get(row.request_id)
+        if found is None:
+            pool, first = self.cache.pool, row.position
+            tokens = pool.tokens_here(keys[0], first, first + row.new_tokens)
+            at = self._kernels.index((tokens - first).tolist()) if len(tokens) < row.new_tokens else ()
+            found = batch.stored[row.request_id] = Stored(tokens, at, pool.spots_of(keys, tokens))
+        return found
 
     def _push(self, seq: int, layer: int, row: Row, keys: Tensor, values: Tensor) -> None:
-        """Send the groups of a complete prompt that will live elsewhere, as soon as a layer has them."""
-        for device, columns in self._columns(row):
-            if device != self.device:
-                groups = tuple(self._shard.groups[n] for n in columns)
-                k, v = self._kernels.pack([x[columns][None] for x in (keys, values)])
-                self.send(device, CacheData(seq, row.push_tag, row.request_id, self._place.stage, (layer,),
-                                            groups, 0, k, v, False))
+        """Send what of a complete prompt will live elsewhere, as soon as a layer has it."""
+        first = 0
+        for last, holders in (*row.older, Span(row.position + row.new_tokens, row.holders)):
+            for device, columns in columns_of(holders, self._shard.groups) if last > first else ():
+                if device != self.device:
+                    groups = tuple(self._shard.groups[n] for n in columns)
+                    k, v = self._kernels.pack([x[columns][None, :, first:last] for x in (keys, values)])
+                    self.send(device, CacheData(seq, row.push_tag, row.request_id, self._place.stage,
+                                                (layer,), groups, first, k, v, False))
+            first = last
 
     def _send_onward(self, onward: Onward, layer: int, request_id: int, keys: Tensor, values: Tensor) -> None:
         """Send a layer of a complete prompt to the instance that will decode it."""

@@ -80,6 +80,25 @@ class ToyDecode:
     positions: Sequence[int]
 
 
+class ToyJoining:
+    """See :class:`hetis_exec.backend.Joining`."""
+
+    def __init__(self, number: int, queries: Array) -> None:
+        self._values = np.zeros((number, *queries.shape[-2:]))
+        self._sums = np.full((number, queries.shape[-2]), -np.inf)
+
+    def add(self, at: tuple[Units, ...], part: tuple[Array, Array]) -> None:
+        values, sums = part
+        before = self._sums[at]
+        after = np.logaddexp(before, sums)
+        old, new = np.exp(before - after)[..., None], np.exp(sums - after)[..., None]
+        self._values[at] = self._values[at] * old + values * new
+        self._sums[at] = after
+
+    def result(self) -> Array:
+        return self._values
+
+
 class ToyKernels:
     """See :class:`hetis_exec.backend.Kernels`.
 
@@ -147,6 +166,26 @@ class ToyKernels:
             k, v = self.read(units)
             out[n] = softmax(queries[n] @ k[:position + 1].T / np.sqrt(k.shape[-1])) @ v[:position + 1]
         return out
+
+    def plan_parts(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> ToyDecode:
+        return ToyDecode(tables, positions)
+
+    def decode_parts(self, plan: ToyDecode, layer: int, queries: Array, keys: Array,
+                     values: Array) -> tuple[Array, Array]:
+        out, sums = np.empty_like(queries), np.empty(queries.shape[:2])
+        for n, (table, position) in enumerate(zip(plan.tables, plan.positions, strict=True)):
+            units, tokens = table.units[layer], position + 1 if position >= 0 else -1 - position
+            if position >= 0:
+                at = units[position // self._block_tokens], position % self._block_tokens
+                self._keys[at], self._values[at] = keys[n], values[n]
+            k, v = self.read(units)
+            scores = queries[n] @ k[:tokens].T / np.sqrt(k.shape[-1])
+            sums[n] = np.logaddexp.reduce(scores, axis=-1)
+            out[n] = softmax(scores) @ v[:tokens]
+        return out, sums
+
+    def joining(self, number: int, queries: Array) -> ToyJoining:
+        return ToyJoining(number, queries)
 
     def plan_prompts(self, tables: Sequence[CacheTable | None], begins: Sequence[int], news: Sequence[int],
                      contexts: Sequence[int], heads: int) -> None:

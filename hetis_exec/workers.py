@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.errors import ExecutorError
 from hetis_exec.kvcache import KvPool
@@ -137,12 +139,16 @@ class Batch:
     """The rows that a primary worker asks about in every layer of step ``seq``.
 
     Attributes:
-        plan: where their cache is, as of ``version`` of the pool.
+        rows: of whole contexts; those of parts follow.
+        plan, parts_plan: where their cache is, as of ``version`` of the pool.
     """
 
     seq: int
     items: tuple[AttentionItem, ...]
+    parts: tuple[AttentionItem, ...]
+    rows: int
     plan: Any = None
+    parts_plan: Any = None
     version: int = -1
 
 
@@ -152,11 +158,14 @@ class AttentionWorker(Worker):
     def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float,
                  throttle: Throttle = NONE, warm_up: Callable[[], None] | None = None) -> None:
         super().__init__(device, endpoint, pool, timeout_s, throttle, warm_up)
+        self._controls: deque[Control] = deque()
         self._requests: deque[AttentionRequest] = deque()
         self._batches: dict[int, Batch] = {}
 
     def turn(self) -> None:
         self.pump()
+        while self._controls and self.cache.may_apply(self._controls[0]):
+            self.cache.apply(self._controls.popleft())
         for _ in range(len(self._requests)):
             request = self._requests.popleft()
             if self._can_answer(request):
@@ -167,7 +176,7 @@ class AttentionWorker(Worker):
     def take(self, message: Message) -> None:
         match message:
             case Control():
-                self.cache.apply(message)
+                self._controls.append(message)
             case AttentionRequest():
                 self._requests.append(message)
             case Stop():
@@ -177,26 +186,37 @@ class AttentionWorker(Worker):
 
     def _can_answer(self, request: AttentionRequest) -> bool:
         return request.after <= self.cache.seq and (request.items is None or all(
-            self.cache.ready(item.request_id, request.stage, item.groups) for item in request.items))
+            self.cache.ready(item.request_id, request.stage, item.groups)
+            for item in (*request.items, *request.parts)))
 
     def _answer(self, request: AttentionRequest) -> None:
         begun_s = time.perf_counter()
-        kernels = self.cache.pool.kernels
+        kernels, batch = self.cache.pool.kernels, self._batch(request)
         q, k, v = (kernels.from_wire(array) for array in (request.queries, request.keys, request.values))
-        values = kernels.to_wire(self.cache.decode_attention(self._plan(request), request.layer, q, k, v))
+        rows, whole, parts = batch.rows, None, None
+        if batch.items:
+            whole = self.cache.decode_attention(batch.plan, request.layer, q[:rows], k[:rows], v[:rows])
+        if batch.parts:
+            parts = self.cache.decode_parts(batch.parts_plan, request.layer, q[rows:], k[rows:], v[rows:])
+        found = [*([whole] if whole is not None else ()), *(parts or ())]
+        arrays = kernels.pack(found)
         self.throttle.after_attention(begun_s, kernels.synchronize)
+        sums = arrays.pop() if parts is not None else None
+        values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
         self.send(request.sender, AttentionResult(request.after, request.layer, self.device, values,
-                                                  time.perf_counter() - begun_s))
+                                                  time.perf_counter() - begun_s, sums))
 
-    def _plan(self, request: AttentionRequest) -> Any:
-        """Where the rows of a request are; a sender goes through the layers of one batch at a time."""
+    def _batch(self, request: AttentionRequest) -> Batch:
+        """What a request is about; a sender goes through the layers of one batch at a time."""
         if request.items is not None:
-            self._batches[request.sender] = Batch(request.after, request.items)
+            rows = sum(len(item.groups) for item in request.items)
+            self._batches[request.sender] = Batch(request.after, request.items, request.parts, rows)
         batch = self._batches[request.sender]
         if batch.seq != request.after:
             raise ExecutorError(f"device {request.sender} asks about step {request.after}, its last known "
                                 f"step is {batch.seq}")
         if batch.version != self.cache.pool.version:
-            batch.plan = self.cache.plan(request.stage, batch.items)
+            batch.plan = self.cache.plan(request.stage, batch.items) if batch.items else None
+            batch.parts_plan = self.cache.plan_parts(request.stage, batch.parts) if batch.parts else None
             batch.version = self.cache.pool.version
-        return batch.plan
+        return batch

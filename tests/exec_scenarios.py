@@ -6,7 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from exec_toys import Fixed, Handing, Relieving, Turning, given, pipeline, pools, slow_cache, workload
+from exec_toys import (
+    Dividing,
+    Fixed,
+    Handing,
+    Relieving,
+    Turning,
+    given,
+    pipeline,
+    pools,
+    slow_cache,
+    workload,
+)
 
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
 from hetis_exec.records import StepRecord
@@ -89,6 +100,33 @@ SCENARIOS = {
     "relief": scenario(SPREAD, Relieving((4, 0, 0)), LONG, moves=True, kinds=("move",), units=260),
 }
 
+
+# -- divided tokens --------------------------------------------------------------------------------------
+
+# Tails at home or with a worker; ranges at both workers, at home, at one of them, nowhere.
+PARTS = [((4, 0, 0), (0, 3, 4)), ((4, 0, 0), (0, 7, 0)), ((0, 4, 0), (3, 0, 2)), ((4, 0, 0), (0, 0, 8)),
+         ((1, 2, 1), (0, 0, 0)), ((4, 0, 0), (0, 2, 1)), ((0, 0, 4), (8, 0, 0))]
+STAGE_PARTS = [((4, 0, 4, 0), (0, 6, 0, 2)), ((0, 4, 4, 0), (4, 0, 0, 0)), ((2, 2, 4, 0), (0, 0, 0, 8)),
+               ((4, 0, 0, 4), (0, 3, 7, 0))]
+RANK_PARTS = [((3, 1, 0, 0, 4, 0, 0), (0, 0, 3, 4, 0, 2, 3)), ((0, 0, 4, 0, 0, 4, 0), (4, 4, 0, 3, 5, 0, 2)),
+              ((3, 1, 0, 0, 2, 1, 1), (0, 0, 0, 7, 0, 0, 0)), ((2, 0, 1, 1, 0, 0, 4), (0, 0, 0, 0, 2, 5, 0))]
+SCENARIOS |= {
+    "parts": scenario(SPREAD, Dividing(PARTS), kinds=("push",)),
+    "parts_stages": scenario(TWO, Dividing(STAGE_PARTS), kinds=("push",)),
+    "parts_ranks": scenario(RANKS, Dividing(RANK_PARTS), kinds=("push",)),
+    "parts_chunked": scenario(SPREAD, Dividing(PARTS), LONG, kinds=("push",), **CHUNKS),
+    "parts_chunked_ranks": scenario(RANKS, Dividing(RANK_PARTS), LONG, kinds=("push",), **CHUNKS),
+    "parts_move": scenario(SPREAD, Dividing(PARTS, moves=True), LONG, slow_cache(0.003), moves=True,
+                           kinds=("push", "move"), moves_max=3),
+    "parts_move_stages": scenario(TWO, Dividing(STAGE_PARTS, moves=True), LONG, slow_cache(0.003), moves=True,
+                                  kinds=("push", "move"), moves_max=3),
+    "parts_move_ranks": scenario(RANKS, Dividing(RANK_PARTS, moves=True), LONG, slow_cache(0.003), moves=True,
+                                 kinds=("push", "move"), moves_max=3),
+    "parts_tight": scenario(SPREAD, Dividing(PARTS, moves=True), LONG, slow_cache(0.003), moves=True,
+                            preempts=True, kinds=("push", "move"), units=200),
+    "parts_swap": scenario(SPREAD, Dividing(PARTS, "swap", moves=True), LONG, slow_cache(0.003),
+                           preempts=True, kinds=("push", "move", "swap_out", "swap_in"), units=200),
+}
 
 # -- pools ---------------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from hetis_sim.cost.roofline import RooflineCost
 from hetis_sim.policies.base import EngineLimits, PlanningProblem, Policy
 from hetis_sim.policies.memory import cache_bytes, unit_bytes
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
+from hetis_sim.policies.ranges import AnyPlacement, token_split
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
@@ -81,11 +82,11 @@ class Fixed(Policy):
     def plan(self, problem: PlanningProblem) -> Plan:
         raise AssertionError("the test has a plan")
 
-    def choice(self, request: RequestView, view: InstanceView) -> Placement:
+    def choice(self, request: RequestView, view: InstanceView) -> AnyPlacement:
         return self.placement or view.plan.local_placement
 
-    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[Placement]:
-        placed: list[Placement] = []
+    def dispatch(self, requests: Sequence[RequestView], view: InstanceView) -> list[AnyPlacement]:
+        placed: list[AnyPlacement] = []
         free = dict(view.free_units)
         for request in requests:
             choice = self.choice(request, view)
@@ -117,6 +118,43 @@ class Turning(Fixed):
         chosen = movable[view.context_tokens % len(movable)]
         at = self.placements.index(chosen.placement)
         return Move(chosen.request_id, self.placements[(at + 1) % len(self.placements)])
+
+
+class Dividing(Fixed):
+    """Divides the tokens of every request, and moves them on from one division to the next.
+
+    A layout has the tail's groups at each position, and eighths of the whole blocks that are in a range
+    there. ``moves`` is false where everybody stays.
+    """
+
+    name = "dividing"
+    splits_tokens = True
+
+    def __init__(self, layouts: Sequence[tuple[Placement, Sequence[int]]], preemption: str = "recompute", *,
+                 moves: bool = False) -> None:
+        super().__init__(None, preemption)
+        self.layouts = tuple(layouts)
+        self.moves = moves
+
+    def layout(self, number: int, tokens: int, block_tokens: int) -> AnyPlacement:
+        tail, eighths = self.layouts[number % len(self.layouts)]
+        whole = (tokens - 1) // block_tokens
+        return token_split(tail, [whole * n // 8 for n in eighths])
+
+    def choice(self, request: RequestView, view: InstanceView) -> AnyPlacement:
+        return self.layout(request.request_id, request.context_tokens, view.block_tokens)
+
+    def rebalance(self, view: InstanceView, running: Sequence[RequestView]) -> Move | None:
+        movable = [request for request in running if request.movable]
+        if not movable or not self.moves:
+            return None
+        chosen = movable[view.context_tokens % len(movable)]
+        tokens = chosen.context_tokens - 1
+        for number in range(len(self.layouts)):
+            found = self.layout(chosen.request_id + chosen.context_tokens + number, tokens, view.block_tokens)
+            if found != chosen.placed:
+                return Move(chosen.request_id, found)
+        return None
 
 
 class Handing(Fixed):

@@ -42,8 +42,8 @@ def compiled(kernel: Any, target: int, pointers: dict[str, str], numbers: dict[s
             "shared_bytes": made.metadata.shared}
 
 
-def decode(target: int, kind: str, heads: int, head_dim: int, whole: bool) -> dict[str, Any]:
-    """Decode attention as it is launched on a card."""
+def decode(target: int, kind: str, heads: int, head_dim: int, whole: bool, parts: bool) -> dict[str, Any]:
+    """Decode attention as it is launched on a card; ``parts``: of some of the tokens."""
     launch = paged.choose_launch(heads, head_dim, TYPES[kind], divmod(target, 10))
     wide = paged.power_of_two(head_dim)
     element = ("queries", "new_keys", "new_values", "out", "key_pool", "value_pool")
@@ -58,7 +58,7 @@ def decode(target: int, kind: str, heads: int, head_dim: int, whole: bool) -> di
     return compiled(paged.decode_rows, target, pointers, numbers,
                     {"G": heads, "G_PAD": paged.padded_heads(heads, launch), "D": head_dim, "D_PAD": wide,
                      "BLOCK": BLOCK, "TILE": launch.tile, "WHOLE": whole, "DOT": launch.dot,
-                     "STAGES": launch.stages}, launch.warps)
+                     "STAGES": launch.stages, "PARTS": parts}, launch.warps)
 
 
 def prompt(target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
@@ -77,11 +77,15 @@ def prompt(target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
                     launch.warps)
 
 
-def join(target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
+def join(target: int, kind: str, heads: int, head_dim: int, parts: bool) -> dict[str, Any]:
     """The second kernel of decode attention in pieces."""
-    pointers = {**dict.fromkeys(("parts", "tops", "sums"), "*fp32"), "out": f"*{kind}", "spans": "*i64"}
-    return compiled(paged.join_pieces, target, pointers, {"splits": "i32"},
-                    {"G": heads, "D": head_dim, "D_PAD": paged.power_of_two(head_dim), "SPLITS_PAD": 16}, 4)
+    pointers = {**dict.fromkeys(("parts", "tops", "sums", "logs"), "*fp32"), "out": f"*{kind}",
+                "spans": "*i64"}
+    if not parts:
+        pointers["logs"] = f"*{kind}"
+    return compiled(paged.join_pieces, target, pointers, {"splits": "i32", "log_2": "fp32"},
+                    {"G": heads, "D": head_dim, "D_PAD": paged.power_of_two(head_dim), "SPLITS_PAD": 16,
+                     "PARTS": parts}, 4)
 
 
 def add_norm(target: int, kind: str, adds: bool, layer_norm: bool) -> dict[str, Any]:
@@ -111,12 +115,12 @@ def gate(target: int, kind: str) -> dict[str, Any]:
 
 def one(kernel: str, target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
     """One case."""
-    if kernel in ("decode", "decode_whole"):
-        return decode(target, kind, heads, head_dim, kernel == "decode_whole")
+    if kernel in ("decode", "decode_whole", "decode_parts"):
+        return decode(target, kind, heads, head_dim, kernel == "decode_whole", kernel == "decode_parts")
     if kernel == "prompt":
         return prompt(target, kind, heads, head_dim)
-    if kernel == "join":
-        return join(target, kind, heads, head_dim)
+    if kernel in ("join", "join_parts"):
+        return join(target, kind, heads, head_dim, kernel == "join_parts")
     if kernel in ("norm", "add_layer_norm"):
         return add_norm(target, kind, kernel != "norm", kernel != "norm")
     if kernel in ("turn", "turn_norm"):

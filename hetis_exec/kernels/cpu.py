@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
 from hetis_exec.backend import Arrived, CacheTable
+from hetis_exec.kernels.parts import TorchJoining, attend
 from hetis_exec.kernels.wire import array_of, tensor_of
 from hetis_exec.messages import Array
 from hetis_exec.stopwatch import HostStopwatch
@@ -55,7 +56,7 @@ class DecodePlan:
     """Decode attention of a batch, for all layers.
 
     Attributes:
-        slots: where the new tokens go, as numbers of a pool of tokens, shape (layers, rows).
+        slots: where the new tokens go, as numbers of a pool of tokens, shape (layers, rows with one).
         order, inverse: rows by length, and back; None where they are so already.
     """
 
@@ -147,12 +148,27 @@ class CpuKernels:
 
     def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
         units, at = [table.units for table in tables], np.array(positions)
-        where, offsets = np.divmod(at, self._block_tokens)
+        return self._plan(self._newest(units, at), units, at)
+
+    def plan_parts(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
+        units, at = [table.units for table in tables], np.array(positions)
+        fresh = int((at >= 0).sum())
+        # Of n tokens without a new one the last lies at n - 1.
+        return self._plan(self._newest(units[:fresh], at[:fresh]), units, np.where(at < 0, -2 - at, at))
+
+    def _newest(self, units: Sequence[Units], positions: Units) -> torch.Tensor:
+        """Where new tokens go."""
+        if not len(positions):
+            return torch.empty((len(units), 0), dtype=torch.int64)
+        where, offsets = np.divmod(positions, self._block_tokens)
         newest = np.stack([unit[:, n] for unit, n in zip(units, where.tolist(), strict=True)], axis=1)
+        return torch.from_numpy(newest * self._block_tokens + offsets)
+
+    def _plan(self, slots: torch.Tensor, units: Sequence[Units], at: Units) -> DecodePlan:
         order: list[int] = np.argsort(-at, kind="stable").tolist()
         sorted_already = order == list(range(len(order)))
         return DecodePlan(
-            slots=torch.from_numpy(newest * self._block_tokens + offsets),
+            slots=slots,
             order=None if sorted_already else torch.tensor(order),
             inverse=None if sorted_already else torch.from_numpy(np.argsort(order)),
             chunks=self._chunks([units[n] for n in order], at[order]))
@@ -197,6 +213,23 @@ class CpuKernels:
                     for which, pool in enumerate((self._keys, self._values)))
             out[chunk.rows] = scaled_dot_product_attention(ordered[chunk.rows, None], k, v, chunk.mask)[:, 0]
         return out if plan.inverse is None else out[plan.inverse]
+
+    def decode_parts(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
+                     values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(keys):
+            self._store(plan.slots[layer], keys, values)
+        ordered = queries if plan.order is None else queries[plan.order]
+        out, sums = torch.empty_like(ordered), torch.empty(ordered.shape[:2])
+        for chunk in plan.chunks:
+            rows = chunk.rows.stop - chunk.rows.start
+            k, v = (self._gather(pool, which, chunk.units[layer], rows, chunk.tokens)[:, 0]
+                    for which, pool in enumerate((self._keys, self._values)))
+            mask = None if chunk.mask is None else chunk.mask[:, 0]
+            out[chunk.rows], sums[chunk.rows] = attend(ordered[chunk.rows], k, v, mask)
+        return (out, sums) if plan.inverse is None else (out[plan.inverse], sums[plan.inverse])
+
+    def joining(self, number: int, queries: torch.Tensor) -> TorchJoining:
+        return TorchJoining(number, queries)
 
     def _gather(self, pool: torch.Tensor, which: int, units: torch.Tensor, rows: int,
                 tokens: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hetis_exec.backend import Arrived, CacheTable, Leaving
 from hetis_exec.kernels.gathered import GatheredDecode
+from hetis_exec.kernels.parts import TorchJoining
 from hetis_exec.kernels.tables import DeviceTables, to_device
 from hetis_exec.kernels.wire import array_of, tensor_of
 from hetis_exec.messages import Array
@@ -209,7 +210,7 @@ class CudaKernels:
         spans, at = self.tables.spans(tables), np.array(positions, dtype=np.int64)
         rows = len(at)
         sent = to_device(np.concatenate((spans.ravel(), at)), self.device)
-        longest = int(at.max())
+        longest = int(np.where(at < 0, -1 - at, at).max())
         return DecodePlan(sent[:2 * rows].view(rows, 2), sent[2 * rows:], longest, self.splits(rows, longest))
 
     def splits(self, rows: int, longest: int) -> int:
@@ -241,6 +242,24 @@ class CudaKernels:
         found: torch.Tensor = self.paged.decode(launch, plan.splits, _dense(queries, 2), _dense(keys, 1),
                                                 _dense(values, 1), *pools)
         return found
+
+    def plan_parts(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
+        return self.plan(tables, positions)
+
+    def decode_parts(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
+                     values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v = queries[:, None], keys[:, None], values[:, None]
+        pools = self.keys, self.values, self.tables.arena, plan.spans, plan.positions, layer
+        if self.paged is None:
+            out, sums = self._gathered.decode_parts(plan.longest, q, k, v, *pools)
+        else:
+            launch = self.paged.choose_launch(queries.shape[1], self.head_dim, self.dtype, self.capability)
+            out, sums = self.paged.decode_parts(launch, plan.splits, _dense(q, 2), _dense(k, 1), _dense(v, 1),
+                                                *pools)
+        return out[:, 0], sums[:, 0]
+
+    def joining(self, number: int, queries: torch.Tensor) -> TorchJoining:
+        return TorchJoining(number, queries)
 
     def prompt_launch(self, heads: int) -> Any:
         """How prompts of G query heads for each KV group are cut up; None where no kernel takes them."""

@@ -86,12 +86,22 @@ def one_token(q, k, v, scale, top, total, mixed):
     return top_new, total * old + weight, mixed * old[:, None] + weight[:, None] * v.to(tl.float32)[None, :]
 
 
+@triton.jit
+def store_token(key_pool, value_pool, table, position, k, v, d, in_head, D: tl.constexpr,
+                BLOCK: tl.constexpr):
+    """Keep the key and the value of a new token."""
+    unit = tl.load(table + position // BLOCK).to(tl.int64)
+    at = (unit * BLOCK + position % BLOCK) * D
+    tl.store(key_pool + at + d, k, mask=in_head)
+    tl.store(value_pool + at + d, v, mask=in_head)
+
+
 @triton.jit(do_not_specialize=["layer", "groups", "splits"])
 def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: PLR0915 - one kernel
                 key_pool, value_pool, arena, spans, positions, query_token, query_group, key_token, key_group,
                 value_token, value_group, layer, groups, splits, scale, G: tl.constexpr, G_PAD: tl.constexpr,
                 D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-                WHOLE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr):
+                WHOLE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr):
     """One of some pieces of one row; strides are in elements, ``scale`` is that of base-2 exponents."""
     row = tl.program_id(0)
     split = tl.program_id(1)
@@ -101,8 +111,11 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
         token = (row // groups).to(tl.int64)
         group = (row % groups).to(tl.int64)
         position = tl.load(positions + token).to(tl.int32)
-        g = tl.arange(0, G_PAD)
-        d = tl.arange(0, D_PAD)
+        stores = split == 0
+        if PARTS:  # a position of -1 - n stands for n tokens without a new one
+            stores = stores & (position >= 0)
+            position = tl.maximum(position, -1 - position)
+        g, d = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
         in_head = d < D
         q = tl.load(queries + token * query_token + group * query_group + g[:, None] * D + d[None, :],
                     mask=(g < G)[:, None] & in_head[None, :], other=0.0)
@@ -136,14 +149,11 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
         if not DOT:
             top, total, mixed = joined_places(tops_at, sums_at, mixed_at)
 
-        if split == 0:
+        if stores:
             k_new = tl.load(new_keys + token * key_token + group * key_group + d, mask=in_head, other=0.0)
             v_new = tl.load(new_values + token * value_token + group * value_group + d, mask=in_head,
                             other=0.0)
-            unit_new = tl.load(table + position // BLOCK).to(tl.int64)
-            at_new = (unit_new * BLOCK + position % BLOCK) * D
-            tl.store(key_pool + at_new + d, k_new, mask=in_head)
-            tl.store(value_pool + at_new + d, v_new, mask=in_head)
+            store_token(key_pool, value_pool, table, position, k_new, v_new, d, in_head, D, BLOCK)
             top, total, mixed = one_token(q, k_new, v_new, scale, top, total, mixed)
 
         heads = g[:, None] * D + d[None, :]
@@ -160,9 +170,12 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
 
 
 @triton.jit(do_not_specialize=["splits"])
-def join_pieces(parts, tops, sums, out, spans, splits, G: tl.constexpr, D: tl.constexpr,
-                D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr):
-    """One head of one row: its pieces, weighted by their sums; pieces without tokens were not written."""
+def join_pieces(parts, tops, sums, out, logs, spans, splits, log_2, G: tl.constexpr, D: tl.constexpr,
+                D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, PARTS: tl.constexpr):
+    """One head of one row: its pieces, weighted by their sums; pieces without tokens were not written.
+
+    With PARTS also the natural logarithm of its sum of exponents; ``log_2`` is that of 2.
+    """
     row = tl.program_id(0)
     head = tl.program_id(1)
     if tl.load(spans + 2 * row) >= 0:
@@ -174,8 +187,11 @@ def join_pieces(parts, tops, sums, out, spans, splits, G: tl.constexpr, D: tl.co
         weights = tl.where(total > 0.0, tl.exp2(top - tl.max(top, 0)), 0.0)
         mixed = tl.load(parts + piece[:, None] * D + d[None, :],
                         mask=(total > 0.0)[:, None] & (d < D)[None, :], other=0.0)
-        result = tl.sum(mixed * weights[:, None], 0) / tl.sum(weights * total, 0)
+        whole = tl.sum(weights * total, 0)
+        result = tl.sum(mixed * weights[:, None], 0) / whole
         tl.store(out + (row.to(tl.int64) * G + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+        if PARTS:
+            tl.store(logs + row.to(tl.int64) * G + head, (tl.max(top, 0) + tl.log2(whole)) * log_2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,11 +261,33 @@ def decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tenso
     it) contiguous; spans (tokens x groups, 2), positions (tokens,); pools (units, block_tokens, d). The
     result has the shape of the queries, contiguous. Rows whose span begins below 0 are left out.
     """
+    return _decode(launch, splits, queries, keys, values, key_pool, value_pool, arena, spans, positions,
+                   layer, None)
+
+
+def decode_parts(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+                 key_pool: torch.Tensor, value_pool: torch.Tensor, arena: torch.Tensor, spans: torch.Tensor,
+                 positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for rows of which only some tokens are here, and the logarithms of their sums.
+
+    A position of ``-1 - n`` is that of a row of n tokens without a new one; these rows come last, and have no
+    keys and values. The logarithms are float32, shape (tokens, groups, G).
+    """
+    logs = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device)
+    out = _decode(launch, splits, queries, keys, values, key_pool, value_pool, arena, spans, positions, layer,
+                  logs)
+    return out, logs
+
+
+def _decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
+            key_pool: torch.Tensor, value_pool: torch.Tensor, arena: torch.Tensor, spans: torch.Tensor,
+            positions: torch.Tensor, layer: int, logs: torch.Tensor | None) -> torch.Tensor:
     tokens, groups, heads, d = queries.shape
     rows, d_pad = tokens * groups, power_of_two(d)
     out = torch.empty((tokens, groups, heads, d), dtype=queries.dtype, device=queries.device)
     parts = tops = sums = out
-    if splits > 1:
+    joins = splits > 1 or logs is not None
+    if joins:
         parts = torch.empty(rows * splits * heads * d, dtype=torch.float32, device=queries.device)
         tops, sums = torch.empty((2, rows * splits * heads), dtype=torch.float32, device=queries.device)
     with STARTING:
@@ -258,8 +296,10 @@ def decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tenso
             queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
             values.stride(1), layer, groups, splits, d ** -0.5 * LOG2_E, G=heads,
             G_PAD=padded_heads(heads, launch), D=d, D_PAD=d_pad, BLOCK=key_pool.shape[1], TILE=launch.tile,
-            WHOLE=splits == 1, DOT=launch.dot, STAGES=launch.stages, num_warps=launch.warps)
-        if splits > 1:
-            join_pieces[rows, heads](parts, tops, sums, out, spans, splits, G=heads, D=d, D_PAD=d_pad,
-                                     SPLITS_PAD=power_of_two(splits), num_warps=4)
+            WHOLE=not joins, DOT=launch.dot, STAGES=launch.stages, PARTS=logs is not None,
+            num_warps=launch.warps)
+        if joins:
+            join_pieces[rows, heads](parts, tops, sums, out, out if logs is None else logs, spans, splits,
+                                     1 / LOG2_E, G=heads, D=d, D_PAD=d_pad, SPLITS_PAD=power_of_two(splits),
+                                     PARTS=logs is not None, num_warps=4)
     return out

@@ -57,7 +57,8 @@ def check(name: str, what: ExecutorInput, delay: Any = None) -> Any:
 
 @pytest.mark.parametrize("scenario", [
     "all_local", "spread", "all_remote", "three_stages", "uneven_ranks", "chunked", "chunked_stages",
-    "recompute", "recompute_chunked", "swap", "moves", "moves_ranks", "moves_swap_tight", "relief"])
+    "recompute", "recompute_chunked", "swap", "moves", "moves_ranks", "moves_swap_tight", "relief",
+    "parts_ranks", "parts_chunked", "parts_move", "parts_swap"])
 def test_tokens_are_those_of_transformers(scenario: str) -> None:
     """With heads, layers and prompts split over workers that share the card, and heads that move."""
     name = ("llama3", "qwen3", "opt", "qwen2", "mistral")[len(scenario) % 5]
@@ -73,7 +74,8 @@ def test_every_family_decodes_by_graphs(name: str) -> None:
     check(name, given(plan, Fixed(), SHORT, **on(name, CARD)))
 
 
-@pytest.mark.parametrize("scenario", ["spread", "uneven_ranks", "three_stages", "moves", "swap"])
+@pytest.mark.parametrize("scenario", ["spread", "uneven_ranks", "three_stages", "moves", "swap",
+                                      "parts_move_stages"])
 def test_cards_and_cores_work_together(scenario: str) -> None:
     """The first workers on the card, the others on the CPU, in one run."""
     what = SCENARIOS[scenario]

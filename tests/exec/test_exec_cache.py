@@ -5,12 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from exec_toys import MODEL, Fixed, given, pipeline, run, workload
-from hypothesis import given as hypothesis_given
-from hypothesis import strategies as st
 
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.errors import CacheError, WorkerError
-from hetis_exec.groups import Change, GroupMap, Holders
 from hetis_exec.handoff import routes
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.messages import (
@@ -22,16 +19,18 @@ from hetis_exec.messages import (
     Control,
     Drop,
     Expect,
+    Forget,
     Grow,
+    Join,
     Message,
     Op,
     Open,
     Park,
     Send,
+    Shed,
 )
 from hetis_exec.mirror import Mirror
 from hetis_exec.toy_backend import ToyKernels
-from hetis_sim.policies.plan import Placement
 from hetis_sim.spec.errors import InfeasibleError
 
 D = 6
@@ -203,7 +202,7 @@ def test_parked_cache_comes_back_once() -> None:
     assert pair.deliver() == [Arrived(0, 2)]
     pair.tell(3, 0, 0, Drop(5))
     pair.tell(3, 1, 4, Open(5, 0, (0,), 2, 2, tag=4), Expect(4, 1))
-    pair.tell(4, 0, 0, Send(5, 0, (0,), 0, 8, 1, tag=4, parked=True))
+    pair.tell(4, 0, 0, Send(5, 0, (0,), 0, 8, 1, tag=4, parked=True), Forget(5))
     pair.tell(4, 1, 4)
     assert pair.deliver() == [Arrived(1, 4)]
     assert np.array_equal(pair.keepers[1].pool.read(5, 0, (0,), 1, 0, 8)[0][0], keys + 1)
@@ -255,62 +254,65 @@ def test_a_worker_whose_cache_differs_from_the_ledger_says_so(monkeypatch: pytes
         run(given(pipeline([[0]], [4]), Fixed(), workload(3, (3, 3), (6, 6))))
 
 
-# -- which groups ----------------------------------------------------------------------------------------
-
-RANKS = pipeline([[0, 1]], [4], [2, 3], owned=[[2, 2]]).instances[0]
+# -- some blocks of a text -------------------------------------------------------------------------------
 
 
-def counts(holders: Holders, positions: int) -> list[int]:
-    """Groups at every position."""
-    return [sum(stage.count(p) for stage in holders) for p in range(positions)]
+def test_a_table_of_some_blocks_gives_back_what_was_written() -> None:
+    """Blocks leave and come, and the others keep what they hold, wherever they lie."""
+    pool = pool_of(20)
+    pool.open(KEY, layers=1, blocks=4, tag=1)
+    keys, values = filled(16, 1), filled(16, 2)
+    pool.write(KEY, 0, 0, keys, values)
+    pool.shed(KEY, (0, 2))
+    assert pool.used_units == 2
+    assert pool.tokens_here(KEY, 2, 15).tolist() == [4, 5, 6, 7, 12, 13, 14]
+    assert np.array_equal(pool.read(5, 0, (0,), 0, 5, 8)[0][0], keys[5:8])
+    with pytest.raises(CacheError, match=r"blocks \[2\] are not here"):
+        pool.read(5, 0, (0,), 0, 5, 9)
+    assert [pool.position_in(pool.table(KEY), n) for n in (4, 13, -1)] == [0, 5, -9]
+    pool.grow(KEY, 5)
+    pool.open(KEY._replace(aside=True), layers=1, blocks=3, tag=2, absent=(0, 1))
+    pool.write(KEY._replace(aside=True), 0, 8, keys[8:12], values[8:12])
+    pool.join(KEY, layers=1, blocks=6, tag=2, absent=(0,))
+    assert pool.used_units == 5
+    assert list(pool.tables) == [KEY]
+    pool.write(KEY, 0, 16, keys[:8], values[:8])
+    assert np.array_equal(pool.read(5, 0, (0,), 0, 4, 24)[1][0], np.concatenate((values[4:], values[:8])))
+    with pytest.raises(CacheError, match="to be absent"):
+        pool.join(KEY, layers=1, blocks=6, tag=3, absent=(0, 5))
 
 
-def test_ranks_keep_the_first_of_their_own_groups() -> None:
-    """Attention workers take the others in the order of the ranks, as the control plane's pushes do."""
-    assert GroupMap(RANKS).initial((1, 1, 1, 1)) == ((0, 2, 1, 3),)
-    assert GroupMap(RANKS).initial((2, 0, 0, 2)) == ((0, 0, 3, 3),)
+def test_parked_blocks_are_sent_wherever_they_are_wanted() -> None:
+    """Of a table with some blocks, each piece finds its place in host memory."""
+    pair = Pair()
+    keys, _ = pair.begin(8)
+    pair.tell(2, 0, 6, Grow(5, 0, (0,), 3))
+    pair.keepers[0].pool.write(KEY, 1, 8, keys[:3], keys[:3])
+    pair.tell(3, 0, 4, Shed(5, 0, (0,), (1,)), Expect(2, 1), Park(5, 0, (0,), 11, tag=2))
+    assert pair.deliver() == [Arrived(0, 2)]
+    pair.tell(2, 1, 4, Open(5, 0, (0,), 2, 3, tag=4, absent=(1,)), Expect(4, 2))
+    pair.tell(4, 0, 0, Drop(5), Send(5, 0, (0,), 8, 11, 1, tag=4, parked=True),
+              Send(5, 0, (0,), 0, 4, 1, tag=4, parked=True), Forget(5))
+    pair.tell(4, 1, 4)
+    assert pair.deliver() == [Arrived(1, 4)]
+    got = pair.keepers[1].pool
+    assert np.array_equal(got.read(5, 0, (0,), 1, 8, 11)[0][0], keys[:3])
+    assert np.array_equal(got.read(5, 0, (0,), 1, 0, 4)[0][0], keys[:4] + 1)
 
 
-def test_groups_that_can_stay_do() -> None:
-    """A move of one group by count is a move of one group."""
-    groups = GroupMap(RANKS)
-    before = groups.initial((0, 2, 2, 0))
-    after = groups.rearranged(before, (0, 2, 1, 1))
-    assert groups.changes(before, after) == [Change(0, 0, 2, 3, early=True)]
-
-
-def test_a_rank_gets_its_own_group_even_from_somebody_who_has_none_to_spare() -> None:
-    """The worker that gives it up gets another for it, for which there is no room before the switch."""
-    groups = GroupMap(RANKS)
-    before = groups.initial((1, 1, 1, 1))
-    after = groups.rearranged(before, (2, 1, 1, 0))
-    assert after == ((0, 0, 1, 2),)
-    assert groups.changes(before, after) == [Change(0, 1, 2, 0, early=True), Change(0, 3, 3, 2, early=False)]
-
-
-@st.composite
-def placements(draw: st.DrawFn) -> Placement:
-    """Any valid placement on RANKS."""
-    kept = [draw(st.integers(0, 2)), draw(st.integers(0, 2))]
-    rest = 4 - sum(kept)
-    first = draw(st.integers(0, rest))
-    return (*kept, first, rest - first)
-
-
-@hypothesis_given(st.lists(placements(), min_size=1, max_size=8))
-def test_maps_follow_any_sequence_of_placements(sequence: list[Placement]) -> None:
-    """Counts are always those of the placement, ranks hold their own only, and early gains are net gains."""
-    groups = GroupMap(RANKS)
-    holders = groups.initial(sequence[0])
-    assert counts(holders, 4) == list(sequence[0])
-    for placement in sequence[1:]:
-        before, holders = holders, groups.rearranged(holders, placement)
-        assert counts(holders, 4) == list(placement)
-        assert all(g in groups.owned(p) for g, p in enumerate(holders[0]) if p < 2)
-        changes = groups.changes(before, holders)
-        gain = [a - b for a, b in zip(counts(holders, 4), counts(before, 4), strict=True)]
-        for p in range(4):
-            assert sum(c.target == p and c.early for c in changes) == max(0, gain[p])
+def test_a_final_piece_finds_its_table_after_a_second_move() -> None:
+    """Between two moves there may be a step without decoding, and the first one's last piece on its way."""
+    pair = Pair()
+    keys, _ = pair.begin(8)
+    pair.tell(2, 1, 2, Open(5, 0, (0,), 2, 1, tag=2, aside=True))
+    pair.tell(3, 1, 4, Join(5, 0, (0,), 2, 2, tag=2, absent=()), Await(5, 0, (0,)))
+    pair.tell(4, 1, 6, Join(5, 0, (0,), 2, 3, tag=3, absent=()))
+    pair.tell(3, 0, 0, Send(5, 0, (0,), 4, 8, 1, tag=2, final=True), Close(5, 0, (0,)))
+    away = Control(5, (Send(5, 0, (0,), 4, 8, 0, tag=5, final=True),), 6, None)
+    assert not pair.keepers[1].may_apply(away)
+    pair.deliver()
+    assert pair.keepers[1].may_apply(away)
+    assert np.array_equal(pair.keepers[1].pool.read(5, 0, (0,), 1, 4, 8)[0][0], keys[4:] + 1)
 
 
 def test_reference_and_split_models_are_the_same_model() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exec_kernels import DEVICE, torch, triton_kernels
+from exec_parts import joined_parts
 
 from hetis_exec.kernels.cuda import CudaKernels
 from hetis_exec.kernels.reference import attention
@@ -75,6 +76,42 @@ class World:
         for key in self.rows():
             k, v = self.pool.read(key.request_id, 0, (key.group,), 1, 0, self.lengths[key.request_id] + 1)
             assert torch.equal(torch.stack((k, v)), self.data[key.request_id][:, 1, key.group, None])
+
+
+    def check_parts(self, heads: int, **changes: Any) -> None:
+        """The same for tokens that are divided over several tables."""
+        lengths = [self.lengths[key.request_id] for key in self.rows()]
+        for layer in range(LAYERS):
+            q = self.random(len(lengths), heads, self.data[0].shape[-1])
+
+            def new(key: TableKey) -> tuple[torch.Tensor, torch.Tensor]:
+                k, v = self.data[key.request_id][:, layer, key.group, -1]  # noqa: B023 - called at once
+                return k, v
+
+            out = joined_parts(self.kernels, self.pool, self.rows(), lengths, q, new, layer, **changes)
+            assert out.dtype == self.dtype
+            for n, key in enumerate(self.rows()):
+                k, v = self.data[key.request_id][:, layer, key.group, None].float()
+                wanted = reference(q[n][None, None].float(), k, v)[0, 0]
+                assert (out[n].float() - wanted).abs().max() < CLOSE[self.dtype], (key, layer)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_gathered_parts_join_to_the_whole(dtype: torch.dtype) -> None:
+    """With torch alone, in one piece and row by row."""
+    for chunk_bytes in (1, 1 << 20):
+        world = World(None, RAGGED, 2, 24, dtype)
+        world.kernels._gathered._chunk_bytes = chunk_bytes
+        world.check_parts(3)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(("dot", "heads", "dtype"), [(False, 3, torch.float32), (True, 4, torch.float16)])
+def test_paged_parts_join_to_the_whole(dot: bool, heads: int, dtype: torch.dtype, splits: int,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """With matrix units and without, rows in one piece and in several, some of which are empty."""
+    paged = with_tiles(triton_kernels("paged"), monkeypatch, dot, 16 if dot else 2)
+    World(paged, [0, 9, 14], 1, 16, dtype).check_parts(heads, splits=splits)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from exec_like_cuda import like_cuda
 from exec_models import backend, wrong
-from exec_scenarios import ONE, SCENARIOS, SHORT, has_happened
-from exec_toys import Fixed, given, run, workload
+from exec_scenarios import ONE, SCENARIOS, SHORT, SPREAD, has_happened
+from exec_toys import Dividing, Fixed, given, run, workload
 
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.replay import replay
@@ -26,7 +26,8 @@ def check(name: str, what: Any, delay: Any = None) -> Any:
 
 @pytest.mark.parametrize(("scenario", "name"), [
     ("all_local", "llama3"), ("recompute", "opt"), ("chunked", "qwen3"), ("moves_stages", "llama"),
-    ("swap", "qwen2"), ("relief", "mistral"), ("uneven_ranks", "llama-biases")])
+    ("swap", "qwen2"), ("relief", "mistral"), ("parts_move_stages", "qwen2"),
+    ("uneven_ranks", "llama-biases")])
 def test_tokens_are_those_of_transformers(scenario: str, name: str) -> None:
     """With blocks gathered by torch; some of these steps are whole, others in layers."""
     what = SCENARIOS[scenario]
@@ -38,6 +39,12 @@ def test_tokens_are_those_of_transformers(scenario: str, name: str) -> None:
 def test_tokens_of_triton_are_those_of_transformers(name: str) -> None:
     """Whole steps with fused kernels and paged attention."""
     check(name, given(ONE, Fixed(), workload(2, (3, 8), (3, 5)), **like_cuda(name, triton=True)))
+
+
+def test_triton_joins_parts_of_tokens() -> None:
+    """Tokens divided over a card and two others."""
+    policy = Dividing([((4, 0, 0), (0, 4, 4)), ((0, 4, 0), (4, 0, 4))])
+    check("llama", given(SPREAD, policy, workload(1, (13, 13), (2, 2)), **like_cuda("llama", triton=True)))
 
 
 @pytest.mark.slow

@@ -53,7 +53,7 @@ def test_sums_of_ranks_are_the_same_on_all() -> None:
     assert sum(state.moves for state in executor.controller.states.values()) > 0
 
 
-QUICK = ("two_stages", "moves_tight")
+QUICK = ("two_stages", "moves_tight", "parts_move_ranks")
 
 
 @pytest.mark.parametrize("name", [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from exec_models import folder, wrong
+from exec_toys import Dividing, given, pipeline, pools, workload
 
 import hetis_exec.run
 from hetis_exec.config import compose_execution
@@ -12,6 +13,7 @@ from hetis_exec.errors import ReplayError
 from hetis_exec.records import RunRecord
 from hetis_exec.replay import replay
 from hetis_exec.run import Measured, execute, prepare_execution
+from hetis_sim.spec.errors import SpecError
 
 WORDS = ("rate=200", "requests=8", "workload.prompt_scale=0.05", "workload.output_scale=0.03",
          "executor.workers=threads", "scheduler.max_batch_tokens=64", "scheduler.max_batch_requests=16")
@@ -43,6 +45,31 @@ def test_policies_run_unchanged(policy: str) -> None:
     if policy in POOLS:
         assert {"prefill", "decode"} == {instance.role for instance in done.execution.given.plan.instances}
         assert "handoff" in {kind for _, kind, _ in done.result.record.arrivals}
+
+
+LENDING = ("policy=infinite", "workload.table=fixed", "workload.prompt_scale=1", "workload.output_scale=1",
+           "workload.prompt_tokens=60", "workload.output_tokens=24",
+           "cluster.gpu_types.cpu-core.memory_gib=0.556",
+           "cluster.hosts=[{gpus:{cpu-core:1},memory_gib:4},{gpus:{weak-core:1},memory_gib:4}]",
+           "cluster.gpu_types.weak-core.memory_gib=0.5557")
+"""A card with little cache, and one that has room for cache only."""
+
+
+def test_tokens_are_lent_to_a_creditor() -> None:
+    """Prompts that find no room at home are lent in part, or lend while they run."""
+    done = measured(llama(), *LENDING)
+    assert done.error is None
+    assert done.checked
+    assert wrong("llama", done.execution.given, done.result.tokens) == []
+    assert [instance.attention_workers for instance in done.execution.given.plan.instances] == [(1,)]
+    assert {"push", "move"} & {kind for _, kind, _ in done.result.record.arrivals}
+
+
+def test_divided_tokens_are_not_handed_over() -> None:
+    """A policy that divides tokens and has pools is refused before anything starts."""
+    plan = pools(("prefill", pipeline([[0]], [4])), ("decode", pipeline([[1]], [4])))
+    with pytest.raises(SpecError, match="not handed from pool to pool"):
+        given(plan, Dividing([((4,), (0,))]), workload(1))
 
 
 def test_a_run_that_the_simulator_does_not_repeat_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

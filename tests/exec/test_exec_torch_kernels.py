@@ -7,6 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="real models need the extra exec")
 
+from exec_parts import joined_parts  # noqa: E402
+
 from hetis_exec.kernels.cpu import CpuKernels  # noqa: E402
 from hetis_exec.kernels.reference import attention  # noqa: E402
 from hetis_exec.kvcache import KvPool, TableKey  # noqa: E402
@@ -80,6 +82,21 @@ def test_decode_attention_is_that_of_the_reference(lengths: list[int], r: int, c
     for layer in range(LAYERS):
         queries = world.random(len(world.rows), r, D)
         assert torch.allclose(world.decode(layer, queries), world.wanted(layer, queries), **CLOSE)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+@pytest.mark.parametrize("lengths", [[9], [16, 30, 13, 12]])
+def test_parts_join_to_attention_of_the_whole(lengths: list[int], chunk_bytes: int) -> None:
+    """Tokens are divided over three tables, of which one stores the new token."""
+    world = World(lengths, 2, chunk_bytes)
+    keys = [TableKey(request, 0, g) for request, g in world.rows]
+    for layer in range(LAYERS):
+        queries = world.random(len(keys), 3, D)
+        found = joined_parts(
+            world.kernels, world.pool, keys, [lengths[key.request_id] for key in keys], queries,
+            lambda key: tuple(data[key.request_id][layer, key.group, -1]  # noqa: B023 - called at once
+                              for data in (world.keys, world.values)), layer)
+        assert torch.allclose(found, world.wanted(layer, queries), **CLOSE)
 
 
 def test_gathers_take_no_new_memory() -> None:

@@ -33,15 +33,17 @@ def compile_all(cases: list[list[Any]]) -> list[dict[str, Any]]:
 def test_some_kernels_compile_for_old_and_new_cards() -> None:
     """Matrix units are used where there are any."""
     found = compile_all([["decode_whole", 60, "fp16", 1, 64], ["decode", 90, "bf16", 4, 64],
-                         ["join", 60, "fp16", 4, 64], ["turn_norm", 90, "bf16", 4, 64]])
-    assert [made["matrix_units"] for made in found] == [False, True, False, False]
+                         ["join", 60, "fp16", 4, 64], ["turn_norm", 90, "bf16", 4, 64],
+                         ["decode_parts", 60, "fp16", 1, 64], ["join_parts", 60, "fp16", 1, 64]])
+    assert [made["matrix_units"] for made in found] == [False, True, False, False, False, False]
 
 
 @pytest.mark.slow
 def test_what_lies_between_matrix_products_compiles() -> None:
     """On the newest card and on the oldest."""
     compile_all([[kernel, target, kind, 4, 128] for target, kind in ((60, "fp16"), (90, "bf16"))
-                 for kernel in ("join", "norm", "add_layer_norm", "turn", "turn_norm", "gate")])
+                 for kernel in ("join", "join_parts", "decode_parts", "norm", "add_layer_norm", "turn",
+                                "turn_norm", "gate")])
 
 
 @pytest.mark.slow
