@@ -146,14 +146,15 @@ def held_out_errors(rows: pd.DataFrame, group: Sequence[str], fit: Callable[[pd.
 
 
 def fit_tables(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
-    """Curves by token count for each shape and degree; inner points are held out one after the other."""
+    """Curves by token count for each shape and degree; their errors are those of :func:`curve_errors`."""
     rows = medians(samples)
     tables, errors = [], []
     for _, part in rows.groupby(["model", "tp"]):
         curve = curve_of(part, "tokens", falls=True)
         name, tp = str(part["model"].iloc[0]), int(part["tp"].iloc[0])
         tables.append(TokenTables.dump_table(shapes[name], tp, curve))
-        errors.append(curve_errors(part, "tokens"))
+        own = samples[(samples["model"] == name) & (samples["tp"] == tp)]
+        errors.append(curve_errors(part, own, "tokens"))
     return Fitted(module, subject, {"tables": tables},
                   {"tokens": _ends(rows["tokens"]), "tp": _ends(rows["tp"])}, np.concatenate(errors),
                   len(rows), len(samples))
@@ -177,13 +178,24 @@ def rising(seconds: Sequence[float]) -> list[float]:
     return [float(np.exp(value)) for value, number in pools for _ in range(number)]
 
 
-def curve_errors(rows: pd.DataFrame, size: str) -> Floats:
-    """Error at every inner point of a curve through the others."""
+def curve_errors(rows: pd.DataFrame, samples: pd.DataFrame, size: str) -> Floats:
+    """Error at every inner point of a curve.
+
+    Where there is something between a point and its neighbours, the curve through the others is what a
+    prediction would be. Where every size is measured nothing is interpolated: there, half of the samples
+    predict the other half.
+    """
     rows = rows.sort_values(size)
+    sizes = rows[size].tolist()
     errors = []
     for n in range(1, len(rows) - 1):
+        if sizes[n + 1] - sizes[n - 1] <= 2:
+            seconds = samples[samples[size] == sizes[n]]["seconds"].to_numpy()
+            if len(seconds) > 1:
+                errors.append(float(np.median(seconds[::2]) / np.median(seconds[1::2])) - 1.0)
+            continue
         curve = curve_of(rows.drop(rows.index[n]), size, falls=True)
-        errors.append(curve.at(float(rows[size].iloc[n])) / float(rows["seconds"].iloc[n]) - 1.0)
+        errors.append(curve.at(float(sizes[n])) / float(rows["seconds"].iloc[n]) - 1.0)
     return np.array(errors)
 
 

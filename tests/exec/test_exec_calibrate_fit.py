@@ -8,11 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 pytest.importorskip("torch", reason="calibration needs the extra exec")
 
-from hetis_exec.calibrate.fit import Fits, Fitted, fit_all, held_out_errors, least_relative, rising
+from hetis_exec.calibrate.fit import (
+    Fits,
+    Fitted,
+    curve_errors,
+    fit_all,
+    held_out_errors,
+    least_relative,
+    rising,
+)
 from hetis_exec.calibrate.samples import Point, Sample, Store, frame_of, medians
 from hetis_exec.calibrate.write import profile_of, subjects_of, write_profile
 from hetis_exec.measure_config import LIMITS, CalibrateConfig
@@ -278,3 +287,21 @@ def test_products_may_take_less_time_for_more_tokens(tmp_path: Path) -> None:
     dense = [cost.dense_layer_s(CORE, MODEL, tokens, 1) for tokens in (8, 16, 32)]
     assert dense[1] == pytest.approx(0.5 * dense_s(16), rel=1e-3)
     assert dense[1] < dense[0] < dense[2]
+
+
+def test_curves_are_judged_by_what_predictions_need() -> None:
+    """Between points by a curve through the others; where every size was measured, by repetition."""
+    def frame(*points: tuple[int, float]) -> pd.DataFrame:
+        return frame_of([Sample(Point("head", "cpu-core", MODEL.name, 1, tokens=tokens), seconds)
+                         for tokens, seconds in points for _ in range(4)])
+
+    def errors(*points: tuple[int, float]) -> list[float]:
+        made = frame(*points)
+        return curve_errors(medians(made), made, "tokens").tolist()
+
+    assert errors((1, 1.0), (2, 3.0), (3, 1.0), (4, 2.0)) == [0.0, 0.0]
+    (gap,) = errors((1, 1.0), (4, 4.0), (16, 1.0))
+    assert gap == pytest.approx(1.0 / 4.0 - 1.0)
+    uneven = frame((1, 1.0), (2, 1.0), (3, 1.0))
+    uneven.loc[uneven["tokens"] == 2, "seconds"] = [1.1, 1.0, 1.1, 1.0]
+    assert curve_errors(medians(uneven), uneven, "tokens") == pytest.approx([0.1])
