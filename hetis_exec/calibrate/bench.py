@@ -15,6 +15,7 @@ from hetis_exec.messages import (
     Array,
     CacheData,
     Control,
+    Expect,
     Message,
     Op,
     Open,
@@ -174,12 +175,13 @@ class StepBench:
         blocks = -(-tokens // self.spec.block_tokens)
         groups = tuple(range(self.groups))
         self._used += blocks * self.groups * self.spec.model.layers
-        self._control((Open(request_id, 0, groups, self.spec.model.layers, blocks, self._seq + 1),), None)
+        layers, tag = self.spec.model.layers, self._seq + 1
+        self._control((Open(request_id, 0, groups, layers, blocks, tag), Expect(tag, layers)), None)
         d = self.spec.model.head_dim
-        for layer in range(self.spec.model.layers):
+        for layer in range(layers):
             keys, values = (filler(self.spec.dtype, (1, self.groups, tokens, d), layer) for _ in range(2))
             self._worker.cache.take(CacheData(self._seq, self._seq, request_id, 0, (layer,), groups, 0, keys,
-                                              values, True))
+                                              values, False))
 
     def step(self, job: Job) -> Timed:
         """Compute a step. Requests are numbered by their place among those that decode; prompts follow."""
