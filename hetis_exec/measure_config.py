@@ -94,7 +94,8 @@ class ValidateConfig:
         run_s: about how long requests arrive in a run.
         requests_min, requests_max: of a run.
         capacity_requests: of the overloaded run that measures capacity.
-        warmup_s: before anything counts; null for 4 s, or 15 s where cards compute; 0 for none.
+        warmup_s: before anything counts; null for 4 s, or 15 s where cards compute, or twice what it takes in
+            the simulator if that is more; 0 for none.
         resamples: of the bootstrap.
         rates: shares are of each policy's ``own`` capacity, or of the least of all policies (``common``), so
             that all get the same requests at the same times.

@@ -18,7 +18,7 @@ from hetis_exec.validate.keep import Shelf, key_of
 from hetis_exec.validate.pace import PaceKeeper
 from hetis_exec.validate.profiles import check_profiles, references_of
 from hetis_exec.validate.report import print_validation, write_validation
-from hetis_exec.validate.runs import Subject, subjects_of, warmup_s
+from hetis_exec.validate.runs import Subject, subjects_of
 from hetis_exec.validate.schedule import Watch, runs_of
 from hetis_exec.validate.work import Tick, Worker
 from hetis_sim.spec.errors import HetisError
@@ -42,7 +42,7 @@ def validate(config: ExecutionConfig, folder: Path, tick: Tick | None = None,
     watch = Watch(given.budget_s)
     subjects = subjects_of(config)
     check_profiles(config, subjects[0].execution)
-    watch.warmup_s = warmup_s(subjects[0])
+    watch.warmup_s = max(subject.begin_s for subject in subjects)
     shelf = Shelf(folder / "runs" / key_of(config, _place(subjects[0])))
     runs = runs_of([subject.label for subject in subjects], given, config.workload.seed)
     references = references_of(config) if given.pace else {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -56,10 +57,15 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Subject:
-    """A policy whose plan has been made."""
+    """A policy whose plan has been made.
+
+    Attributes:
+        begin_s: when requests that count may arrive, once those that warm up are over.
+    """
 
     label: str
     execution: Execution
+    begin_s: float
 
     @property
     def prepared(self) -> Prepared:
@@ -88,8 +94,9 @@ def subjects_of(config: ExecutionConfig) -> list[Subject]:
         HetisError: a combination that cannot run.
     """
     require_open(config)
-    return [Subject(case.label, prepare_execution(_with_policy(config, case)))
-            for case in cases_of(config, config.validate.policies or None)]
+    found = [(case.label, prepare_execution(_with_policy(config, case)))
+             for case in cases_of(config, config.validate.policies or None)]
+    return [Subject(label, execution, _begin_s(execution)) for label, execution in found]
 
 
 def _with_policy(config: ExecutionConfig, case: Case) -> ExecutionConfig:
@@ -102,29 +109,39 @@ def loaded(subject: Subject, load: Load) -> LoadedCase:
     Requests that end one after the other bring up every size of batch: kernels are compiled, graphs
     recorded and memory touched before anything counts. The simulator gets them too.
     """
-    prepared, config = under(subject.prepared, load), subject.execution.config
+    prepared, begin_s = under(subject.prepared, load), subject.begin_s
     assert isinstance(prepared.workload, OpenWorkload)
-    number = config.scheduler.max_batch_requests if _has_cards(subject) else WARMUP_REQUESTS
-    begin_s = warmup_s(subject)
-    number = min(number, config.scheduler.max_batch_requests) if begin_s else 0
-    most = prepared.model.context_limit_tokens // 2
-    warm = [Request(WARMUP_ID + n, 0.0, min(WARMUP_PROMPTS[n % len(WARMUP_PROMPTS)], most), min(n + 1, most))
-            for n in range(number)]
+    warm = _warming(subject.execution) if begin_s else []
     counted = [replace(request, arrival_s=request.arrival_s + begin_s)
                for request in prepared.workload.requests()]
     return LoadedCase(prepared, [*warm, *counted], begin_s)
 
 
-def warmup_s(subject: Subject) -> float:
-    """How long warming up may take before anything counts."""
-    given = subject.execution.config.validate.warmup_s
+def _warming(execution: Execution) -> list[Request]:
+    """The requests that warm up."""
+    most = execution.prepared.model.context_limit_tokens // 2
+    number = execution.config.scheduler.max_batch_requests
+    if not _has_cards(execution):
+        number = min(WARMUP_REQUESTS, number)
+    return [Request(WARMUP_ID + n, 0.0, min(WARMUP_PROMPTS[n % len(WARMUP_PROMPTS)], most), min(n + 1, most))
+            for n in range(number)]
+
+
+def _begin_s(execution: Execution) -> float:
+    """When requests that count may arrive: twice what warming up takes in the simulator, if not more."""
+    given, prepared = execution.config.validate.warmup_s, execution.prepared
     if given is not None:
         return given
-    return CARD_WARMUP_S if _has_cards(subject) else WARMUP_S
+    warm = _warming(execution)
+    recorder = Simulation(SimulationInput(
+        prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan, warm,
+        prepared.settings, event_budget(prepared) + 100 * len(warm))).run()
+    simulated_s = float(recorder.requests()["finish_s"].fillna(0.0).max())
+    return max(CARD_WARMUP_S if _has_cards(execution) else WARMUP_S, float(math.ceil(2.0 * simulated_s)))
 
 
-def _has_cards(subject: Subject) -> bool:
-    return any(place != CPU for place in getattr(subject.execution.given.backend, "places", ()))
+def _has_cards(execution: Execution) -> bool:
+    return any(place != CPU for place in getattr(execution.given.backend, "places", ()))
 
 
 def measure(subject: Subject, load: Load) -> Outcome:

@@ -158,11 +158,11 @@ def test_parts_are_per_iteration() -> None:
 # -- the whole of it ---------------------------------------------------------------------------------------
 
 
-def profiles_for(model: ModelSpec, folder: Path, **changes: Any) -> Path:
+def profiles_for(model: ModelSpec, folder: Path, second_s: float = 1e-3, **changes: Any) -> Path:
     """Profiles as if they had been measured on this machine."""
     made = []
-    for raw in (device_profile("cpu-core", model), device_profile("weak-core", model), host_profile(model),
-                links_profile(model, "loopback")):
+    devices = [device_profile(kind, model, second_s) for kind in ("cpu-core", "weak-core")]
+    for raw in (*devices, host_profile(model), links_profile(model, "loopback")):
         raw["calibration"] |= {"hardware": machine_at("cpu").hardware,
                                "reference": {"dense": 1e-3, "attention": 1e-3}, **changes}
         made.append(signed({key: value for key, value in raw.items() if key != "sha256"}))
@@ -230,7 +230,7 @@ def test_both_worlds_get_the_same(words: list[str]) -> None:
     assert whole == pytest.approx(single_s)
 
 
-def test_warming_up_does_not_count(words: list[str]) -> None:
+def test_warming_up_does_not_count(words: list[str], tmp_path: Path) -> None:
     """Requests before the first one that counts are served, in both worlds, and are in no figure."""
     config = compose_execution(*words, "validate.warmup_s=1.5")
     (subject,) = subjects_of(config)
@@ -243,6 +243,11 @@ def test_warming_up_does_not_count(words: list[str]) -> None:
         assert outcome.requests["request_id"].max() < 8
         assert outcome.steps["start_s"].min() >= 1.5
         assert outcome.rates["output_throughput"] > 0
+    model = subject.prepared.model
+    slow = f"profile={profiles_for(model, tmp_path / 'slow', second_s=0.1)}"
+    free = [word for word in words if not word.startswith(("validate.warmup", "profile"))]
+    assert subjects_of(compose_execution(*free, words[-1]))[0].begin_s == 4.0
+    assert 5.0 < subjects_of(compose_execution(*free, slow))[0].begin_s < 60.0
     cold = subjects_of(compose_execution(*words, "validate.warmup_s=0"))[0]
     assert len(loaded(cold, load).requests) == 8
     hasty = subjects_of(compose_execution(*words, "validate.warmup_s=0.0001"))[0]
