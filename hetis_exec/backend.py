@@ -10,9 +10,8 @@ from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from hetis_exec.messages import Array, Sample, Tokens
+from hetis_exec.places import AnyEngine, TeamPlan
 from hetis_exec.stopwatch import Stopwatch
-from hetis_sim.control.engine import Engine
-from hetis_sim.policies.plan import InstancePlan
 
 Tensor = Any
 """An array of the backend, NumPy's or torch's."""
@@ -250,7 +249,7 @@ class Backend(Protocol):
     def start_s(self) -> float:
         """How long workers may take to start."""
 
-    def check(self, engines: Sequence[Engine], here: Container[int] | None = None) -> None:
+    def check(self, engines: Sequence[AnyEngine], here: Container[int] | None = None) -> None:
         """Look whether workers of this kind can serve.
 
         Args:
@@ -263,10 +262,10 @@ class Backend(Protocol):
     def kernels(self, device: int, capacity_units: int, block_tokens: int) -> Kernels:
         """Memory and kernels of one worker, for a device of the cluster."""
 
-    def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> Shard:
+    def shard(self, device: int, plan: TeamPlan, stage: int, rank: int) -> Shard:
         """The weights of one rank, on a device of the cluster."""
 
-    def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: Any) -> WholeSteps | None:
+    def whole_steps(self, device: int, plan: TeamPlan, shard: Shard, pool: Any) -> WholeSteps | None:
         """Steps in one piece on a worker's pool, where that is worth while."""
 
     def warm_up(self, kernels: Kernels, shard: Shard | None, steps: WholeSteps | None, rows_max: int,

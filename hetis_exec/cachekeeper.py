@@ -148,7 +148,8 @@ class CacheKeeper:
     def _change_table(self, op: Open | Join | Grow | Close | Shed | Await, key: TableKey) -> None:
         match op:
             case Open():
-                self.pool.open(key._replace(aside=op.aside), op.layers, op.blocks, op.tag, op.absent)
+                self.pool.open(key._replace(aside=op.aside), op.layers, op.blocks, op.tag, op.absent,
+                               op.skipped)
             case Join():
                 self.pool.join(key, op.layers, op.blocks, op.tag, op.absent)
             case Grow():

@@ -21,6 +21,7 @@ from hetis_exec.crew import ThreadCrew
 from hetis_exec.crews import report_failure, serve_rank
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
 from hetis_exec.launch import Launch, launched
+from hetis_exec.places import devices_of
 from hetis_exec.processes import ProcessCrew
 from hetis_exec.replay import replay
 from hetis_exec.run import Execution, Measured, execute, prepare_execution, write_measured
@@ -174,7 +175,7 @@ def _serve(execution: Execution) -> bool:
 def _notes(measured: Measured) -> list[str]:
     given = measured.execution.given
     weights = "random weights" if measured.execution.config.model.path is None else "weights of its folder"
-    devices = sum(len(instance.devices) for instance in given.plan.instances)
+    devices = len(devices_of(given.plan))
     launch = measured.execution.launch
     where = f"{os.cpu_count()} cores of this host"
     if launch is not None and not launch.one_host:

@@ -10,13 +10,14 @@ from typing import Protocol
 
 from hetis_exec.backend import Backend
 from hetis_exec.kvcache import KvPool
+from hetis_exec.mesh.worker import NodeWorker
 from hetis_exec.messages import DRIVER, Stop
+from hetis_exec.places import AnyEngine, TeamPlan, stages_of, units_of
 from hetis_exec.primary import PrimaryWorker, Rank
 from hetis_exec.throttle import NONE, Throttle
 from hetis_exec.transport import Endpoint, InProcessTransport, Transport
 from hetis_exec.workers import AttentionWorker, Worker
-from hetis_sim.control.engine import Engine
-from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.policies.plan import MeshPlan
 
 STOP_S = 2.0
 STOP_AT_ONCE_S = 1.0
@@ -38,7 +39,7 @@ class WorkerSpec:
     """
 
     device: int
-    plan: InstancePlan
+    plan: TeamPlan
     stage: int
     rank: int
     capacity_units: int
@@ -51,17 +52,17 @@ class WorkerSpec:
     tokens_max: int = 1
 
 
-def worker_specs(engine: Engine, backend: Backend, timeout_s: float,
+def worker_specs(engine: AnyEngine, backend: Backend, timeout_s: float,
                  throttles: Mapping[int, Throttle] | None = None,
                  cores: Mapping[int, int] | None = None) -> list[WorkerSpec]:
-    """One worker for each device of an instance; throttles and cores by device."""
+    """One worker for each device of an instance or a mesh; throttles and cores by device."""
     throttles, cores = throttles or {}, cores or {}
-    plan = engine.plan
-    places = [(device, s, rank) for s, stage in enumerate(plan.stages)
+    plan, units = engine.plan, units_of(engine)
+    places = [(device, s, rank) for s, stage in enumerate(stages_of(plan))
               for rank, device in enumerate(stage.devices)]
-    places += [(device, -1, 0) for device in plan.attention_workers]
+    places += [(device, -1, 0) for device in plan.devices[len(places):]]
     limits = engine.settings.limits
-    return [WorkerSpec(device, plan, stage, rank, engine.capacity_units[device], limits.block_tokens, backend,
+    return [WorkerSpec(device, plan, stage, rank, units[device], limits.block_tokens, backend,
                        timeout_s, throttles.get(device, NONE), cores.get(device), limits.max_batch_requests,
                        limits.max_batch_tokens)
             for device, stage, rank in places]
@@ -79,7 +80,8 @@ def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
     place = Rank(spec.plan, spec.stage, spec.rank)
     # Parts of a step that is one piece could not be slowed down apart.
     steps = spec.backend.whole_steps(spec.device, spec.plan, shard, pool) if spec.throttle == NONE else None
-    return PrimaryWorker(spec.device, endpoint, pool, spec.timeout_s, place, shard, steps, spec.throttle,
+    make = NodeWorker if isinstance(spec.plan, MeshPlan) else PrimaryWorker
+    return make(spec.device, endpoint, pool, spec.timeout_s, place, shard, steps, spec.throttle,
                          spec.backend.warm_up(pool.kernels, shard, steps, *limits))
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec, worker_specs
-from hetis_exec.driver import ExecutorInput
+from hetis_exec.driver import ExecutorInput, engines_of
 from hetis_exec.launch import Launch
 from hetis_exec.processes import ProcessCrew
 from hetis_exec.transport import InProcessTransport
@@ -101,7 +101,7 @@ def meeting_of(launch: Launch, given: ExecutorInput | None = None) -> Meeting:
 def all_specs(given: ExecutorInput) -> list[WorkerSpec]:
     """The workers of a run, as the driver makes them."""
     assert given.backend is not None
-    return [spec for engine in given.controller().engines
+    return [spec for engine in engines_of(given.controller())
             for spec in worker_specs(engine, given.backend, 2 * given.timeout_s, given.throttles,
                                      given.cores)]
 
@@ -119,7 +119,7 @@ def serve_rank(config: ExecutionConfig, given: ExecutorInput, launch: Launch) ->
     workers_of(config, launch)
     if launch.leads_node:
         assert given.backend is not None
-        given.backend.check(given.controller().engines, launch.ranks_here)
+        given.backend.check(engines_of(given.controller()), launch.ranks_here)
     specs = {spec.device: spec for spec in all_specs(given)}
     settings = net_settings(config, given)
     idle = Seat(launch.rank, (), settings, 0.0)

@@ -21,7 +21,9 @@ from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec, worker_specs
 from hetis_exec.errors import ExecutorError, WorkerError
 from hetis_exec.fleet import Fleet
 from hetis_exec.instance import InstanceDriver
+from hetis_exec.mesh.fleet import Hop, MeshFleet
 from hetis_exec.messages import Arrived, Beat, Failed, Report, StageDone, Tokens
+from hetis_exec.places import AnyEngine
 from hetis_exec.records import Measurements, RunRecord, no_record
 from hetis_exec.sources import POLL_S, Arrival, Ended, Source, Trace
 from hetis_exec.texts import Listener, Prompt, Text, Texts
@@ -32,6 +34,8 @@ from hetis_sim.control.controller import Controller
 from hetis_sim.control.decisions import DecisionLog
 from hetis_sim.control.engine import Engine
 from hetis_sim.control.invariants import check_controller
+from hetis_sim.control.mesh.controller import MeshController
+from hetis_sim.control.mesh.timing import MeshTimer
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.control.state import RequestState, Status
 from hetis_sim.control.step import Transfer
@@ -46,7 +50,7 @@ from hetis_sim.spec.errors import require, require_finite
 from hetis_sim.spec.model import ModelSpec
 from hetis_sim.spec.request import Request
 
-Event = Arrival | Ended | Transfer | StageDone | Arrived
+Event = Arrival | Ended | Transfer | Hop | StageDone | Arrived
 """What the driver deals with one after the other."""
 
 
@@ -91,8 +95,6 @@ class ExecutorInput:
         require(times == sorted(times), "requests", "arrival times that go back", "sorted by arrival_s")
         ids = [request.request_id for request in self.requests]
         require(len(set(ids)) == len(ids), "requests", "the same request_id twice", "each request_id once")
-        require(self.plan.mesh is None, "plan.mesh", "a mesh of nodes",
-                "none: workers here form pipelines, plans with instances only")
         mixed = all(instance.role == "both" for instance in self.plan.instances)
         require(mixed or not self.policy.splits_tokens, "policy", self.policy.name,
                 "one that splits cache by head alone: divided tokens are not handed from pool to pool here")
@@ -102,8 +104,12 @@ class ExecutorInput:
         """The scheduler's settings with one iteration a step: what lies ahead is not known here."""
         return replace(self.settings, collapse=False)
 
-    def controller(self) -> Controller:
+    def controller(self) -> Controller | MeshController:
         """A fresh control plane."""
+        if self.plan.mesh is not None:
+            return MeshController(self.cluster, self.model, self.policy, self.plan,
+                                  MeshTimer(self.cluster, self.model, self.cost, self.plan.mesh),
+                                  self.step_settings, DecisionLog(self.log_decisions))
         timers = [InstanceTimer(self.cluster, self.model, self.cost, plan) for plan in self.plan.instances]
         return Controller(self.cluster, self.model, self.policy, self.plan, timers, self.step_settings,
                           DecisionLog(self.log_decisions))
@@ -155,6 +161,11 @@ class RunClock:
         return self.last_s
 
 
+def engines_of(controller: Controller | MeshController) -> Sequence[AnyEngine]:
+    """Whatever holds cache of its own."""
+    return [controller.engine] if isinstance(controller, MeshController) else controller.engines
+
+
 class Executor:
     """Runs requests on workers.
 
@@ -177,7 +188,7 @@ class Executor:
         self._listener = listener
         self._source = source or Trace(given.requests)
         self.controller = given.controller()
-        engines = self.controller.engines
+        engines = engines_of(self.controller)
         self._backend = given.backend or ToyBackend(given.model, given.seed)
         self._backend.check(engines, given.here)
         self.record = no_record() if given.endless else RunRecord(decisions=self.controller.log.lines)
@@ -188,7 +199,7 @@ class Executor:
         make = Totals if given.endless else Measurements
         self.measurements: Measurements = make([device.label for device in given.cluster.devices], engines,
                                                unit_bytes(given.model, given.settings.limits))
-        self._fleet = Fleet(self.controller, self._make_driver, self.measurements, self.record)
+        self._fleet = self._make_fleet(self.controller)
         self._arrived = 0
         self._ended = 0
         self._clock = RunClock()
@@ -196,10 +207,16 @@ class Executor:
         self._progress_s = 0.0
         self._looked_s = 0.0
 
-    def _make_driver(self, engine: Engine, fleet: Fleet) -> InstanceDriver:
+    def _make_fleet(self, controller: Controller | MeshController) -> Fleet | MeshFleet:
+        if isinstance(controller, MeshController):
+            return MeshFleet(controller, self.crew.endpoint, self._texts, self.measurements, self.record)
         hosts = [device.host_id for device in self.given.cluster.devices]
-        return InstanceDriver(self.controller, engine, fleet, hosts, self.crew.endpoint, self._texts,
-                              self.measurements, self.record)
+
+        def make_driver(engine: Engine, fleet: Fleet) -> InstanceDriver:
+            return InstanceDriver(controller, engine, fleet, hosts, self.crew.endpoint, self._texts,
+                                  self.measurements, self.record)
+
+        return Fleet(controller, make_driver, self.measurements, self.record)
 
     def run(self) -> ExecutionResult:
         """Serve all requests.
@@ -248,13 +265,23 @@ class Executor:
                 self._fleet.stage_done(event, now_s)
             case Arrived():
                 self._fleet.cache_arrived(event, now_s)
-            case Transfer():
-                self._fleet.transfer_arrived(event, now_s)
+            case Transfer() | Hop():
+                self._land(event, now_s)
         while self._fleet.ended:
             self._end(self._fleet.ended.popleft())
         self.measurements.sample(now_s, self._source.due(now_s))
         if self.given.debug:
             check_controller(self.controller)
+
+    def _land(self, event: Transfer | Hop, now_s: float) -> None:
+        """What need not be waited for is there: cache in instances, messages in a mesh."""
+        fleet = self._fleet
+        if isinstance(fleet, MeshFleet):
+            assert isinstance(event, Hop)
+            fleet.hop_arrived(event, now_s)
+        else:
+            assert isinstance(event, Transfer)
+            fleet.transfer_arrived(event, now_s)
 
     def _take_tokens(self, done: StageDone) -> None:
         """Add tokens to their texts; those that are complete end with the step, which is reported next."""

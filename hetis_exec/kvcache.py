@@ -37,6 +37,7 @@ class Table:
         before: earlier tags of which final pieces are still on their way.
         awaited: final pieces of tokens that attention needs which are still on their way.
         slot: see :class:`hetis_exec.backend.CacheTable`.
+        skipped: layers at the beginning that have no units; what is written there has no meaning.
         where: for each block of the text its place in the units, -1 where it is not here; None where all
             of them are here.
     """
@@ -47,6 +48,12 @@ class Table:
     slot: int = -1
     where: NDArray[np.int64] | None = None
     before: frozenset[int] = frozenset()
+    skipped: int = 0
+
+    @property
+    def taken(self) -> NDArray[np.int64]:
+        """The units that it really has."""
+        return self.units[self.skipped:]
 
     def takes(self, tag: int) -> bool:
         """Whether data with a tag is meant for it."""
@@ -121,15 +128,17 @@ class KvPool:
         """Units in use."""
         return self.capacity_units - self._free_units
 
-    def open(self, key: TableKey, layers: int, blocks: int, tag: int, absent: Sequence[int] = ()) -> None:
-        """Allocate a table of all blocks up to a number, but for some.
+    def open(self, key: TableKey, layers: int, blocks: int, tag: int, absent: Sequence[int] = (),
+             skipped: int = 0) -> None:
+        """Allocate a table of all blocks up to a number, but for some; ``skipped`` layers come before it.
 
         Raises:
             CacheError: the key has one already, or there is no room.
         """
         if key in self.tables:
             raise CacheError(f"{key} is open already")
-        self.tables[key] = Table(self._take(layers, blocks - len(absent)), tag, where=places(blocks, absent))
+        units = self._take(layers, blocks - len(absent), skipped)
+        self.tables[key] = Table(units, tag, where=places(blocks, absent), skipped=skipped)
         self.version += 1
 
     def grow(self, key: TableKey, blocks: int) -> None:
@@ -145,7 +154,8 @@ class KvPool:
             raise CacheError(f"{key} would shrink from {now} to {blocks} blocks")
         if blocks > now:
             more = blocks - now
-            table.units = np.concatenate((table.units, self._take(layers, more)), axis=1)
+            new = self._take(layers - table.skipped, more, table.skipped)
+            table.units = np.concatenate((table.units, new), axis=1)
             if table.where is not None:
                 table.where = np.concatenate((table.where, np.arange(held, held + more)))
 
@@ -198,6 +208,7 @@ class KvPool:
     def _give(self, table: Table) -> None:
         """Free the units of a table that is no longer in use."""
         self.version += 1
+        table.units = table.taken
         self.kernels.clear(table)
         begin, end = self._free_units, self._free_units + table.units.size
         self._free[begin:end] = table.units.ravel()[::-1]
@@ -218,13 +229,15 @@ class KvPool:
         """Tables of a request."""
         return [key for key in self.tables if key.request_id == request_id]
 
-    def _take(self, layers: int, blocks: int) -> NDArray[np.int64]:
+    def _take(self, layers: int, blocks: int, skipped: int = 0) -> NDArray[np.int64]:
+        """Units of layers, behind some without any."""
         number = layers * blocks
         end = self._free_units
         if number > end:
             raise CacheError(f"{number} units are asked for, {end} of {self.capacity_units} are free")
         self._free_units = end - number
-        return self._free[end - number:end][::-1].reshape(layers, blocks).copy()
+        taken = self._free[end - number:end][::-1].reshape(layers, blocks)
+        return np.concatenate((np.zeros((skipped, blocks), dtype=np.int64), taken))
 
     # -- tokens ------------------------------------------------------------------------------
 

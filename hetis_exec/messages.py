@@ -30,7 +30,8 @@ class Open(NamedTuple):
     """Allocate all blocks before ``blocks`` for each of the groups, but for those that are ``absent``.
 
     ``tag`` marks the data meant for them. ``aside``: they are not attended to until they are joined
-    with what is here already.
+    with what is here already. ``skipped``: layers of the stage before the first of ``layers``, which the
+    request does not pass.
     """
 
     request_id: int
@@ -41,6 +42,7 @@ class Open(NamedTuple):
     tag: int
     absent: tuple[int, ...] = ()
     aside: bool = False
+    skipped: int = 0
 
 
 class Join(NamedTuple):
@@ -226,20 +228,43 @@ class Row(NamedTuple):
     older: tuple[Span, ...] = ()
 
 
+class Leg(NamedTuple):
+    """How a request passes a node of a mesh.
+
+    Attributes:
+        first: the first layer that it passes there, as the node counts.
+        starts: it begins there with its tokens; otherwise its activations have come from another node.
+        targets: devices of the node that it goes to next; none at the end.
+        tag: of its activations on their way there.
+    """
+
+    first: int
+    starts: bool
+    targets: tuple[int, ...]
+    tag: int
+
+
 class Task(NamedTuple):
-    """A step for one stage; ``tokens`` packs the new token ids of all rows, for the first stage."""
+    """A step for one stage or node.
+
+    Attributes:
+        tokens: the new token ids of all rows that begin here, packed; None where none do.
+        legs: of the rows, at a node of a mesh.
+    """
 
     rows: tuple[Row, ...]
     tokens: Tokens | None
+    legs: tuple[Leg, ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Columns of plain tuples take a fraction of the time of rows that are objects.
-        return task_of_columns, (tuple(zip(*self.rows, strict=True)), self.tokens)
+        return task_of_columns, (tuple(zip(*self.rows, strict=True)), self.tokens, self.legs)
 
 
-def task_of_columns(columns: tuple[tuple[Any, ...], ...], tokens: Tokens | None) -> Task:
+def task_of_columns(columns: tuple[tuple[Any, ...], ...], tokens: Tokens | None,
+                    legs: tuple[Leg, ...]) -> Task:
     """A task whose rows come column by column."""
-    return Task(tuple(map(Row._make, zip(*columns, strict=True))), tokens)
+    return Task(tuple(map(Row._make, zip(*columns, strict=True))), tokens, legs)
 
 
 class Control(NamedTuple):
@@ -267,6 +292,16 @@ class Hidden(NamedTuple):
     """Activations for the next stage, shape (tokens, hidden)."""
 
     seq: int
+    values: Array
+    sent_s: float
+
+
+class Passing(NamedTuple):
+    """Activations of some requests for another node of a mesh, shape (tokens, hidden), request by request."""
+
+    tag: int
+    request_ids: tuple[int, ...]
+    tokens: tuple[int, ...]
     values: Array
     sent_s: float
 
@@ -397,8 +432,8 @@ class Failed(NamedTuple):
     reason: str
 
 
-Message = (Control | Stop | Hidden | Partial | AttentionRequest | AttentionResult | CacheData | StageDone
-           | Arrived | Beat | Failed)
+Message = (Control | Stop | Hidden | Passing | Partial | AttentionRequest | AttentionResult | CacheData
+           | StageDone | Arrived | Beat | Failed)
 
 Report = StageDone | Arrived | Beat | Failed
 """What comes from workers to the driver."""

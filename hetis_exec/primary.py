@@ -35,11 +35,12 @@ from hetis_exec.messages import (
     Task,
     Tokens,
 )
+from hetis_exec.places import TeamPlan, stages_of
 from hetis_exec.shares import Share, columns_of, divide
 from hetis_exec.throttle import NONE, Throttle, throttled
 from hetis_exec.transport import Endpoint
 from hetis_exec.workers import Stopped, Worker
-from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.policies.plan import MeshPlan
 
 DENSE, ATTENTION, HEAD_TRANSFER, COLLECTIVE, PACKING = PARTS = (
     "dense", "attention", "head_transfer", "collective", "packing")
@@ -48,20 +49,22 @@ DENSE, ATTENTION, HEAD_TRANSFER, COLLECTIVE, PACKING = PARTS = (
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """The place of a primary worker in its instance."""
+    """The place of a primary worker in its instance or mesh."""
 
-    plan: InstancePlan
+    plan: TeamPlan
     stage: int
     rank: int
 
     @property
     def peers(self) -> tuple[int, ...]:
         """Devices of the stage, in the order of their ranks."""
-        return self.plan.stages[self.stage].devices
+        return stages_of(self.plan)[self.stage].devices
 
     @property
     def next_devices(self) -> tuple[int, ...]:
-        """Devices of the next stage; none after the last."""
+        """Devices of the next stage; none after the last, and none that a node would have."""
+        if isinstance(self.plan, MeshPlan):
+            return ()
         after = self.plan.stages[self.stage + 1:self.stage + 2]
         return after[0].devices if after else ()
 
@@ -115,14 +118,14 @@ class PrimaryWorker(Worker):
                  shard: Shard, whole_steps: WholeSteps | None = None, throttle: Throttle = NONE,
                  warm_up: Callable[[], None] | None = None) -> None:
         super().__init__(device, endpoint, pool, timeout_s, throttle, warm_up)
-        self._place = place
-        self._shard = shard
-        self._kernels = pool.kernels
+        self.place = place
+        self.shard = shard
+        self.kernels = pool.kernels
         self._controls: deque[Control | Stop] = deque()
         self._box: dict[tuple[object, ...], Message] = {}
         self._whole_steps = whole_steps
         self._all_here = (device,) * len(shard.groups)
-        self._stopwatch = throttled(pool.kernels.stopwatch(), throttle, pool.kernels.synchronize)
+        self.stopwatch = throttled(pool.kernels.stopwatch(), throttle, pool.kernels.synchronize)
         self._free_s = 0.0
 
     def turn(self) -> None:
@@ -134,7 +137,7 @@ class PrimaryWorker(Worker):
             self.wait_until(partial(self.cache.may_apply, control), "cache that is to be sent on")
             self.cache.apply(control)
             if control.task is not None:
-                self._execute(control.seq, control.task)
+                self.execute(control.seq, control.task)
 
     def take(self, message: Message) -> None:
         match message:
@@ -155,25 +158,33 @@ class PrimaryWorker(Worker):
 
     # -- a step ------------------------------------------------------------------------------------
 
-    def _execute(self, seq: int, task: Task) -> None:
+    def execute(self, seq: int, task: Task) -> None:
         """One stage of a step: attention and MLP of every layer, then on to the next stage."""
         if self._is_whole(task):
             self._execute_whole(seq, task)
             return
-        batch = self._batch(seq, task.rows)
+        batch = self.batch(seq, task.rows)
         hidden, sent_s, begun_s = self._input(batch, task)
-        stage, items, parts = self._place.stage, batch.local.items, batch.local.parts
+        self.make_ready(batch)
+        self.stopwatch.start()
+        self._hand_over(batch, self.through(batch, range(self.shard.layers), hidden), sent_s, begun_s)
+
+    def make_ready(self, batch: Batch) -> None:
+        """Wait for the cache that a batch reads here, and find out where it is."""
+        stage, items, parts = self.place.stage, batch.local.items, batch.local.parts
         self.wait_until(lambda: all(self.cache.ready(i.request_id, stage, i.groups)
                                     for i in (*items, *parts)), "heads on their way here")
         batch.plan = self.cache.plan(stage, items) if items else None
         batch.parts_plan = self.cache.plan_parts(stage, parts) if parts else None
         batch.prompts = self._plan_prompts(batch.rows)
-        self._stopwatch.start()
-        for layer in range(self._shard.layers):
+
+    def through(self, batch: Batch, layers: range, hidden: Tensor) -> Tensor:
+        """Activations after some layers."""
+        for layer in layers:
             self.beat()
             hidden = hidden + self._sum(batch, 2 * layer, self._attention_block(batch, layer, hidden))
             hidden = hidden + self._sum(batch, 2 * layer + 1, self._mlp(layer, hidden))
-        self._hand_over(batch, hidden, sent_s, begun_s)
+        return hidden
 
     def _is_whole(self, task: Task) -> bool:
         """Whether a step can be done in one: of plain decoding or of prompts, whose cache is all here."""
@@ -214,84 +225,87 @@ class PrimaryWorker(Worker):
         """Activations, when they were sent, and when work on them begins."""
         begun_s = time.perf_counter()
         if task.tokens is not None:
-            return self._shard.embed(task.tokens, batch.prepared), begun_s, begun_s
+            return self.shard.embed(task.tokens, batch.prepared), begun_s, begun_s
         message = self._fetch((Hidden, batch.seq), f"activations of step {batch.seq}")
         assert isinstance(message, Hidden)
-        return self._kernels.from_wire(message.values), message.sent_s, time.perf_counter()
+        return self.kernels.from_wire(message.values), message.sent_s, time.perf_counter()
 
-    def _batch(self, seq: int, rows: tuple[Row, ...]) -> Batch:
+    def batch(self, seq: int, rows: tuple[Row, ...]) -> Batch:
         positions = np.concatenate([np.arange(row.position, row.position + row.new_tokens) for row in rows])
-        shares = divide(rows, self._shard.groups, self._kernels)
+        shares = divide(rows, self.shard.groups, self.kernels)
         local = shares.by_device.pop(self.device, None) or Share()
-        return Batch(seq, rows, self._shard.prepare(positions), local, shares.by_device, shares.divided,
+        return Batch(seq, rows, self.shard.prepare(positions), local, shares.by_device, shares.divided,
                      shares.number)
 
     def _hand_over(self, batch: Batch, hidden: Tensor, sent_s: float, begun_s: float) -> None:
-        place = self._place
-        tokens: Tokens | None = None
-        if not place.next_devices and place.rank == 0:
-            tokens = self._sample(batch, hidden)
-        self._stopwatch.lap(DENSE)
-        spent = self._stopwatch.read()
+        place = self.place
+        ends = not place.next_devices and place.rank == 0
+        ended_s = self.report(batch, self.sample(batch, hidden) if ends else None, sent_s, begun_s)
+        for device in place.next_devices if place.rank == 0 else ():
+            self.send(device, Hidden(batch.seq, self.kernels.to_wire(hidden), ended_s))
+
+    def report(self, batch: Batch, tokens: Tokens | None, sent_s: float, begun_s: float) -> float:
+        """Tell the driver that this stage is free, before the next can hear of its work; when that was."""
+        place = self.place
+        self.stopwatch.lap(DENSE)
+        spent = self.stopwatch.read()
         spent[HEAD_TRANSFER] = spent.get(HEAD_TRANSFER, 0.0) + spent.get(PACKING, 0.0)
         ended_s = time.perf_counter()
         times = StageTimes(sent_s, self._free_s, begun_s, ended_s, *(spent.get(part, 0.0) for part in PARTS))
         self._free_s = ended_s
-        # The driver hears that this stage is free before the next one can hear of its work.
         self.send(DRIVER, StageDone(batch.seq, self.device, place.stage, place.rank, times,
                                     tuple(batch.worker_busy_s.items()), tokens))
-        for device in place.next_devices if place.rank == 0 else ():
-            self.send(device, Hidden(batch.seq, self._kernels.to_wire(hidden), ended_s))
+        return ended_s
 
-    def _sample(self, batch: Batch, hidden: Tensor) -> Tokens:
+    def sample(self, batch: Batch, hidden: Tensor) -> Tokens:
         ends, asked = [], []
         for row, end in zip(batch.rows, accumulate(row.new_tokens for row in batch.rows), strict=True):
             if row.samples:
                 ends.append(end - 1)
                 asked.append(Wanted(row.request_id, row.position + row.new_tokens, row.sample))
-        return self._shard.sample(hidden[self._kernels.index(ends)], asked)
+        return self.shard.sample(hidden[self.kernels.index(ends)], asked)
 
     def _sum(self, batch: Batch, number: int, values: Tensor) -> Tensor:
         """Sum of all ranks' values, added up in the same order everywhere."""
-        peers, rank = self._place.peers, self._place.rank
+        peers, rank = self.place.peers, self.place.rank
         if len(peers) == 1:
             return values
         for device in peers:
             if device != self.device:
-                self.send(device, Partial(batch.seq, number, rank, self._kernels.to_wire(values)))
+                self.send(device, Partial(batch.seq, number, rank, self.kernels.to_wire(values)))
         parts = [values if other == rank else self._part(batch.seq, number, other)
                  for other in range(len(peers))]
         total = reduce(operator.add, parts)
-        self._stopwatch.lap(COLLECTIVE)
+        self.stopwatch.lap(COLLECTIVE)
         return total
 
     def _part(self, seq: int, number: int, rank: int) -> Tensor:
-        message = self._fetch((Partial, seq, number, rank), f"a sum from device {self._place.peers[rank]}")
+        message = self._fetch((Partial, seq, number, rank), f"a sum from device {self.place.peers[rank]}")
         assert isinstance(message, Partial)
-        return self._kernels.from_wire(message.values)
+        return self.kernels.from_wire(message.values)
 
     def _mlp(self, layer: int, hidden: Tensor) -> Tensor:
-        values = self._shard.mlp(layer, hidden)
+        values = self.shard.mlp(layer, hidden)
         self._lap_before_sum()
         return values
 
     def _lap_before_sum(self) -> None:
         """Dense work of one layer and the next is one lap where no other rank is waited for in between."""
-        if len(self._place.peers) > 1:
-            self._stopwatch.lap(DENSE)
+        if len(self.place.peers) > 1:
+            self.stopwatch.lap(DENSE)
 
     # -- attention ---------------------------------------------------------------------------------
 
     def _attention_block(self, batch: Batch, layer: int, hidden: Tensor) -> Tensor:
         """Remote heads are sent off first and gathered last."""
-        kernels, lap = self._kernels, self._stopwatch.lap
-        q, k, v = self._shard.qkv(layer, hidden, batch.prepared)
+        kernels, lap = self.kernels, self.stopwatch.lap
+        q, k, v = self.shard.qkv(layer, hidden, batch.prepared)
         attended = kernels.empty_like(q) if batch.prompts is None else None
         lap(DENSE)
         for device, share in batch.remote.items():
             items, shared = (tuple(share.items), tuple(share.parts)) if layer == 0 else (None, ())
             sent_q, sent_k, sent_v = kernels.pack([share.queries(q), share.new(k), share.new(v)])
-            self.send(device, AttentionRequest(batch.seq, self.device, self._place.stage, layer, items,
+            self.send(device, AttentionRequest(batch.seq, self.device, self.place.stage, layer, items,
                                                sent_q, sent_k, sent_v, shared))
         if batch.remote:
             lap(PACKING)
@@ -314,7 +328,7 @@ class PrimaryWorker(Worker):
             lap(PACKING)
         if joining is not None:
             attended[batch.divided] = joining.result()
-        projected = self._shard.project(layer, attended)
+        projected = self.shard.project(layer, attended)
         self._lap_before_sum()
         return projected
 
@@ -335,7 +349,7 @@ class PrimaryWorker(Worker):
 
     def _plan_prompts(self, rows: Sequence[Row]) -> Any:
         """Attention of the prompts of a batch together, if it can be computed so."""
-        stage, own, pool = self._place.stage, self._shard.groups, self.cache.pool
+        stage, own, pool = self.place.stage, self.shard.groups, self.cache.pool
         begins = list(accumulate((row.new_tokens for row in rows), initial=0))
         chosen = [(row, begin) for row, begin in zip(rows, begins, strict=False) if row.prefill]
         if not chosen or any(row.older for row, _ in chosen):
@@ -343,9 +357,9 @@ class PrimaryWorker(Worker):
         tables = [pool.tables.get(TableKey(row.request_id, stage, g)) for row, _ in chosen for g in own]
         if any(table is None for table in tables) and any(row.position for row, _ in chosen):
             return None
-        return self._kernels.plan_prompts(
+        return self.kernels.plan_prompts(
             tables, [begin for _, begin in chosen], [row.new_tokens for row, _ in chosen],
-            [row.position for row, _ in chosen], self._shard.heads_per_group)
+            [row.position for row, _ in chosen], self.shard.heads_per_group)
 
     def _prefill(self, batch: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> None:
         """Causal attention of the prompts in the batch, over all groups whose weights are here.
@@ -360,13 +374,13 @@ class PrimaryWorker(Worker):
                 continue
             if batch.prompts is None:
                 keys, values = self._prompt(batch, layer, row, k[here].swapaxes(0, 1), v[here].swapaxes(0, 1))
-                attended[here] = self._kernels.causal(q[here], keys, values)
+                attended[here] = self.kernels.causal(q[here], keys, values)
             elif row.push_tag < 0 and not row.onward:
                 continue
             elif row.position == 0:
                 keys, values = k[here].swapaxes(0, 1), v[here].swapaxes(0, 1)
             else:
-                keys, values = self.cache.pool.read(row.request_id, self._place.stage, self._shard.groups,
+                keys, values = self.cache.pool.read(row.request_id, self.place.stage, self.shard.groups,
                                                     layer, 0, row.position + row.new_tokens)
             if row.push_tag >= 0:
                 self._push(batch.seq, layer, row, keys, values)
@@ -379,7 +393,7 @@ class PrimaryWorker(Worker):
         Raises:
             CacheError: the prompt came in pieces, and no room was booked for those before.
         """
-        stage, own, pool = self._place.stage, self._shard.groups, self.cache.pool
+        stage, own, pool = self.place.stage, self.shard.groups, self.cache.pool
         missing = [g for g in own if TableKey(row.request_id, stage, g) not in pool.tables]
         here = [n for n, g in enumerate(own) if g not in missing]
         last = row.position + row.new_tokens
@@ -403,7 +417,7 @@ class PrimaryWorker(Worker):
         if found is None:
             pool, first = self.cache.pool, row.position
             tokens = pool.tokens_here(keys[0], first, first + row.new_tokens)
-            at = self._kernels.index((tokens - first).tolist()) if len(tokens) < row.new_tokens else ()
+            at = self.kernels.index((tokens - first).tolist()) if len(tokens) < row.new_tokens else ()
             found = batch.stored[row.request_id] = Stored(tokens, at, pool.spots_of(keys, tokens))
         return found
 
@@ -411,11 +425,11 @@ class PrimaryWorker(Worker):
         """Send what of a complete prompt will live elsewhere, as soon as a layer has it."""
         first = 0
         for last, holders in (*row.older, Span(row.position + row.new_tokens, row.holders)):
-            for device, columns in columns_of(holders, self._shard.groups) if last > first else ():
+            for device, columns in columns_of(holders, self.shard.groups) if last > first else ():
                 if device != self.device:
-                    groups = tuple(self._shard.groups[n] for n in columns)
-                    k, v = self._kernels.pack([x[columns][None, :, first:last] for x in (keys, values)])
-                    self.send(device, CacheData(seq, row.push_tag, row.request_id, self._place.stage,
+                    groups = tuple(self.shard.groups[n] for n in columns)
+                    k, v = self.kernels.pack([x[columns][None, :, first:last] for x in (keys, values)])
+                    self.send(device, CacheData(seq, row.push_tag, row.request_id, self.place.stage,
                                                 (layer,), groups, first, k, v, False))
             first = last
 
@@ -425,7 +439,7 @@ class PrimaryWorker(Worker):
         at = layer - abroad.first
         if onward.source != self.device or not 0 <= at < abroad.layers:
             return
-        columns = [self._shard.groups.index(g) for g in onward.groups]
-        k, v = self._kernels.pack([x[columns][None] for x in (keys, values)])
+        columns = [self.shard.groups.index(g) for g in onward.groups]
+        k, v = self.kernels.pack([x[columns][None] for x in (keys, values)])
         self.send(onward.target, CacheData(abroad.after, onward.tag, request_id, abroad.stage,
                                            (abroad.at + at,), onward.groups, 0, k, v, False))

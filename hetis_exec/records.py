@@ -11,9 +11,11 @@ from typing import Any
 
 from hetis_exec.holdings import Shipment
 from hetis_exec.messages import StageDone
+from hetis_exec.places import AnyEngine, units_of
 from hetis_sim.control.engine import Engine
+from hetis_sim.control.mesh.walk import NodeStep
 from hetis_sim.control.state import Ending, RequestState, Status
-from hetis_sim.control.step import Outcome, Step
+from hetis_sim.control.step import Outcome, Step, StepKind
 from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.spec.request import Request
 
@@ -95,15 +97,16 @@ def no_record() -> RunRecord:
 class Measurements:
     """Fills a :class:`Recorder` with what was measured."""
 
-    def __init__(self, labels: Sequence[str], engines: Sequence[Engine], unit_bytes: int) -> None:
+    def __init__(self, labels: Sequence[str], engines: Sequence[AnyEngine], unit_bytes: int) -> None:
         self._engines = engines
         self._unit_bytes = unit_bytes
         capacity = dict.fromkeys(range(len(labels)), 0)
         for engine in engines:
-            capacity.update(engine.capacity_units)
+            capacity.update(units_of(engine))
         self.recorder = Recorder(devices=labels,
                                  capacity_bytes=[float(units * unit_bytes) for units in capacity.values()])
-        self._last_token_s = {(e.index, lane.index): 0.0 for e in engines for lane in e.lanes}
+        self._last_token_s = {(e.index, lane.index): 0.0 for e in engines if isinstance(e, Engine)
+                              for lane in e.lanes}
 
     def tokens(self, instance: int, lane: int, fresh: Sequence[RequestState], decoding: int,
                now_s: float) -> None:
@@ -133,6 +136,16 @@ class Measurements:
         self.recorder.step(step.instance, step.lane, int(step.kind), begun_s, ended_s, 1, step.decoding,
                            step.prefill_tokens, step.decoding, total - parts, dense, collective, attention,
                            heads, hop, waiting)
+
+    def node_step(self, step: NodeStep, track: int, made: int, record: StepRecord, now_s: float,
+                  done: StageDone) -> None:
+        """Keep a step of a mesh's node, whose last message has arrived; it has made so many tokens."""
+        times, prefill = done.times, step.kind == StepKind.PREFILL
+        parts = (times.dense_s, times.collective_s, times.attention_s)
+        self.recorder.step(step.node, track, int(step.kind), record.begun_s, now_s, 1,
+                           0 if prefill else len(step.walks), made if prefill else 0, 0 if prefill else made,
+                           record.ended_s - record.begun_s - sum(parts), *parts, 0.0, now_s - record.ended_s,
+                           0.0)
 
     def busy(self, done: StageDone) -> None:
         """Keep the time that devices computed for one stage of a step."""

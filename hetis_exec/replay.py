@@ -14,14 +14,19 @@ from dataclasses import asdict
 
 from hetis_exec.driver import ExecutorInput
 from hetis_exec.errors import ReplayError
+from hetis_exec.mesh.fleet import node_record
 from hetis_exec.records import RunRecord, StepRecord
 from hetis_sim.control.engine import Engine
+from hetis_sim.control.mesh.controller import MeshController
+from hetis_sim.control.mesh.timing import NodeParts
+from hetis_sim.control.mesh.walk import Message, NodeStep
 from hetis_sim.control.state import Ending
 from hetis_sim.control.step import Transfer
 from hetis_sim.control.timing import InstanceTimer
 from hetis_sim.metrics.recorder import Recorder
 from hetis_sim.sim.arrivals import OpenArrivals
 from hetis_sim.sim.instance import Instance
+from hetis_sim.sim.mesh import Mesh, NodeRun
 from hetis_sim.sim.network import Network
 from hetis_sim.sim.pipeline import LaneRun, Pipeline
 from hetis_sim.sim.simulation import Simulation, SimulationInput
@@ -80,6 +85,11 @@ class Replay(Simulation):
                                              self.recorder)
         return instance
 
+    def make_mesh(self, controller: MeshController) -> Mesh:
+        given = self.given
+        return RecordedMesh(self._record, self.clock, controller, controller.timer, self.recorder, self._news,
+                            given.cluster, given.cost, self.network)
+
     def make_arrivals(self) -> OpenArrivals:
         arrivals = OpenArrivals(self.clock, (), self._submit)
         arrivals.next_s = math.inf
@@ -94,7 +104,13 @@ class Replay(Simulation):
 
     def _plan_end(self, request_id: int, reason: Ending, told_s: float) -> None:
         def end() -> None:
-            self._news(self.controller.finish(request_id, reason, self.clock.now))
+            outcome = self.controller.finish(request_id, reason, self.clock.now)
+            mesh = self.instances[0]
+            if isinstance(mesh, Mesh):
+                mesh.carry_out(outcome)
+                mesh.ring()
+            else:
+                self._news(outcome)
 
         self.clock.call(told_s, end, priority=1)
 
@@ -116,14 +132,58 @@ class RecordedPipeline(Pipeline):
         if not self._steps:
             raise ReplayError(f"the replay goes on where the recorded run had ended, with {asdict(made)}")
         recorded = self._steps.popleft()
-        if not made.holds_the_same(recorded) or made.begun_s != recorded.begun_s:
-            raise ReplayError("the replay makes another step:\n"
-                              f"recorded {asdict(recorded)}\nmade     {asdict(made)}")
+        check_same(recorded, made)
         run.begun_s = now_s
         run.ready_s = _or_never(recorded.ended_s)
         self.free_s[0] = _or_never(recorded.free_s)
         if run.step.decoding:
             self._gap(run)
+
+
+class RecordedMesh(Mesh):
+    """Steps take as long as they took, and messages are there when they were."""
+
+    def __init__(self, record: RunRecord, *parts: object) -> None:
+        super().__init__(*parts)  # type: ignore[arg-type]
+        self._message_s = self._poll_s = 0.0
+        self._steps: dict[int, deque[StepRecord]] = {}
+        for step in record.steps:
+            self._steps.setdefault(step.instance, deque()).append(step)
+        self._times: dict[int, deque[float]] = {}
+        for request_id, _, ended_s in record.arrivals:
+            self._times.setdefault(request_id, deque()).append(ended_s)
+
+    def ends_s(self, step: NodeStep, parts: NodeParts, now_s: float) -> float:
+        """Look up when a step ended.
+
+        Raises:
+            ReplayError: the recorded run did something else at this point.
+        """
+        made, steps = node_record(step, now_s), self._steps.get(step.node)
+        if not steps:
+            raise ReplayError(f"the replay goes on where the recorded run had ended, with {asdict(made)}")
+        recorded = steps.popleft()
+        check_same(recorded, made)
+        return _or_never(recorded.ended_s)
+
+    def send(self, message: Message, run: NodeRun | None) -> None:
+        """Look up when a message arrived; one that had not when the run was over never does."""
+        times = self._times.get(message.walks[0].state.request_id)
+        if times:
+            arrived_s = times.popleft()
+            hop_s = 0.0 if run is None else arrived_s - run.ended_s
+            self._clock.call(arrived_s, lambda: self._arrived(message, run, hop_s), priority=1)
+
+
+def check_same(recorded: StepRecord, made: StepRecord) -> None:
+    """Compare a step with what was recorded.
+
+    Raises:
+        ReplayError: it is another one, or begins at another time.
+    """
+    if not made.holds_the_same(recorded) or made.begun_s != recorded.begun_s:
+        raise ReplayError("the replay makes another step:\n"
+                          f"recorded {asdict(recorded)}\nmade     {asdict(made)}")
 
 
 class RecordedNetwork(Network):

@@ -15,6 +15,7 @@ from hetis_exec.errors import ExecutorError, ReplayError
 from hetis_exec.language.workload import Texts, TextSettings, texts_of
 from hetis_exec.launch import Launch, check_place
 from hetis_exec.models.architecture import ELEMENT_TYPES, Architecture, made_up, read_architecture
+from hetis_exec.places import devices_of
 from hetis_exec.replay import replay
 from hetis_exec.throttle import by_device, cores, described, read_throttles
 from hetis_sim.metrics import Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
@@ -95,7 +96,7 @@ def prepare_execution(config: ExecutionConfig, launch: Launch | None = None) -> 
     wishes = TextSettings(settings.max_tokens, settings.ignore_eos, settings.chat)
     requests, prompts, texts = texts_of(prepared.workload, folder, wishes, prepared.model.vocab)
     throttles = read_throttles(settings.throttle, prepared.cluster)
-    devices = [device for instance in prepared.plan.instances for device in instance.devices]
+    devices = devices_of(prepared.plan)
     given = ExecutorInput(prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan,
                           requests, prepared.settings, settings.seed, settings.timeout_s,
                           log_decisions=settings.check or settings.record or config.sim.log_decisions,
@@ -153,10 +154,11 @@ def write_measured(measured: Measured, path: Path) -> Path:
     """Write the run folder, with the files of a simulated run."""
     execution, config = measured.execution, measured.execution.config
     prepared, about = execution.prepared, execution.prepared.workload.describe()
+    plan = prepared.plan.to_dict()
     manifest = build_manifest(
         label="measured", seeds={"workload": config.workload.seed, "executor": config.executor.seed},
         hashes={"workload": about["sha256"], "config": value_sha256(asdict(config)),
-                "plan": value_sha256(prepared.plan.to_dict()["instances"])},
+                "plan": value_sha256(plan.get("mesh") or plan["instances"])},
         extra={"workload": dict(about), "executor": {
             "torch": metadata.version("torch"), "cores": os.cpu_count(),
             "throttle": described(read_throttles(config.executor.throttle, prepared.cluster)),
@@ -164,7 +166,7 @@ def write_measured(measured: Measured, path: Path) -> Path:
             "checked_decisions": measured.checked,
             "error": None if measured.error is None else str(measured.error)}})
     folder = write_run(path, recorder=measured.result.recorder, summary=measured.summary, manifest=manifest,
-                       plan=prepared.plan.to_dict(), config=asdict(config),
+                       plan=plan, config=asdict(config),
                        decisions=measured.result.record.decisions if config.sim.log_decisions else None)
     if execution.texts is not None:
         execution.texts.write(folder)

@@ -20,9 +20,17 @@ from hetis_exec.models.names import model_names, tensor_shapes
 from hetis_exec.models.operations import FusedOperations, Operations, TorchOperations
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import FolderWeights, RandomWeights, Weights
+from hetis_exec.places import (
+    AnyEngine,
+    TeamPlan,
+    is_last,
+    layers_of,
+    owned_groups,
+    stages_of,
+    units_of,
+)
 from hetis_exec.warm_up import WarmUp, warm_up_for
 from hetis_exec.whole_steps import WholeSteps
-from hetis_sim.control.engine import Engine
 from hetis_sim.policies.memory import stage_weight_bytes
 from hetis_sim.policies.plan import InstancePlan
 from hetis_sim.spec.errors import InfeasibleError
@@ -81,7 +89,7 @@ class TorchBackend:
         head = f"{model_names(self.architecture).head}.weight"
         return FolderWeights(self.folder, shapes, (head,), dtype, device)
 
-    def check(self, engines: Sequence[Engine], here: Container[int] | None = None) -> None:
+    def check(self, engines: Sequence[AnyEngine], here: Container[int] | None = None) -> None:
         """Look whether weights can be had, and whether weights and caches fit where they are to be.
 
         Raises:
@@ -96,7 +104,7 @@ class TorchBackend:
                                       f"{where} has {free / GIB:.1f} GiB free; use a smaller model, or a "
                                       "cluster with less memory")
 
-    def need_bytes(self, engines: Sequence[Engine], here: Container[int] | None = None) -> dict[str, int]:
+    def need_bytes(self, engines: Sequence[AnyEngine], here: Container[int] | None = None) -> dict[str, int]:
         """Weights and caches of all workers, or of those here, on each torch device.
 
         On cards room for activations as well: what does not fit there ends a run in the middle of it.
@@ -104,10 +112,12 @@ class TorchBackend:
         spec = self.architecture.spec
         need: dict[str, int] = {}
         for engine in engines:
-            stages = engine.plan.stages
+            plan = engine.plan
+            stages = stages_of(plan)
             unit_bytes = (2 * ELEMENT_TYPES[self.dtype] * engine.settings.limits.block_tokens * spec.head_dim)
-            parts = [(device, unit_bytes * units) for device, units in engine.capacity_units.items()]
-            parts += [(device, stage_weight_bytes(spec, stage, rank, s == 0, s == len(stages) - 1))
+            parts = [(device, unit_bytes * units) for device, units in units_of(engine).items()]
+            parts += [(device, stage_weight_bytes(spec, stage, rank, layers_of(plan, s).start == 0,
+                                           is_last(plan, s)))
                       for s, stage in enumerate(stages) for rank, device in enumerate(stage.devices)]
             limits = engine.settings.limits
             parts += [(device, activation_bytes(spec, limits.max_batch_tokens, limits.max_batch_requests,
@@ -131,7 +141,7 @@ class TorchBackend:
         return CpuKernels(capacity_units, block_tokens, self.architecture.spec.head_dim, self.poison,
                           dtype=torch_type(self.dtype))
 
-    def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> DecoderShard:
+    def shard(self, device: int, plan: TeamPlan, stage: int, rank: int) -> DecoderShard:
         """The weights of one rank."""
         place, architecture = self.place(device), self.architecture
         shard = DecoderShard(architecture, self.weights(place),
@@ -142,9 +152,9 @@ class TorchBackend:
             torch.cuda.empty_cache()
         return shard
 
-    def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: KvPool) -> WholeSteps | None:
+    def whole_steps(self, device: int, plan: TeamPlan, shard: Shard, pool: KvPool) -> WholeSteps | None:
         """Decode steps in one piece, for a worker with a whole model on a CUDA device."""
-        alone = len(plan.stages) == 1 and plan.stages[0].tp == 1
+        alone = isinstance(plan, InstancePlan) and len(plan.stages) == 1 and plan.stages[0].tp == 1
         if not (alone and self.cuda_graphs and isinstance(pool.kernels, CudaKernels) and pool.kernels.paged):
             return None
         assert isinstance(shard, DecoderShard)
@@ -176,15 +186,12 @@ def activation_bytes(spec: ModelSpec, tokens: int, rows: int, tp: int, element_b
     return tokens * of_token * element_bytes + rows * spec.vocab * (element_bytes + 4)
 
 
-def part_of(plan: InstancePlan, stage: int, rank: int, ffn_hidden: int) -> Part:
+def part_of(plan: TeamPlan, stage: int, rank: int, ffn_hidden: int) -> Part:
     """What a rank holds: the KV groups that the plan gives it, and an even share of the MLP."""
-    here = plan.stages[stage]
-    layer = sum(before.layers for before in plan.stages[:stage])
-    group = sum(here.owned_groups[:rank])
+    here, layers = stages_of(plan)[stage], layers_of(plan, stage)
     a, b = (ffn_hidden * n // here.tp for n in (rank, rank + 1))
-    return Part(layers=range(layer, layer + here.layers),
-                groups=tuple(range(group, group + here.owned_groups[rank])), columns=slice(a, b),
-                lead=rank == 0, first=stage == 0, last=stage == len(plan.stages) - 1 and rank == 0)
+    return Part(layers=layers, groups=tuple(owned_groups(here, rank)), columns=slice(a, b), lead=rank == 0,
+                first=layers.start == 0, last=is_last(plan, stage) and rank == 0)
 
 
 def free_memory_bytes() -> int | None:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from hetis_exec.holdings import Shipment
 from hetis_exec.messages import StageDone
-from hetis_exec.records import Measurements
-from hetis_sim.control.engine import Engine
+from hetis_exec.places import AnyEngine
+from hetis_exec.records import Measurements, StepRecord
+from hetis_sim.control.mesh.walk import NodeStep
 from hetis_sim.control.state import RequestState, Status
 from hetis_sim.control.step import Outcome, Step
 
@@ -48,7 +49,7 @@ class Totals(Measurements):
         device_busy_s: seconds of work of every device.
     """
 
-    def __init__(self, labels: Sequence[str], engines: Sequence[Engine], unit_bytes: int) -> None:
+    def __init__(self, labels: Sequence[str], engines: Sequence[AnyEngine], unit_bytes: int) -> None:
         super().__init__(labels, engines, unit_bytes)
         self.requests: Counter[str] = Counter()
         self.steps: Counter[str] = Counter()
@@ -66,6 +67,10 @@ class Totals(Measurements):
         self._last_token_s[instance, lane] = now_s
 
     def step(self, step: Step, begun_s: float, ended_s: float, stages: Sequence[StageDone]) -> None:
+        self.steps[step.kind.name.lower()] += 1
+
+    def node_step(self, step: NodeStep, track: int, made: int, record: StepRecord, now_s: float,
+                  done: StageDone) -> None:
         self.steps[step.kind.name.lower()] += 1
 
     def busy(self, done: StageDone) -> None:

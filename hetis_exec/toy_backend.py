@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 
 from hetis_exec.backend import Arrived, CacheTable, Kernels, Shard, WholeSteps
 from hetis_exec.messages import Array
+from hetis_exec.places import AnyEngine, TeamPlan, units_of
 from hetis_exec.stopwatch import HostStopwatch
 from hetis_exec.toy_model import ToyModel, ToyShard, softmax
-from hetis_sim.control.engine import Engine
-from hetis_sim.policies.plan import InstancePlan
 from hetis_sim.spec.errors import InfeasibleError
 from hetis_sim.spec.model import ModelSpec
 
@@ -43,7 +42,7 @@ class ToyBackend:
     def __post_init__(self) -> None:
         ToyModel(self.model, self.seed)
 
-    def check(self, engines: Sequence[Engine], here: Container[int] | None = None) -> None:
+    def check(self, engines: Sequence[AnyEngine], here: Container[int] | None = None) -> None:
         """Look whether the pools fit in the memory that a worker may take.
 
         Raises:
@@ -51,7 +50,7 @@ class ToyBackend:
         """
         for engine in engines:
             unit_bytes = 2 * 8 * engine.settings.limits.block_tokens * self.model.head_dim
-            size_bytes = unit_bytes * max(engine.capacity_units.values())
+            size_bytes = unit_bytes * max(units_of(engine).values())
             if size_bytes > POOL_BYTES_MAX:
                 raise InfeasibleError(f"a worker would take {size_bytes} bytes of this host for its cache, "
                                       f"at most {POOL_BYTES_MAX} are allowed; use devices with less memory")
@@ -60,11 +59,11 @@ class ToyBackend:
         """Memory and kernels of one worker; all devices are this host's cores."""
         return ToyKernels(capacity_units, block_tokens, self.model.head_dim)
 
-    def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> ToyShard:
+    def shard(self, device: int, plan: TeamPlan, stage: int, rank: int) -> ToyShard:
         """The weights of one rank."""
         return ToyShard(ToyModel(self.model, self.seed), plan, stage, rank)
 
-    def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: Any) -> None:
+    def whole_steps(self, device: int, plan: TeamPlan, shard: Shard, pool: Any) -> None:
         """The toy computes all steps layer by layer."""
 
     def warm_up(self, kernels: Kernels, shard: Shard | None, steps: WholeSteps | None, rows_max: int,

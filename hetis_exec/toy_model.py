@@ -16,7 +16,7 @@ import numpy as np
 
 from hetis_exec.backend import Asked
 from hetis_exec.messages import Array, Tokens
-from hetis_sim.policies.plan import InstancePlan
+from hetis_exec.places import TeamPlan, layers_of, owned_groups, stages_of
 from hetis_sim.spec.errors import require
 from hetis_sim.spec.model import ModelSpec
 
@@ -131,11 +131,10 @@ class ToyModel:
 class ToyShard:
     """Some layers, some KV groups, some columns of the MLP; see :class:`hetis_exec.backend.Shard`."""
 
-    def __init__(self, model: ToyModel, plan: InstancePlan, stage: int, rank: int) -> None:
-        part = plan.stages[stage]
-        first_layer = sum(before.layers for before in plan.stages[:stage])
-        first_group = sum(part.owned_groups[:rank])
-        self.groups = tuple(range(first_group, first_group + part.owned_groups[rank]))
+    def __init__(self, model: ToyModel, plan: TeamPlan, stage: int, rank: int) -> None:
+        part = stages_of(plan)[stage]
+        first_layer = layers_of(plan, stage).start
+        self.groups = tuple(owned_groups(part, rank))
         self.layers = part.layers
         self.heads_per_group = model.spec.heads_per_group
         bounds = [model.spec.ffn_hidden * n // part.tp for n in (rank, rank + 1)]

@@ -14,9 +14,10 @@ from hetis_exec.kvcache import KvPool
 from hetis_exec.models.architecture import read_architecture
 from hetis_exec.models.decoder import DecoderShard
 from hetis_exec.models.operations import FusedOperations
+from hetis_exec.places import TeamPlan
 from hetis_exec.torch_backend import TorchBackend, part_of
 from hetis_exec.whole_steps import WholeSteps
-from hetis_sim.policies.plan import InstancePlan
+from hetis_sim.policies.plan import MeshPlan
 
 CPU = torch.device("cpu")
 
@@ -36,15 +37,16 @@ class LikeCuda(TorchBackend):
             made.prompt_launch = lambda heads: prompts.PromptLaunch(64 // heads, 64, 64, 4, 2)
         return made
 
-    def shard(self, device: int, plan: InstancePlan, stage: int, rank: int) -> DecoderShard:
+    def shard(self, device: int, plan: TeamPlan, stage: int, rank: int) -> DecoderShard:
         part = part_of(plan, stage, rank, self.architecture.spec.ffn_hidden)
         fused = FusedOperations(self.architecture, triton_kernels("fused")) if self.triton else None
         return DecoderShard(self.architecture, self.weights(), part, self.sampling, operations=fused)
 
-    def whole_steps(self, device: int, plan: InstancePlan, shard: Shard, pool: KvPool) -> WholeSteps | None:
+    def whole_steps(self, device: int, plan: TeamPlan, shard: Shard, pool: KvPool) -> WholeSteps | None:
         assert isinstance(shard, DecoderShard)
-        alone = self.whole and len(plan.stages) == 1 and plan.stages[0].tp == 1
-        return WholeSteps(shard, pool, graphs=False) if alone else None
+        if not self.whole or isinstance(plan, MeshPlan) or len(plan.stages) > 1 or plan.stages[0].tp > 1:
+            return None
+        return WholeSteps(shard, pool, graphs=False)
 
 
 def like_cuda(name: str, **settings: Any) -> dict[str, Any]:

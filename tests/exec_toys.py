@@ -12,12 +12,13 @@ import numpy as np
 from hetis_exec.crew import ThreadCrew, WorkerSpec
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
 from hetis_exec.messages import CacheData
+from hetis_exec.places import devices_of
 from hetis_exec.toy_model import ToyModel
 from hetis_exec.transport import Delay, InProcessTransport
 from hetis_sim.control.settings import SchedulerSettings
 from hetis_sim.cost.roofline import RooflineCost
 from hetis_sim.policies.base import EngineLimits, PlanningProblem, Policy
-from hetis_sim.policies.memory import cache_bytes, unit_bytes
+from hetis_sim.policies.memory import cache_bytes, mesh_cache_bytes, unit_bytes
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
 from hetis_sim.policies.ranges import AnyPlacement, token_split
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
@@ -40,13 +41,16 @@ def cluster_for(plan: Plan, units: int | Mapping[int, int], hosts: Sequence[int]
 
     ``hosts`` gives the number of devices of each host; by default there is one host.
     """
-    number = 1 + max(device for instance in plan.instances for device in instance.devices)
+    number = 1 + max(devices_of(plan))
     wanted = units if isinstance(units, Mapping) else dict.fromkeys(range(number), units)
     large = 1 << 34
     roomy = ClusterSpec("roomy", (HostSpec((_gpu("roomy", large),) * number, LINK),), LINK)
     memory = [large] * number
-    for instance in plan.instances:
-        for device, left in cache_bytes(roomy, model, LIMITS, instance).items():
+    teams = [cache_bytes(roomy, model, LIMITS, instance) for instance in plan.instances]
+    if plan.mesh is not None:
+        teams.append(mesh_cache_bytes(roomy, model, LIMITS, plan.mesh))
+    for team in teams:
+        for device, left in team.items():
             memory[device] = large - left + wanted[device] * unit_bytes(model, LIMITS)
     gpus = [_gpu(f"toy{device}", memory[device]) for device in range(number)]
     ends = np.cumsum(list(hosts) or [number]).tolist()

@@ -10,7 +10,6 @@ import pytest
 
 from analysis.report import build_report
 from analysis.report.build import ReportOptions
-from hetis_exec.driver import ExecutorInput
 from hetis_sim import load_run, simulate
 from hetis_sim.config import compose
 from hetis_sim.control.mesh.controller import MeshController
@@ -23,7 +22,6 @@ from hetis_sim.cost.floor import (
     head_floor_s,
     prefill_attention_floor_s,
 )
-from hetis_sim.cost.roofline import RooflineCost
 from hetis_sim.metrics.checks import record_violations
 from hetis_sim.policies.plan import SINK
 from hetis_sim.report import print_plan
@@ -148,15 +146,6 @@ def test_a_high_mark_lets_more_in_than_a_low_one() -> None:
         assert (result.requests["status"] == "finished").all()
         peaks.append(result.summary.kv_used_max)
     assert peaks[0] < 0.5 * peaks[1]
-
-
-def test_the_executor_refuses_a_mesh() -> None:
-    """Its workers form pipelines."""
-    prepared = prepare(compose(*WORDS))
-    assert isinstance(prepared.controller(), MeshController)
-    with pytest.raises(SpecError, match=r"plan\.mesh"):
-        ExecutorInput(prepared.cluster, prepared.model, RooflineCost(), prepared.policy, prepared.plan, (),
-                      prepared.settings)
 
 
 def test_edges_carry_tokens_by_their_weight() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.language.params import GenerationParams
+from hetis_exec.places import devices_of
 from hetis_exec.run import Execution
 from hetis_exec.serving.start import serving_engine
 from hetis_sim.spec.errors import HetisError
@@ -36,7 +37,7 @@ def serve(config: ExecutionConfig, execution: Execution) -> bool:
         shown = f"[{host}]" if ":" in host else host
 
         def ready() -> None:
-            workers = sum(len(instance.devices) for instance in execution.given.plan.instances)
+            workers = len(devices_of(execution.given.plan))
             print(f"{name} on http://{shown}:{port}/v1: policy {execution.given.policy.name}, "
                   f"{workers} workers, contexts of up to {engine.longest_context} tokens", flush=True)
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from hetis_exec.config import ExecutionConfig
+from hetis_exec.places import devices_of
 from hetis_exec.validate.keep import Kept, Shelf
 from hetis_exec.validate.pace import PaceKeeper, Seconds, slowdown_of
 from hetis_exec.validate.runs import Outcome, Subject, capacity_rps, measure, simulate
@@ -111,7 +112,7 @@ class Worker:
         return Kept(run.name, load.rate_rps, load.requests or 0, took_s, pace, outcome=outcome)
 
     def _pace(self, subject: Subject) -> Seconds:
-        devices = [device for instance in subject.prepared.plan.instances for device in instance.devices]
+        devices = devices_of(subject.prepared.plan)
         return self._keeper.seconds(subject.execution, devices)
 
     # -- in the simulator ------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from hetis_sim.spec.model import ModelSpec
 
 
 @dataclass(slots=True, eq=False)
-class _NodeRun:
+class NodeRun:
     """A step from its begin until its last message has arrived.
 
     ``track`` is the place of its row: rows of one track do not overlap, while a node computes the next
@@ -90,12 +90,12 @@ class Mesh:
         now = self._clock.now
         while (step := self._controller.next_step(0, now)) is not None:
             self._begin(step, now)
-        self._carry_out(self._controller.news(0), None)
+        self.carry_out(self._controller.news(0))
 
     def _begin(self, step: NodeStep, now: float) -> None:
         n = step.node
         parts = self._timer.nodes[n].parts(step)
-        end = now + sum(parts)
+        end = self.ends_s(step, parts, now)
         if self._tracks[n]:
             track = heapq.heappop(self._tracks[n])
         else:
@@ -103,14 +103,20 @@ class Mesh:
         self._told_s[n] += end - now
         self._token_layers[n] += self._timer.nodes[n].token_layers(step)
         self._free_s[n] = end
-        run = _NodeRun(step, parts, now, end, track)
-        self._clock.call(end, lambda: self._ended(run), priority=1)
+        run = NodeRun(step, parts, now, end, track)
+        if end < math.inf:
+            self._clock.call(end, lambda: self._ended(run), priority=1)
 
-    def _ended(self, run: _NodeRun) -> None:
-        self._carry_out(self._controller.complete(run.step, self._clock.now), run)
+    def ends_s(self, step: NodeStep, parts: NodeParts, now_s: float) -> float:
+        """When a step that begins now will be over; a replay overrides this, and :meth:`send`."""
+        return now_s + sum(parts)
+
+    def _ended(self, run: NodeRun) -> None:
+        self.carry_out(self._controller.complete(run.step, self._clock.now), run)
         self.ring()
 
-    def _carry_out(self, outcome: Outcome, run: _NodeRun | None) -> None:
+    def carry_out(self, outcome: Outcome, run: NodeRun | None = None) -> None:
+        """Send the messages of an outcome, those of a step where it has one, and pass on the rest."""
         messages = outcome.messages if not self._message_s else _one_by_one(outcome.messages)
         if run is not None:
             run.messages = len(messages)
@@ -118,13 +124,14 @@ class Mesh:
             self._send_after(place * self._message_s, message, run)
         self._news(outcome)
 
-    def _send_after(self, delay_s: float, message: Message, run: _NodeRun | None) -> None:
+    def _send_after(self, delay_s: float, message: Message, run: NodeRun | None) -> None:
         if not delay_s:
-            self._send(message, run)
+            self.send(message, run)
             return
-        self._clock.call(self._clock.now + delay_s, lambda: self._send(message, run), priority=1)
+        self._clock.call(self._clock.now + delay_s, lambda: self.send(message, run), priority=1)
 
-    def _send(self, message: Message, run: _NodeRun | None) -> None:
+    def send(self, message: Message, run: NodeRun | None) -> None:
+        """Carry a message to where it is to go."""
         if message.source == SOURCE or message.target == SINK:
             hop_s = self._coordinator.seconds(message.size_bytes) if self._coordinator is not None else 0.0
             self._clock.call(self._clock.now + hop_s, lambda: self._arrived(message, run, hop_s), priority=1)
@@ -134,7 +141,7 @@ class Mesh:
         self._sent.add("activations", self._network.path(source, target)[0], message.size_bytes)
         self._links.send(source, target, message.size_bytes, lambda hop_s: self._arrived(message, run, hop_s))
 
-    def _arrived(self, message: Message, run: _NodeRun | None, hop_s: float) -> None:
+    def _arrived(self, message: Message, run: NodeRun | None, hop_s: float) -> None:
         if run is not None:
             run.messages -= 1
             run.hop_s = hop_s
@@ -161,10 +168,10 @@ class Mesh:
             self._take_in(message)
 
     def _take_in(self, message: Message) -> None:
-        self._carry_out(self._controller.arrived(message, self._clock.now), None)
+        self.carry_out(self._controller.arrived(message, self._clock.now))
         self.ring()
 
-    def _record(self, run: _NodeRun) -> None:
+    def _record(self, run: NodeRun) -> None:
         """Keep the step; its tokens count where they are made, at the last node of a path."""
         step, parts, now = run.step, run.parts, self._clock.now
         heapq.heappush(self._tracks[step.node], run.track)

@@ -83,10 +83,9 @@ class Simulation:
 
     def _make_instances(self) -> Sequence[Instance | Mesh]:
         """The driver of every replica, or the one of the mesh."""
-        controller, given = self.controller, self.given
+        controller = self.controller
         if isinstance(controller, MeshController):
-            return [Mesh(self.clock, controller, controller.timer, self.recorder, self._news, given.cluster,
-                         given.cost, self.network)]
+            return [self.make_mesh(controller)]
         self._lanes = controller
         return [self.make_instance(engine, engine.timer) for engine in controller.engines]
 
@@ -101,6 +100,12 @@ class Simulation:
         """The driver of one replica."""
         return Instance(self.clock, self._lanes, engine, timer, self.recorder, self._news, self._horizon,
                         self.network, StepWatch(self.watch, self.given.cluster, engine.plan))
+
+    def make_mesh(self, controller: MeshController) -> Mesh:
+        """The driver of a mesh."""
+        given = self.given
+        return Mesh(self.clock, controller, controller.timer, self.recorder, self._news, given.cluster,
+                    given.cost, self.network)
 
     def make_arrivals(self) -> Arrivals:
         """What submits the requests."""

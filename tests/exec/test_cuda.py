@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from exec_meshes import LONG, OVERLAP, meshed
 from exec_models import POISON, TEXT, folder, logits, reference, shards, torch, wrong
 from exec_scenarios import ONE, RANKS, SCENARIOS, SHORT, SPREAD, has_happened
 from exec_toys import Fixed, given, pipeline, run, workload
@@ -65,6 +66,15 @@ def test_tokens_are_those_of_transformers(scenario: str) -> None:
     what = SCENARIOS[scenario]
     executor, result = check(name, what.make(**on(name, CARD)), what.delay)
     assert has_happened(what, executor, result)
+
+
+@pytest.mark.parametrize(("name", "places", "tp"), [("llama3", (CARD,), 1), ("qwen3", (CARD, CPU), 2)])
+def test_nodes_of_a_mesh_compute_on_cards(name: str, places: tuple[str, ...], tp: int) -> None:
+    """Requests that join in the middle of a node, with all nodes on the card or some on cores."""
+    what = meshed(OVERLAP, LONG, tp=tp, blocks=30, **on(name, *places))
+    _, result = run(what)
+    assert wrong(name, what, result.tokens) == []
+    replay(what, result.record)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-biases", "qwen2", "qwen3", "mistral", "smol", "opt"])

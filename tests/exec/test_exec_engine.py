@@ -210,7 +210,7 @@ def test_a_lost_worker_ends_all_texts(monkeypatch: pytest.MonkeyPatch) -> None:
         if len(pieces) == 2:
             def broken(*_: object) -> None:
                 raise RuntimeError("card fell off")
-            monkeypatch.setattr(made._executor.crew.workers[0]._shard, "mlp", broken)
+            monkeypatch.setattr(made._executor.crew.workers[0].shard, "mlp", broken)
     assert pieces[-1].finish_reason == "error"
     assert "card fell off" in pieces[-1].error
     with pytest.raises(ExecutorError, match="the engine has ended"):

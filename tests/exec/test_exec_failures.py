@@ -12,7 +12,6 @@ from threading import Event
 
 import pytest
 from exec_toys import MODEL, Fixed, expected_tokens, given, pipeline, run, workload
-from support_policies import WanderPolicy
 
 from hetis_exec.crew import Crew, WorkerSpec
 from hetis_exec.driver import Executor, ExecutorInput
@@ -206,7 +205,6 @@ def test_what_a_worker_says_after_the_last_request_counts(monkeypatch: pytest.Mo
     ({"requests": [Request(0, 1.0, 3, 3), Request(1, 0.5, 3, 3)]}, "sorted by arrival_s"),
     ({"requests": [Request(0, 0.0, 3, 3), Request(0, 0.5, 3, 3)]}, "each request_id once"),
     ({"timeout_s": 0.0}, "executor.timeout_s=0.0"),
-    ({"policy": WanderPolicy(ranges=0.5)}, "policy='wander'.* one that splits cache by head alone"),
     ({"timeout_s": float("nan")}, "executor.timeout_s=nan"),
 ])
 def test_bad_input_is_refused(changes: dict[str, object], message: str) -> None:

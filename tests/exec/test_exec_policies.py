@@ -47,6 +47,21 @@ def test_policies_run_unchanged(policy: str) -> None:
         assert "handoff" in {kind for _, kind, _ in done.result.record.arrivals}
 
 
+NODES = ("policy=helix", "policy.placement=given", "policy.tp_max=1",
+         "policy.ranges=[[0,2],[1,3],[0,3],[2,2]]")
+"""Layers of four nodes: two paths, on each of which the second node has layers that the first had passed."""
+
+
+@pytest.mark.parametrize("words", [("policy=helix",), NODES])
+def test_requests_take_paths_of_their_own(words: tuple[str, ...]) -> None:
+    """Through nodes with ranks, and through nodes whose layers overlap."""
+    done = measured(llama(), *words)
+    assert done.error is None
+    assert done.checked == 8
+    assert wrong("llama", done.execution.given, done.result.tokens) == []
+    assert {step.instance for step in done.result.record.steps} == set(range(4 if words is NODES else 2))
+
+
 LENDING = ("policy=infinite", "workload.table=fixed", "workload.prompt_scale=1", "workload.output_scale=1",
            "workload.prompt_tokens=60", "workload.output_tokens=24",
            "cluster.gpu_types.cpu-core.memory_gib=0.556",

@@ -7,7 +7,9 @@ import random
 from collections.abc import Sequence
 
 import pytest
+from exec_meshes import CHAIN, DIAMOND, OVERLAP, WHOLE, meshed
 from exec_toys import Fixed, expected_tokens, given, pipeline, pools, threads, workload
+from support_policies import WanderPolicy
 
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.messages import CacheData, Message
@@ -15,6 +17,7 @@ from hetis_exec.replay import replay
 from hetis_exec.sources import Arrival, Ended, Trace
 from hetis_exec.transport import Delay
 from hetis_sim.control.state import RequestState
+from hetis_sim.policies.base import Policy
 from hetis_sim.policies.plan import InstancePlan, Placement, Plan, StagePlan
 from hetis_sim.policies.view import InstanceLoad, InstanceView, Move, RequestView
 
@@ -107,14 +110,21 @@ def random_wires(seed: int, rng: random.Random) -> Delay | None:
     return None if kind == "none" else delay_s
 
 
-def random_input(seed: int, rng: random.Random, pooled: bool) -> ExecutorInput:
+def random_input(seed: int, rng: random.Random, kind: str) -> ExecutorInput:
     """Everything else."""
+    pooled = kind == "pools"
     plan = rng.choice(POOL_PLANS if pooled else PLANS)
     devices = 1 + max(device for instance in plan.instances for device in instance.devices)
     requests = workload(rng.randint(3, 10), (1, rng.choice((8, 30))), (1, rng.choice((6, 24))),
                         rng.choice((0.0, 0.0005, 0.003)), seed)
-    policy = Whims(seed, rng.choice(("swap", "recompute")), rng.random() < 0.8,
-                   pooled and rng.random() < 0.6, pooled and rng.random() < 0.4)
+    if kind == "mesh":
+        return meshed(rng.choice((WHOLE, CHAIN, DIAMOND, OVERLAP)), requests, tp=rng.choice((1, 1, 2)),
+                      blocks=rng.choice((16, 20, 30, 100)), seed=seed)
+    policy: Policy = Whims(seed, rng.choice(("swap", "recompute")), rng.random() < 0.8,
+                           pooled and rng.random() < 0.6, pooled and rng.random() < 0.4)
+    if kind == "parts":
+        policy = WanderPolicy(seed, rng.choice((0.0, 0.5, 0.9)), rng.choice(("swap", "recompute")),
+                              ranges=0.7)
     return given(plan, policy, requests,
                  units=rng.choice((150, 200, 260, 400, 1000)),
                  hosts=rng.choice(((devices,), (1,) * devices, (devices - 1, 1))),
@@ -168,10 +178,10 @@ class Capricious:
         return self._trace.over
 
 
-def check(seed: int, pooled: bool = False, early: bool = False) -> None:
+def check(seed: int, kind: str = "pipelines", early: bool = False) -> None:
     """Tokens are right, cache is free at the end, and the simulator decides the same."""
     rng = random.Random(seed)
-    what = random_input(seed, rng, pooled)
+    what = random_input(seed, rng, kind)
     whims = Capricious(seed, what) if early else None
     executor = Executor(what, threads(random_wires(seed, rng)), listener=whims, source=whims)
     result = executor.run()
@@ -189,23 +199,22 @@ def check(seed: int, pooled: bool = False, early: bool = False) -> None:
     assert simulation.recorder.requests().equals(result.recorder.requests())
 
 
+KINDS = ("pipelines", "pools", "parts", "mesh")
+"""Whole contexts; prompts and decoding apart; contexts that are divided by tokens; nodes and paths."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(8))
-def test_any_run_holds(seed: int) -> None:
+def test_any_run_holds(seed: int, kind: str) -> None:
     """A few random runs."""
-    check(seed)
+    check(seed, kind)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(8))
-def test_any_run_of_pools_holds(seed: int) -> None:
-    """A few random runs with prompts and decoding apart."""
-    check(seed, pooled=True)
-
-
-@pytest.mark.parametrize("pooled", [False, True])
-@pytest.mark.parametrize("seed", range(8))
-def test_any_run_with_early_ends_holds(seed: int, pooled: bool) -> None:
+def test_any_run_with_early_ends_holds(seed: int, kind: str) -> None:
     """A few random runs in which texts are complete early, or given up."""
-    check(seed, pooled, early=True)
+    check(seed, kind, early=True)
 
 
 @pytest.mark.slow
@@ -213,4 +222,4 @@ def test_any_run_with_early_ends_holds(seed: int, pooled: bool) -> None:
 def test_many_runs_hold(first: int) -> None:
     """Many random runs."""
     for seed in range(first, first + 10):
-        check(seed, pooled=seed % 2 == 1, early=seed % 3 == 0)
+        check(seed, KINDS[seed % 4], early=seed % 3 == 0)

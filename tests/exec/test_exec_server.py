@@ -298,7 +298,7 @@ def test_a_lost_worker_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("card fell off")
 
-    monkeypatch.setattr(broken.engine._executor.crew.workers[0]._shard, "mlp", fail)
+    monkeypatch.setattr(broken.engine._executor.crew.workers[0].shard, "mlp", fail)
     status, body = broken.ask("/v1/completions", ASK)
     assert status == 500
     assert "card fell off" in body["error"]["message"]

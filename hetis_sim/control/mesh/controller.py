@@ -59,6 +59,16 @@ class MeshController:
         self.engine.submit(state, now_s)
         return state
 
+    def forget(self, request_id: int) -> None:
+        """Drop the state of a request that has ended, as in :class:`Controller`."""
+        if self.states[request_id].status >= Status.FINISHED:
+            del self.states[request_id]
+
+    @property
+    def longest_context(self) -> int:
+        """Tokens that prompt and output of a request may have together, for it to be taken in."""
+        return self.engine.longest_context
+
     def next_step(self, instance: int, now_s: float) -> NodeStep | None:
         """A step for some idle node; ``instance`` is 0."""
         return self.engine.next_step(now_s)
