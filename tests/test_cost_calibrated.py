@@ -295,3 +295,37 @@ def test_a_request_alone_is_attended_to_as_was_measured_of_one(tmp_path: Path) -
     bad = written(tmp_path / "bad", signed({key: value for key, value in raw.items() if key != "sha256"}))
     with pytest.raises(SpecError, match=r"lone\.c_s"):
         load_cost_model(profiles=[bad])
+
+
+def test_an_attention_worker_may_hold_heads_of_one_request_among_several(tmp_path: Path) -> None:
+    """What counts is how many requests have heads at a position, whatever the rest of the batch does."""
+    raw = device_profile("weak-core", MODEL, 4e-3)
+    remote = json.loads(json.dumps(raw["modules"]["decode_attention"]))
+    remote["coefficients"]["classes"][0] |= {
+        "c_s": 7e-3, "lone": {"a_s_per_head": 0.0, "b_s_per_byte": 1e-18, "c_s": 1e-3}}
+    raw["modules"]["remote_attention"] = remote
+    path = folder(tmp_path)
+    del raw["sha256"]
+    written(path, signed(raw))
+    prepared = prepare(compose(*SERVED, f"profile={path}"))
+    plan = InstancePlan((StagePlan((0,), MODEL.layers, (3,)),), (2,))
+    controller = replace(prepared, plan=Plan((plan,))).controller()
+    assert isinstance(controller, Controller)
+    engine = controller.engines[0]
+    lane, loads = engine.lanes[0], engine.loads
+
+    def remote_s(*placements: tuple[int, int]) -> float:
+        lane.members.clear()
+        for n, placement in enumerate(placements):
+            state = lane.members[n] = RequestState(Request(n, 0.0, 4, 2))
+            state.shape = engine.books.shapes.shape(placement)
+        lane.groups[:] = [sum(column) for column in zip(*placements, strict=True)]
+        lane.base[:] = 10 * lane.groups
+        lane.version += 1
+        ((start, _),) = engine.timer.lines(lane, loads).stages[0].remote
+        return start / MODEL.layers
+
+    wire_s = remote_s((3, 0), (1, 2)) - 1e-3
+    assert 0 < wire_s < 1e-3
+    assert remote_s((0, 3)) == pytest.approx(1e-3 + wire_s, rel=0.1)
+    assert remote_s((2, 1), (2, 1)) > 7e-3

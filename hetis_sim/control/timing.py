@@ -309,9 +309,7 @@ class InstanceTimer:
         remote = any(map(groups.__getitem__, self._remote_positions))
         waits = self._waits(loads) if remote and len(self.plan.stages) > 1 else self._no_waits
         stages: list[StageLines] = []
-        if positions is None and len(lane.members) == 1:
-            positions = self._lone_positions
-        for stage in positions or self._stage_positions:
+        for stage in positions or self._positions(lane, groups):
             lines: tuple[dict[Line, None], dict[Line, None]] = ({}, {})
             # What leaves through the stage's network interface, for whichever worker.
             sent = sum([groups[p] for p, _, _, _, _, _, _, _, shared in stage if shared]) if remote else 0
@@ -331,6 +329,19 @@ class InstanceTimer:
         work = [_work(worker, groups, base) for worker in self._worker_facts] if remote else []
         held = tuple([(p, g, base[p]) for p, g in enumerate(groups) if g])
         return DecodeLines(tuple(stages), tuple(work), held)
+
+    def _positions(self, lane: Lane, groups: Sequence[int]) -> Sequence[Sequence[_LineFacts]]:
+        """What each stage's lines depend on; positions with heads of one request have costs of their own."""
+        if self._lone_positions is None:
+            return self._stage_positions
+        if len(lane.members) == 1:
+            return self._lone_positions
+        lone = {p for p, g in enumerate(groups)
+                if 0 < g <= self._model.kv_heads and _holds_one(lane, p)}
+        if not lone:
+            return self._stage_positions
+        return [[alone if facts[0] in lone else facts for facts, alone in zip(*pair, strict=True)]
+                for pair in zip(self._stage_positions, self._lone_positions, strict=True)]
 
     def _packing_s(self, stage: Sequence[tuple[int, bool, int, float, float, float, float, float, bool]],
                    groups: Sequence[int]) -> float:
@@ -366,6 +377,17 @@ class InstanceTimer:
             for p, job in zip(worker, jobs, strict=True):
                 waits[p] = total - job
         return waits
+
+
+def _holds_one(lane: Lane, p: int) -> bool:
+    """Whether a single member has heads at a position."""
+    found = 0
+    for state in lane.members.values():
+        assert state.shape is not None
+        found += bool(state.shape.vector[p])
+        if found > 1:
+            return False
+    return found == 1
 
 
 def _work(worker: Sequence[_WorkFacts], groups: Sequence[int], base: Sequence[int]) -> Line:
