@@ -6,6 +6,7 @@ device that has some of them attends to these, and the rank joins the parts by t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -78,7 +79,7 @@ class Shares:
 
 @dataclass(slots=True)
 class _Draft:
-    """A share in the making: items and the places of their groups, by kind."""
+    """A share in the making, of one kind: items and the places of their groups."""
 
     items: list[AttentionItem] = field(default_factory=list)
     places: list[Place] = field(default_factory=list)
@@ -89,6 +90,10 @@ class _Draft:
         self.items.append(item)
         self.places += [(row, column) for column in columns]
         self.joined += joined
+
+
+Drafts = defaultdict[int, tuple[_Draft, _Draft, _Draft]]
+"""By device: whole contexts, parts with the new token, other parts."""
 
 
 def columns_of(holders: Sequence[int], groups: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
@@ -105,7 +110,7 @@ def divide(rows: Sequence[Row], groups: Sequence[int], kernels: Kernels) -> Shar
         rows: of the batch; prompts are left out.
         groups: whose weights the rank holds.
     """
-    drafts: dict[int, tuple[_Draft, _Draft, _Draft]] = {}
+    drafts: Drafts = defaultdict(lambda: (_Draft(), _Draft(), _Draft()))
     divided: list[Place] = []
     at = 0
     for row in rows:
@@ -116,13 +121,12 @@ def divide(rows: Sequence[Row], groups: Sequence[int], kernels: Kernels) -> Shar
     return Shares(shares, _index(divided, kernels) if divided else None, len(divided))
 
 
-def _add(row: Row, at: int, groups: Sequence[int], drafts: dict[int, tuple[_Draft, _Draft, _Draft]],
-         divided: list[Place]) -> None:
+def _add(row: Row, at: int, groups: Sequence[int], drafts: Drafts, divided: list[Place]) -> None:
     """Take in one request, whose new token is row ``at`` of the batch."""
     first = len(divided)
     for device, columns in columns_of(row.holders, groups):
         item = AttentionItem(row.request_id, row.position, tuple([groups[n] for n in columns]))
-        whole, tail, _ = drafts.setdefault(device, (_Draft(), _Draft(), _Draft()))
+        whole, tail, _ = drafts[device]
         if row.older:
             tail.add(item, at, columns, [first + n for n in columns])
         else:
@@ -138,8 +142,7 @@ def _add(row: Row, at: int, groups: Sequence[int], drafts: dict[int, tuple[_Draf
     for device, found in elsewhere.items():
         columns = sorted(found)
         item = AttentionItem(row.request_id, ELSEWHERE, tuple([groups[n] for n in columns]))
-        drafts.setdefault(device, (_Draft(), _Draft(), _Draft()))[2].add(
-            item, at, columns, [first + n for n in columns])
+        drafts[device][2].add(item, at, columns, [first + n for n in columns])
 
 
 def _share(drafts: tuple[_Draft, _Draft, _Draft], all_rows: int, kernels: Kernels) -> Share:

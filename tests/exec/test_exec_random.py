@@ -178,8 +178,8 @@ class Capricious:
         return self._trace.over
 
 
-def check(seed: int, kind: str = "pipelines", early: bool = False) -> None:
-    """Tokens are right, cache is free at the end, and the simulator decides the same."""
+def check(seed: int, kind: str = "pipelines", early: bool = False) -> int:
+    """Tokens are right, cache is free at the end, and the simulator decides the same; early ends."""
     rng = random.Random(seed)
     what = random_input(seed, rng, kind)
     whims = Capricious(seed, what) if early else None
@@ -189,7 +189,6 @@ def check(seed: int, kind: str = "pipelines", early: bool = False) -> None:
     if whims is not None:
         wanted = {request_id: tokens[:next((n for n, token in enumerate(tokens, 1) if whims.completes(token)),
                                            len(tokens))] for request_id, tokens in wanted.items()}
-        assert result.record.ends
     assert result.tokens == {request_id: wanted[request_id] for request_id in result.tokens}
     states = executor.controller.states.values()
     reasons = {"cache_capacity", "aborted"} if early else {"cache_capacity"}
@@ -197,6 +196,7 @@ def check(seed: int, kind: str = "pipelines", early: bool = False) -> None:
     assert all(worker.cache.pool.used_units == 0 for worker in executor.crew.workers.values())
     simulation = replay(what, result.record)
     assert simulation.recorder.requests().equals(result.recorder.requests())
+    return len(result.record.ends)
 
 
 KINDS = ("pipelines", "pools", "parts", "mesh")
@@ -214,7 +214,7 @@ def test_any_run_holds(seed: int, kind: str) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_any_run_with_early_ends_holds(seed: int, kind: str) -> None:
     """A few random runs in which texts are complete early, or given up."""
-    check(seed, kind, early=True)
+    assert check(seed, kind, early=True) > 0
 
 
 @pytest.mark.slow
