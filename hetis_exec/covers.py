@@ -108,7 +108,7 @@ class Covers:
         ``tokens`` of the request are complete.
         """
         holders = self.groups.rearranged(cover.holders, shape.placement)
-        # The newest block is not in a range: it may be filled yet.
+        # A block that is still being filled stays with the newest tokens.
         before = range(tokens // self._block_tokens)
         return Cover(holders, tuple([
             self._ranges(shape, stage, [cover.places(stage, b) for b in before], tail)

@@ -16,6 +16,7 @@ from hetis_sim.policies.plan import Plan
 WHOLE: Ranges = ((0, 4),)
 CHAIN: Ranges = ((0, 1), (1, 2), (3, 1))
 DIAMOND: Ranges = ((0, 2), (2, 1), (2, 1), (3, 1))
+FORK: Ranges = ((0, 2), (0, 3), (0, 4))
 OVERLAP: Ranges = ((0, 2), (1, 2), (0, 3), (2, 2), (3, 1))
 
 SHORT = workload(10)

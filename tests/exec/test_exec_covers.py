@@ -75,7 +75,7 @@ def test_maps_follow_any_sequence_of_placements(sequence: list[Placement]) -> No
 def divisions(draw: st.DrawFn) -> AnyPlacement:
     """Any valid placement on RANKS of a request with six whole blocks, with token ranges or without."""
     tail = draw(st.sampled_from([(2, 2, 0, 0), (0, 0, 4, 0), (0, 0, 0, 4)]))
-    home, first, second = (draw(st.integers(0, 2)) for _ in range(3))
+    home, first, second = (draw(st.integers(0, 3)) for _ in range(3))
     blocks = [0 if groups else n for groups, n in zip(tail, (home, home, first, second), strict=True)]
     found = token_split(tail, blocks)
     assert isinstance(found, tuple) or not split_fault(RANKS, found)
@@ -92,7 +92,7 @@ def held(cover: Cover, blocks: int) -> list[int]:
 
 @hypothesis_given(st.lists(divisions(), min_size=2, max_size=8))
 def test_covers_follow_any_sequence_of_divisions(sequence: list[AnyPlacement]) -> None:
-    """Positions hold what is booked, early gains are net gains, and the newest block is with the tail."""
+    """Positions hold what is booked, early gains are net gains, and a block in the making is the tail's."""
     shapes, covers = PlacementShapes(RANKS, 4, BLOCK), Covers(RANKS, BLOCK)
     cover, tokens = covers.initial(shapes.shape(sequence[0])), 26
     assert held(cover, 7) == group_blocks(RANKS, sequence[0], 7)
@@ -100,7 +100,7 @@ def test_covers_follow_any_sequence_of_divisions(sequence: list[AnyPlacement]) -
         before, cover = cover, covers.rearranged(cover, shapes.shape(placement), tokens)
         blocks = -(-tokens // BLOCK)
         assert held(cover, blocks) == group_blocks(RANKS, placement, blocks)
-        assert cover.places(0, blocks - 1) == cover.holders[0]
+        assert tokens % BLOCK == 0 or cover.places(0, blocks - 1) == cover.holders[0]
         changes = covers.changes(before, cover, blocks)
         gain = [a - b for a, b in zip(held(cover, blocks), held(before, blocks), strict=True)]
         targets = [cover.places(0, b)[g] for (_, g, b), early in changes.items() if early]

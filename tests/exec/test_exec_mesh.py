@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from exec_like_cuda import like_cuda
-from exec_meshes import CHAIN, DIAMOND, LONG, OVERLAP, SHORT, WHOLE, meshed, slow_activations
+from exec_meshes import CHAIN, DIAMOND, FORK, LONG, OVERLAP, SHORT, WHOLE, meshed, slow_activations
 from exec_models import given_for, wrong
 from exec_texts import LONG_ON, continued, talking, tokenizer
 from exec_toys import expected_tokens, run, threads, workload
@@ -33,12 +33,13 @@ from hetis_sim.spec.errors import SpecError
 
 @dataclass(frozen=True)
 class Scene:
-    """A run; ``joins``: somebody comes in the middle of a node; ``mixes``: while others begin there."""
+    """A run; ``joins``: somebody comes in the middle of a node; ``mixes``: while others are computed."""
 
     make: Callable[[], ExecutorInput]
     delay: Delay | None = None
     preempts: bool = False
     joins: bool = False
+    mixes: bool = False
 
 
 SCENES = {
@@ -47,6 +48,8 @@ SCENES = {
     "diamond": Scene(lambda: meshed(DIAMOND), slow_activations(0.002)),
     "overlap": Scene(lambda: meshed(OVERLAP, LONG), joins=True),
     "overlap_ranks": Scene(lambda: meshed(OVERLAP, LONG, tp=2), slow_activations(0.001), joins=True),
+    "fork": Scene(lambda: meshed(FORK, LONG), joins=True, mixes=True),
+    "fork_ranks": Scene(lambda: meshed(FORK, LONG, tp=2), joins=True, mixes=True),
     "tight": Scene(lambda: meshed(OVERLAP, LONG, blocks=16), preempts=True, joins=True),
     "tight_ranks": Scene(lambda: meshed(DIAMOND, LONG, blocks=20, tp=2), preempts=True),
 }
@@ -98,6 +101,7 @@ def test_what_the_scene_is_about_has_happened(done: Done) -> None:
     states = done.executor.controller.states.values()
     assert (sum(state.preemptions for state in states) > 0) == done.scene.preempts
     assert any(leg.first for legs in done.legs for leg in legs) == done.scene.joins
+    assert any(len({leg.first for leg in legs}) > 1 for legs in done.legs) >= done.scene.mixes
 
 
 def test_physical_cache_is_booked_cache_at_every_message(done: Done) -> None:
@@ -129,10 +133,10 @@ def test_records_hold(done: Done) -> None:
     assert (steps["host_s"] > 0).all()
 
 
-@pytest.mark.parametrize(("name", "tp"), [("llama3", 1), ("qwen3", 2), ("opt", 1)])
+@pytest.mark.parametrize(("name", "tp"), [("llama3", 1), ("qwen3", 2), ("opt", 2)])
 def test_tokens_are_those_of_transformers(name: str, tp: int) -> None:
     """Real architectures, with positions that are learned or rotated."""
-    what = meshed(OVERLAP, LONG, tp=tp, blocks=30, **given_for(name))
+    what = meshed(FORK, LONG, tp=tp, blocks=50, **given_for(name))
     _, result = run(what)
     assert wrong(name, what, result.tokens) == []
     replay(what, result.record)

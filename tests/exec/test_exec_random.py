@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 import pytest
-from exec_meshes import CHAIN, DIAMOND, OVERLAP, WHOLE, meshed
+from exec_meshes import CHAIN, DIAMOND, FORK, OVERLAP, meshed
 from exec_toys import Fixed, expected_tokens, given, pipeline, pools, threads, workload
 from support_policies import WanderPolicy
 
@@ -118,7 +118,7 @@ def random_input(seed: int, rng: random.Random, kind: str) -> ExecutorInput:
     requests = workload(rng.randint(3, 10), (1, rng.choice((8, 30))), (1, rng.choice((6, 24))),
                         rng.choice((0.0, 0.0005, 0.003)), seed)
     if kind == "mesh":
-        return meshed(rng.choice((WHOLE, CHAIN, DIAMOND, OVERLAP)), requests, tp=rng.choice((1, 1, 2)),
+        return meshed(rng.choice((FORK, CHAIN, DIAMOND, OVERLAP)), requests, tp=rng.choice((1, 1, 2)),
                       blocks=rng.choice((16, 20, 30, 100)), seed=seed)
     policy: Policy = Whims(seed, rng.choice(("swap", "recompute")), rng.random() < 0.8,
                            pooled and rng.random() < 0.6, pooled and rng.random() < 0.4)
