@@ -1,4 +1,4 @@
-"""A short piece of work that tells how fast a device is: some steps of a batch that decodes.
+"""A short piece of work that tells how fast a device is: steps of a batch that decodes, and of a prompt.
 
 It is the code that serves, on weights and cache that are read from memory. A calibration takes it between
 its samples and keeps it in the profile; whoever takes it again later sees the pace of the machine.
@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, tables_of
 from hetis_exec.calibrate.loops import Clock, LayerBench, LoopSpec
 from hetis_exec.calibrate.samples import PREFIX, Point, Sample, Samples
 from hetis_exec.throttle import NONE
+from hetis_sim.cost.paced import FEW_TOKENS, PROMPT_TOKENS
 
-PARTS = ("dense", "attention")
-REQUESTS, CONTEXT = 8, 256
-SPAN_S = 0.25
+PARTS = ("dense", "attention", "prompt", "prompt_attention")
+REQUESTS, PROMPT, CONTEXT = FEW_TOKENS, PROMPT_TOKENS, 256
+SPAN_S = 0.4
 """A measurement goes on for about so long."""
 
 STEPS_MIN, STEPS_MAX = 3, 200
 
 Measure = Callable[[], dict[str, float]]
-"""Seconds by part, of one step (or one pass through a few layers) as the median of several."""
+"""Seconds by part, of one step (or one pass through a few layers) as the median of several.
+
+``dense`` and ``attention`` are of a batch that decodes, the others of a prompt.
+"""
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,10 @@ class ReferenceSpec:
     kind: str
     bench: BenchSpec | LoopSpec
 
-    def job(self) -> Job:
-        """The batch; no context is longer than the model allows."""
-        return Job(decode=(min(CONTEXT, self.bench.model.context_limit_tokens - 1),) * REQUESTS)
+    def jobs(self) -> tuple[Job, Job]:
+        """The batch and the prompt; none is longer than the model allows."""
+        most = self.bench.model.context_limit_tokens - 1
+        return Job(decode=(min(CONTEXT, most),) * REQUESTS), Job(prompts=((min(PROMPT, most), 0),))
 
     def made(self) -> Measure:
         """Weights and cache in place, warmed up.
@@ -49,9 +54,9 @@ class ReferenceSpec:
         A throttle is left out: it stretches what the core gives, whatever that is.
         """
         if isinstance(self.bench, BenchSpec):
-            return _of_steps(StepBench(replace(self.bench, throttle=NONE, tp=1), tables_of([self.job()])),
-                             self.job())
-        return _of_loops(self.bench, self.job())
+            return _of_steps(StepBench(replace(self.bench, throttle=NONE, tp=1), tables_of(self.jobs())),
+                             self.jobs())
+        return _of_loops(self.bench, self.jobs())
 
     def samples(self, measured: dict[str, float]) -> Samples:
         """One measurement, as samples of a calibration."""
@@ -60,30 +65,29 @@ class ReferenceSpec:
                 for part, seconds in measured.items()]
 
 
-def _of_steps(bench: StepBench, job: Job) -> Measure:
-    bench.step(job)
+def _of_steps(bench: StepBench, jobs: Sequence[Job]) -> Measure:
+    def once() -> tuple[float, ...]:
+        times = [bench.step(job).times for job in jobs]
+        return tuple(seconds for one in times for seconds in (one.dense_s, one.attention_s))
 
-    def measure() -> dict[str, float]:
-        until_s = time.perf_counter() + SPAN_S
-        found: list[tuple[float, float]] = []
-        while len(found) < STEPS_MAX and (len(found) < STEPS_MIN or time.perf_counter() < until_s):
-            times = bench.step(job).times
-            found.append((times.dense_s, times.attention_s))
-        return {part: statistics.median(column)
-                for part, column in zip(PARTS, zip(*found, strict=True), strict=True)}
-    return measure
+    once()
+    return lambda: _medians(once)
 
 
-def _of_loops(spec: LoopSpec, job: Job) -> Measure:
-    bench = LayerBench(replace(spec, split_head=False), 1, tables_of([job]))
+def _of_loops(spec: LoopSpec, jobs: tuple[Job, Job]) -> Measure:
+    bench = LayerBench(replace(spec, split_head=False), 1, tables_of(jobs))
     clock = Clock(bench.kernels.synchronize, spec.graphs)
-    works = [clock.prepared(bench.dense(REQUESTS)), clock.prepared(bench.decode(job.decode))]
+    batch, ((new, context),) = jobs[0].decode, jobs[1].prompts
+    works = [clock.prepared(work) for work in (
+        bench.dense(len(batch)), bench.decode(batch), bench.dense(new), bench.prompt(new, context))]
+    return lambda: _medians(lambda: tuple(clock.seconds(work) for work in works))
 
-    def measure() -> dict[str, float]:
-        until_s = time.perf_counter() + SPAN_S
-        found: list[tuple[float, ...]] = []
-        while len(found) < STEPS_MAX and (len(found) < STEPS_MIN or time.perf_counter() < until_s):
-            found.append(tuple(clock.seconds(work) for work in works))
-        return {part: statistics.median(column)
-                for part, column in zip(PARTS, zip(*found, strict=True), strict=True)}
-    return measure
+
+def _medians(once: Callable[[], tuple[float, ...]]) -> dict[str, float]:
+    """Each part's median over a while."""
+    until_s = time.perf_counter() + SPAN_S
+    found: list[tuple[float, ...]] = []
+    while len(found) < STEPS_MAX and (len(found) < STEPS_MIN or time.perf_counter() < until_s):
+        found.append(once())
+    return {part: statistics.median(column)
+            for part, column in zip(PARTS, zip(*found, strict=True), strict=True)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,20 +138,29 @@ def _groups(runs: Sequence[Run]) -> list[list[int]]:
 
 
 def _orders(capacities: Sequence[dict[str, Any]], cases: Sequence[Compared]) -> list[Order]:
+    noises = {entry["policy"]: _noise(*spread_of([entry["measured_rps"]])) for entry in capacities}
     found = orders_of(CAPACITY, math.nan, {
         entry["policy"]: Figure(sum(entry["measured_rps"]) / len(entry["measured_rps"]),
-                                entry["simulated_rps"], _noise(*spread_of([entry["measured_rps"]])))
+                                entry["simulated_rps"], noise_or(noises[entry["policy"]], noises.values()))
         for entry in capacities})
     for load in dict.fromkeys(case.load for case in cases):
         here = [case for case in cases if case.load == load]
         for metric, statistic in RANKED:
+            everywhere = [_noise(error.noise_low, error.noise_high) for case in cases for error in case.errors
+                          if (error.metric, error.statistic) == (metric, statistic)]
             figures = {case.policy: Figure(error.measured, error.simulated,
-                                           _noise(error.noise_low, error.noise_high),
+                                           noise_or(_noise(error.noise_low, error.noise_high), everywhere),
                                            error.measured * (1.0 + error.paced))
                        for case in here for error in case.errors
                        if (error.metric, error.statistic) == (metric, statistic)}
             found += orders_of(metric, load, figures)
     return found
+
+
+def noise_or(noise: float, everywhere: Iterable[float]) -> float:
+    """The noise or, of what was not run again, the largest that this figure has elsewhere."""
+    known = [other for other in everywhere if not math.isnan(other)]
+    return max(known, default=math.nan) if math.isnan(noise) else noise
 
 
 def _noise(low: float, high: float) -> float:

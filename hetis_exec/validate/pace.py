@@ -124,12 +124,13 @@ class PaceKeeper:
         found: dict[str, dict[str, float]] = {}
         for kind in measured[0] if measured else ():
             mean, reference = _mean([one[kind] for one in measured]), self._references[kind]
-            found[kind] = {part: mean[part] / reference[part] for part in PARTS if part in reference}
+            found[kind] = {part: mean[part] / reference[part] for part in PARTS
+                           if part in reference and part in mean}
         return found
 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {part: sum(row[part] for row in rows) / len(rows) for part in PARTS}
+    return {part: sum(row[part] for row in rows) / len(rows) for part in rows[0]}
 
 
 def slowdown_of(raw: Mapping[str, Any]) -> dict[str, Slowdown]:

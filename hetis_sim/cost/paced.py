@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,22 +13,37 @@ from hetis_sim.spec.errors import require_finite
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
+FEW_TOKENS, PROMPT_TOKENS = 8, 64
+"""Sizes of the batch and of the prompt whose times tell the pace of a machine."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
     """Times that work takes over what it took when the profile was measured.
 
     Attributes:
-        dense: of dense modules and the LM head.
-        attention: of attention.
+        dense: of dense modules and the LM head, on few tokens: weights are read from memory.
+        attention: of decode attention.
+        prompt: of dense modules on the tokens of a prompt, where products are the limit; None for ``dense``.
+        prompt_attention: of the attention of prompts; None for ``attention``.
     """
 
     dense: float = 1.0
     attention: float = 1.0
+    prompt: float | None = None
+    prompt_attention: float | None = None
 
     def __post_init__(self) -> None:
-        for part in ("dense", "attention"):
-            require_finite(f"slowdown.{part}", getattr(self, part), 0.0, open_low=True)
+        for part in ("dense", "attention", "prompt", "prompt_attention"):
+            if getattr(self, part) is not None:
+                require_finite(f"slowdown.{part}", getattr(self, part), 0.0, open_low=True)
+
+    def of_tokens(self, tokens: int) -> float:
+        """Of dense modules on so many tokens: in between, by the logarithm of the tokens (ours)."""
+        if self.prompt is None or tokens <= FEW_TOKENS:
+            return self.dense
+        share = min(1.0, math.log(tokens / FEW_TOKENS) / math.log(PROMPT_TOKENS / FEW_TOKENS))
+        return float(self.dense ** (1.0 - share) * self.prompt ** share)
 
 
 NO_SLOWDOWN = Slowdown()
@@ -50,15 +66,16 @@ class PacedCost(MemoisedCost):
         return self._slowdowns.get(gpu.name, NO_SLOWDOWN)
 
     def _dense_layer_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
-        return self._of(gpu).dense * self._whole.dense_layer_s(gpu, model, tokens, tp)
+        return self._of(gpu).of_tokens(tokens) * self._whole.dense_layer_s(gpu, model, tokens, tp)
 
     def _head_s(self, gpu: GpuSpec, model: ModelSpec, tokens: int, tp: int) -> float:
-        return self._of(gpu).dense * self._whole.head_s(gpu, model, tokens, tp)
+        return self._of(gpu).of_tokens(tokens) * self._whole.head_s(gpu, model, tokens, tp)
 
     def _prefill_attention_layer_s(self, gpu: GpuSpec, model: ModelSpec, query_heads: int,
                                    new_tokens: int, context_tokens: int) -> float:
         seconds = self._whole.prefill_attention_layer_s(gpu, model, query_heads, new_tokens, context_tokens)
-        return self._of(gpu).attention * seconds
+        slow = self._of(gpu)
+        return (slow.attention if slow.prompt_attention is None else slow.prompt_attention) * seconds
 
     def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         return self._whole.decode_attention(gpu, model).scaled(self._of(gpu).attention)

@@ -76,12 +76,13 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
               for module in ("dense_layer", "decode_attention")}
     assert tokens["dense_layer"] >= {1, 2, 3, 4, 5, 6, 7, 8}
     assert tokens["decode_attention"] == {1, 2, 4, 8}
-    reference = {"reference_dense", "reference_attention"}
+    parts = {"dense", "attention", "prompt", "prompt_attention"}
+    reference = {f"reference_{part}" for part in parts}
     assert set(samples["module"]) == set(strong.infos) | reference
     taken = samples[samples["module"] == "reference_dense"]["seconds"]
     assert len(taken) == 1 + 2
     assert strong.calibration.reference["dense"] == pytest.approx(taken.median())
-    assert set(strong.calibration.reference) == {"dense", "attention"}
+    assert set(strong.calibration.reference) == parts
     text = capsys.readouterr().out
     assert "decode_attention" in text
     assert "written to" in text

@@ -21,6 +21,7 @@ from hetis_exec.config import compose_execution
 from hetis_exec.measure_config import LIMITS, ValidateConfig
 from hetis_exec.run import prepare_execution
 from hetis_exec.validate import work
+from hetis_exec.validate.case import noise_or
 from hetis_exec.validate.command import recalibrated, run_command
 from hetis_exec.validate.compare import Error, latency_errors, paired, part_errors, parts_of, rate_errors
 from hetis_exec.validate.keep import Kept, Shelf, key_of
@@ -411,6 +412,25 @@ def test_a_slower_machine_is_simulated_slower(words: list[str]) -> None:
     assert slow["decode", "dense"] == pytest.approx(2 * plain["decode", "dense"])
     assert slow["decode", "attention"] == pytest.approx(3 * plain["decode", "attention"], rel=0.05)
     assert slow["decode", "host"] == pytest.approx(plain["decode", "host"], rel=0.05)
+    apart = parts_of(simulate(subject, load, {"cpu-core": Slowdown(2.0, 3.0, 8.0, 5.0)}).steps)
+    assert apart["decode", "dense"] == pytest.approx(slow["decode", "dense"])
+    assert apart["prefill", "attention"] == pytest.approx(5 * plain["prefill", "attention"], rel=0.05)
+    assert apart["prefill", "dense"] > 1.1 * slow["prefill", "dense"]
+
+
+def test_products_slow_down_between_few_tokens_and_a_prompt() -> None:
+    """At the sizes that were measured as measured, and evenly in between."""
+    slow = Slowdown(2.0, 1.0, 8.0)
+    assert [slow.of_tokens(tokens) for tokens in (1, 8, 64, 1000)] == pytest.approx([2.0, 2.0, 8.0, 8.0])
+    assert 2.0 < slow.of_tokens(12) < slow.of_tokens(40) < 8.0
+    assert Slowdown(2.0).of_tokens(64) == 2.0
+
+
+def test_noise_that_was_not_measured_is_the_largest_elsewhere() -> None:
+    """A ranking without any would have no ties."""
+    assert noise_or(float("nan"), [0.1, 0.2, float("nan")]) == 0.2
+    assert noise_or(0.05, [0.2]) == 0.05
+    assert np.isnan(noise_or(float("nan"), []))
 
 
 def test_calibrating_first_counts_against_the_budget(words: list[str], tmp_path: Path) -> None:
