@@ -165,11 +165,13 @@ def test_a_bench_computes_steps_as_a_worker_does() -> None:
     for job in jobs:
         plain.step(job)
         slow.step(job)
-        timed, stretched = plain.step(job), slow.step(job)
+        timed = plain.step(job)
         assert timed.times.dense_s > timed.sample_s > 0
         assert timed.times.attention_s > 0
         assert timed.whole_s >= timed.times.dense_s + timed.times.attention_s
-        assert stretched.times.attention_s > 5 * timed.times.attention_s
+        # Of several: what else happens on the machine only makes steps longer.
+        fastest = [min(made.step(job).times.attention_s for _ in range(4)) for made in (plain, slow)]
+        assert fastest[1] > 5 * fastest[0]
 
 
 def test_launches_are_timed_by_the_number_of_prompts() -> None:
