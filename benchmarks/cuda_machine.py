@@ -126,10 +126,12 @@ class Cache:
         self.positions = torch.full((batch,), context, device=machine.device)
         self.context = context
 
-    def plan(self, splits: int | None = None) -> DecodePlan:
+    def plan(self) -> DecodePlan:
         """As a step would have it."""
-        return DecodePlan(self.spans, self.positions, self.context,
-                          splits or self.kernels.splits(len(self.spans), self.context))
+        groups = len(self.spans) // len(self.positions)
+        cut = self.kernels.cut(self.positions.cpu().numpy(), groups)
+        pieces, runs = (torch.from_numpy(part).to(self.positions.device) for part in cut)
+        return DecodePlan(self.spans, self.positions, self.context, pieces, runs)
 
     def error(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
         """Largest difference to the reference over the first and the last row of the batch."""

@@ -98,7 +98,8 @@ def section_kernel(machine: Machine) -> None:
             size = cache.bytes
             del cache, call
             theirs = contiguous_seconds(machine, batch, groups, heads, head_dim, context, layers)
-            machine.add(model=name, batch=batch, context=context, splits=plan.splits, us=1e6 * seconds,
+            machine.add(model=name, batch=batch, context=context, piece_tokens=int(plan.pieces[0, 2]),
+                        us=1e6 * seconds,
                         **machine.shares(size, seconds), sdpa_us=1e6 * theirs, error=error)
 
 
@@ -125,10 +126,13 @@ def section_tune(machine: Machine) -> None:
         given = inputs(machine, batch, groups, heads, head_dim)
         for launch in launches:
             for splits in pieces:
-                def call(cache: Cache = cache, given: list[torch.Tensor] = given, splits: int = splits,
+                cut = paged.cut(cache.positions.cpu().numpy(), -(-context // splits), batch * splits)
+                listed = [torch.from_numpy(part).to(machine.device) for part in cut]
+
+                def call(cache: Cache = cache, given: list[torch.Tensor] = given, listed: Any = listed,
                          launch: Any = launch) -> None:
                     for layer in range(cache.layers):
-                        paged.decode(launch, splits, *given, cache.kernels.keys, cache.kernels.values,
+                        paged.decode(launch, *listed, *given, cache.kernels.keys, cache.kernels.values,
                                      cache.kernels.tables.arena, cache.spans, cache.positions, layer)
 
                 seconds = machine.captured(call, 3) / cache.layers

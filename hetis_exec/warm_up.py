@@ -27,7 +27,6 @@ TIME_S = 45.0
 
 SAMPLED = (64, 8, 1)
 ROWS = (64, 8, 1)
-SPLITS = (1, 2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +101,9 @@ class WarmUp:
         q, k, v = (kernels.from_wire(part) for part in kernels.pack((q, k, v)))
         positions = torch.zeros(rows, dtype=torch.int64, device=kernels.device)
         spans = torch.full((rows, 2), NO_TABLE, dtype=torch.int64, device=kernels.device)
-        for splits in SPLITS:
-            kernels.attend(DecodePlan(spans, positions, 0, splits), 0, q, k, v)
+        for number in (rows, rows + 1):  # without pieces to be joined, and with some
+            pieces = torch.full((number, 3), NO_TABLE, dtype=torch.int64, device=kernels.device)
+            kernels.attend(DecodePlan(spans, positions, 0, pieces, torch.zeros_like(spans)), 0, q, k, v)
 
 
 def sizes_up_to(tokens_max: int) -> Iterator[int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
 NO_TABLE = -1
 LONG = 1 << 30
-"""Pieces of rows are chosen as for the longest of contexts: a graph serves all of them."""
+"""More than any context."""
 
 
 class WholeSteps:
@@ -79,6 +80,9 @@ class WholeSteps:
         host[size:size + number] = positions
         host[2 * size:2 * size + spans.size] = spans.ravel()
         host[2 * size + spans.size:] = NO_TABLE
+        *_, runs, pieces = self._parts(host, size)
+        pieces[:], found = self._kernels.cut(host[size:size + number], self._groups, len(pieces))
+        runs[:len(found)] = found
         return self._recorder.run(step, lambda: self._compute(step.inputs, size, max(positions)), number,
                                   self._shard.sampling, asked)
 
@@ -122,18 +126,24 @@ class WholeSteps:
         return found
 
     def _make(self, size: int) -> Step:
-        """For a size of batch; inputs are tokens, positions and the spans of the rows' tables."""
-        inputs = torch.zeros(2 * size + 2 * size * self._groups, dtype=torch.int64,
-                             device=self._kernels.device)
+        """For a size of batch."""
+        inputs = torch.zeros(2 * size * (2 + self._groups) + 3 * self._kernels.pieces_max(size, self._groups),
+                             dtype=torch.int64, device=self._kernels.device)
         inputs[2 * size:] = NO_TABLE
         return self._recorder.step(inputs, size, lambda: self._compute(inputs, size, LONG))
+
+    def _parts(self, numbers: Any, size: int) -> tuple[Any, ...]:
+        """Of the inputs: tokens, positions, spans of the rows' tables, runs and pieces of attention."""
+        spans_end = 2 * size * (1 + self._groups)
+        runs_end = spans_end + 2 * size
+        return (numbers[:size], numbers[size:2 * size], numbers[2 * size:spans_end].reshape(-1, 2),
+                numbers[spans_end:runs_end].reshape(-1, 2), numbers[runs_end:].reshape(-1, 3))
 
     def _compute(self, inputs: torch.Tensor, size: int, longest: int) -> Outputs:
         """Start a step on what the inputs hold: logits and likeliest tokens."""
         kernels = self._kernels
-        tokens, positions = inputs[:size], inputs[size:2 * size]
-        spans = inputs[2 * size:].view(size * self._groups, 2)
-        plan = DecodePlan(spans, positions, longest, kernels.splits(len(spans), longest))
+        tokens, positions, spans, runs, pieces = self._parts(inputs, size)
+        plan = DecodePlan(spans, positions, longest, pieces, runs)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             return kernels.attend(plan, layer, q, k, v)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 from exec_kernels import triton_kernels
 from exec_models import POISON, folder, torch
 
@@ -50,7 +51,12 @@ class LikeCuda(TorchBackend):
 
 
 def like_cuda(name: str, **settings: Any) -> dict[str, Any]:
-    """What :func:`exec_toys.given` takes."""
+    """What :func:`exec_toys.given` takes.
+
+    With ``triton`` only where that interprets its kernels: on a machine with a card they would run there.
+    """
+    if settings.get("triton") and torch.cuda.is_available():
+        pytest.skip("Triton compiles its kernels for the CUDA device that is here; test_cuda.py runs them")
     settings = {"warm": False, **settings}
     made = LikeCuda(read_architecture(folder(name)), folder(name), poison=POISON, **settings)
     return {"model": made.architecture.spec, "backend": made, "timeout_s": 60.0}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from exec_kernels import torch
 
 from hetis_exec.kvcache import KvPool, Table, TableKey
@@ -33,12 +35,11 @@ def divided(pool: KvPool, keys: Sequence[TableKey],
 
 
 def joined_parts(kernels: Any, pool: KvPool, keys: Sequence[TableKey], lengths: Sequence[int],
-                 queries: Any, new: Callable[[TableKey], tuple[Any, Any]], layer: int, **changes: Any) -> Any:
-    """Attention of all rows, in parts that are joined; ``changes`` are of the plan."""
+                 queries: Any, new: Callable[[TableKey], tuple[Any, Any]], layer: int,
+                 splits: int | None = None) -> Any:
+    """Attention of all rows, in parts that are joined; of so many pieces each, if given."""
     tables, positions, rows = divided(pool, keys, lengths)
-    plan = kernels.plan_parts(tables, positions)
-    for name, value in changes.items():
-        object.__setattr__(plan, name, value)
+    plan = cut(kernels.paged, kernels.plan_parts(tables, positions), splits)
     k, v = (torch.stack(parts) for parts in zip(*[new(key) for key in keys], strict=True))
     values, sums = kernels.decode_parts(plan, layer, queries[list(rows)], k, v)
     joining = kernels.joining(len(keys), queries)
@@ -46,6 +47,17 @@ def joined_parts(kernels: Any, pool: KvPool, keys: Sequence[TableKey], lengths: 
         joining.add((torch.tensor([rows[n] for n in piece], device=queries.device),),
                     (values[piece], sums[piece]))
     return joining.result()
+
+
+def cut(paged: Any, plan: Any, splits: int | None) -> Any:
+    """The plan of a CUDA device with the longest of its rows in so many pieces."""
+    if splits is None:
+        return plan
+    at = plan.positions.cpu().numpy()
+    cached = np.where(at < 0, -1 - at, at)
+    found = paged.cut(cached, max(1, -(-plan.longest // splits)), len(at) * splits)
+    pieces, runs = (torch.from_numpy(part).to(plan.spans.device) for part in found)
+    return replace(plan, pieces=pieces, runs=runs)
 
 
 def _pieces(rows: Sequence[int]) -> list[list[int]]:

@@ -42,22 +42,20 @@ def compiled(kernel: Any, target: int, pointers: dict[str, str], numbers: dict[s
             "shared_bytes": made.metadata.shared}
 
 
-def decode(target: int, kind: str, heads: int, head_dim: int, whole: bool, parts: bool) -> dict[str, Any]:
+def decode(target: int, kind: str, heads: int, head_dim: int, parts: bool) -> dict[str, Any]:
     """Decode attention as it is launched on a card; ``parts``: of some of the tokens."""
     launch = paged.choose_launch(heads, head_dim, TYPES[kind], divmod(target, 10))
     wide = paged.power_of_two(head_dim)
     element = ("queries", "new_keys", "new_values", "out", "key_pool", "value_pool")
     single = ("parts", "tops", "sums")
     whole_numbers = ("query_token", "query_group", "key_token", "key_group", "value_token", "value_group",
-                     "layer", "groups", "splits")
+                     "layer", "groups")
     pointers = {**dict.fromkeys(element, f"*{kind}"), **dict.fromkeys(single, "*fp32"), "arena": "*i32",
-                "spans": "*i64", "positions": "*i64"}
-    if whole:
-        pointers |= dict.fromkeys(single, f"*{kind}")
+                **dict.fromkeys(("spans", "positions", "pieces"), "*i64")}
     numbers = {**dict.fromkeys(whole_numbers, "i32"), "scale": "fp32"}
     return compiled(paged.decode_rows, target, pointers, numbers,
                     {"G": heads, "G_PAD": paged.padded_heads(heads, launch), "D": head_dim, "D_PAD": wide,
-                     "BLOCK": BLOCK, "TILE": launch.tile, "WHOLE": whole, "DOT": launch.dot,
+                     "BLOCK": BLOCK, "TILE": launch.tile, "DOT": launch.dot,
                      "STAGES": launch.stages, "PARTS": parts}, launch.warps)
 
 
@@ -80,11 +78,11 @@ def prompt(target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
 def join(target: int, kind: str, heads: int, head_dim: int, parts: bool) -> dict[str, Any]:
     """The second kernel of decode attention in pieces."""
     pointers = {**dict.fromkeys(("parts", "tops", "sums", "logs"), "*fp32"), "out": f"*{kind}",
-                "spans": "*i64"}
+                **dict.fromkeys(("spans", "runs"), "*i64")}
     if not parts:
         pointers["logs"] = f"*{kind}"
-    return compiled(paged.join_pieces, target, pointers, {"splits": "i32", "log_2": "fp32"},
-                    {"G": heads, "D": head_dim, "D_PAD": paged.power_of_two(head_dim), "SPLITS_PAD": 16,
+    return compiled(paged.join_pieces, target, pointers, {"groups": "i32", "log_2": "fp32"},
+                    {"G": heads, "D": head_dim, "D_PAD": paged.power_of_two(head_dim), "JOINED": paged.JOINED,
                      "PARTS": parts}, 4)
 
 
@@ -115,8 +113,8 @@ def gate(target: int, kind: str) -> dict[str, Any]:
 
 def one(kernel: str, target: int, kind: str, heads: int, head_dim: int) -> dict[str, Any]:
     """One case."""
-    if kernel in ("decode", "decode_whole", "decode_parts"):
-        return decode(target, kind, heads, head_dim, kernel == "decode_whole", kernel == "decode_parts")
+    if kernel in ("decode", "decode_parts"):
+        return decode(target, kind, heads, head_dim, kernel == "decode_parts")
     if kernel == "prompt":
         return prompt(target, kind, heads, head_dim)
     if kernel in ("join", "join_parts"):

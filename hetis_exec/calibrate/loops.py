@@ -24,7 +24,6 @@ from hetis_exec.kernels.cuda import CudaKernels
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.models.architecture import ELEMENT_TYPES, made_up
 from hetis_exec.torch_backend import TorchBackend
-from hetis_exec.whole_steps import LONG
 from hetis_sim.control.timing import dense_share
 from hetis_sim.policies.plan import InstancePlan, StagePlan
 from hetis_sim.spec.model import ModelSpec
@@ -219,9 +218,6 @@ class LayerBench:
         tables = [self.pool.table(TableKey(n, 0, g)) for n in range(len(contexts)) for g in self.groups]
         positions = [tokens - 1 for tokens in contexts for _ in self.groups]
         plan = self.kernels.plan(tables, positions)
-        if self.tp == 1 and self.spec.graphs and isinstance(self.kernels, CudaKernels):
-            # A recorded step is cut up for the longest of contexts.
-            plan = replace(plan, splits=self.kernels.splits(len(tables), LONG))
         q = self.tensor((len(tables), model.heads_per_group, model.head_dim))
         k, v = (self.tensor((len(tables), model.head_dim), n) for n in range(2))
 

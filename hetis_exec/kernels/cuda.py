@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -53,13 +54,14 @@ class DecodePlan:
         spans: of the rows' tables, shape (rows, 2).
         positions: of the new tokens, shape (rows,).
         longest: the highest of them.
-        splits: pieces of each row.
+        pieces, runs: see :func:`hetis_exec.kernels.paged.cut`; nothing where that is not there.
     """
 
     spans: torch.Tensor
     positions: torch.Tensor
     longest: int
-    splits: int
+    pieces: torch.Tensor
+    runs: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,21 +210,39 @@ class CudaKernels:
 
     def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
         spans, at = self.tables.spans(tables), np.array(positions, dtype=np.int64)
-        rows = len(at)
-        sent = to_device(np.concatenate((spans.ravel(), at)), self.device)
-        longest = int(np.where(at < 0, -1 - at, at).max())
-        return DecodePlan(sent[:2 * rows].view(rows, 2), sent[2 * rows:], longest, self.splits(rows, longest))
+        cached = np.where(at < 0, -1 - at, at)
+        pieces, runs = self.cut(cached, 1)
+        if len(runs):
+            pieces = pieces[:int(runs[-1].sum())]
+        # Those with an odd number come last, for kernels are compiled for where their arguments begin.
+        sent = to_device(np.concatenate((spans.ravel(), runs.ravel(), at, pieces.ravel())), self.device)
+        a, b, c = np.cumsum((spans.size, runs.size, at.size)).tolist()
+        return DecodePlan(sent[:a].view(-1, 2), sent[b:c], int(cached.max()), sent[c:].view(-1, 3),
+                          sent[a:b].view(-1, 2))
 
-    def splits(self, rows: int, longest: int) -> int:
-        """Pieces of each row."""
-        paged = self.paged
-        if paged is None:
-            return 1
-        launch = paged.choose_launch(1, self.head_dim, self.dtype, self.capability)
-        resident = paged.resident_programs(launch, self.head_dim, self.dtype, self._processors,
-                                           self._shared_bytes)
-        found: int = paged.choose_splits(rows, longest, launch, resident)
+    def pieces_max(self, tokens: int, groups: int) -> int:
+        """Pieces that a step of so many tokens may have in each group."""
+        if self.paged is None:
+            return 0
+        found: int = self.paged.pieces_max(tokens, groups, self._cut[1])
         return found
+
+    def cut(self, cached: Units, groups: int, number: int | None = None) -> tuple[Units, Units]:
+        """Pieces, at most so many, and runs of requests with so many tokens and a row for every group."""
+        if self.paged is None:
+            return np.empty((0, 3), dtype=np.int64), np.empty((0, 2), dtype=np.int64)
+        if number is None:
+            number = self.pieces_max(len(cached), groups)
+        share = self.paged.choose_share(cached, groups, number, *self._cut)
+        found: tuple[Units, Units] = self.paged.cut(cached, share, number)
+        return found
+
+    @cached_property
+    def _cut(self) -> tuple[Any, int]:
+        """How rows are computed, and how many programs there are at a time."""
+        launch = self.paged.choose_launch(1, self.head_dim, self.dtype, self.capability)
+        return launch, self.paged.resident_programs(launch, self.head_dim, self.dtype, self._processors,
+                                                    self._shared_bytes)
 
     def decode(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                values: torch.Tensor) -> torch.Tensor:
@@ -239,8 +259,8 @@ class CudaKernels:
         if self.paged is None:
             return self._gathered.decode(plan.longest, queries, keys, values, *pools)
         launch = self.paged.choose_launch(queries.shape[2], self.head_dim, self.dtype, self.capability)
-        found: torch.Tensor = self.paged.decode(launch, plan.splits, _dense(queries, 2), _dense(keys, 1),
-                                                _dense(values, 1), *pools)
+        found: torch.Tensor = self.paged.decode(launch, plan.pieces, plan.runs, _dense(queries, 2),
+                                                _dense(keys, 1), _dense(values, 1), *pools)
         return found
 
     def plan_parts(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
@@ -254,8 +274,8 @@ class CudaKernels:
             out, sums = self._gathered.decode_parts(plan.longest, q, k, v, *pools)
         else:
             launch = self.paged.choose_launch(queries.shape[1], self.head_dim, self.dtype, self.capability)
-            out, sums = self.paged.decode_parts(launch, plan.splits, _dense(q, 2), _dense(k, 1), _dense(v, 1),
-                                                *pools)
+            out, sums = self.paged.decode_parts(launch, plan.pieces, plan.runs, _dense(q, 2), _dense(k, 1),
+                                                _dense(v, 1), *pools)
         return out[:, 0], sums[:, 0]
 
     def joining(self, number: int, queries: torch.Tensor) -> TorchJoining:

@@ -2,9 +2,10 @@
 
 A row is one KV group of one request: G query heads share its keys and values. Its table lies in an
 array that all rows share, layer after layer; ``spans`` says where each row's begins, and how many
-blocks each layer has room for. A program computes one row, or one of several pieces of it, which a
-second kernel joins (Dao et al. 2023, Flash-Decoding). The new token's keys and values are stored on the
-way: no program reads them back.
+blocks each layer has room for. A program computes a row, or a piece of it, and a second kernel joins the
+pieces (Dao et al. 2023, Flash-Decoding). Pieces have as many tokens in every row, so that long rows take
+more programs and not more time. They are listed on the device, since a recorded step serves batches of all
+kinds. The new token's keys and values are stored on the way: no program reads them back.
 
 Scores are products of matrix units where those take the type: even for a single head, padded to 16
 rows, they leave the loop to wait for memory alone. Otherwise each place of a tile has a running softmax
@@ -17,14 +18,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from threading import Lock
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
+from numpy.typing import NDArray
 
 STARTING = Lock()
 """Workers may be threads of one process; a kernel that is started for the first time is compiled then."""
 
-SPLITS_MAX = 64
+WAVES = 2
+"""So many programs, for each that a card holds at a time, are there for pieces of long rows."""
+SHARES = np.array((2, 3, 4, 6, 8))
+"""Tiles of a piece."""
+JOINED = 16
+"""Pieces that are joined at a time."""
+
+Numbers = NDArray[np.int64]
+
 REGISTERS = 1 << 16
 """Of one multiprocessor, from Kepler on."""
 
@@ -96,32 +107,30 @@ def store_token(key_pool, value_pool, table, position, k, v, d, in_head, D: tl.c
     tl.store(value_pool + at + d, v, mask=in_head)
 
 
-@triton.jit(do_not_specialize=["layer", "groups", "splits"])
+@triton.jit(do_not_specialize=["layer", "groups"])
 def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: PLR0915 - one kernel
-                key_pool, value_pool, arena, spans, positions, query_token, query_group, key_token, key_group,
-                value_token, value_group, layer, groups, splits, scale, G: tl.constexpr, G_PAD: tl.constexpr,
-                D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
-                WHOLE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr):
-    """One of some pieces of one row; strides are in elements, ``scale`` is that of base-2 exponents."""
-    row = tl.program_id(0)
-    split = tl.program_id(1)
+                key_pool, value_pool, arena, spans, positions, pieces, query_token, query_group, key_token,
+                key_group, value_token, value_group, layer, groups, scale, G: tl.constexpr,
+                G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+                TILE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr):
+    """A piece of a row; strides are in elements, ``scale`` is that of base-2 exponents."""
+    piece = tl.program_id(0)
+    group = tl.program_id(1).to(tl.int64)
+    token = tl.load(pieces + 3 * piece)
+    row = tl.maximum(token, 0) * groups + group
     begin = tl.load(spans + 2 * row)
-    if begin >= 0:
+    if (token >= 0) & (begin >= 0):
         table = arena + begin + layer * tl.load(spans + 2 * row + 1)
-        token = (row // groups).to(tl.int64)
-        group = (row % groups).to(tl.int64)
         position = tl.load(positions + token).to(tl.int32)
-        stores = split == 0
+        first = tl.load(pieces + 3 * piece + 1).to(tl.int32)
+        last = tl.load(pieces + 3 * piece + 2).to(tl.int32)
+        stores = first == 0
         if PARTS:  # a position of -1 - n stands for n tokens without a new one
             stores = stores & (position >= 0)
-            position = tl.maximum(position, -1 - position)
         g, d = tl.arange(0, G_PAD), tl.arange(0, D_PAD)
         in_head = d < D
         q = tl.load(queries + token * query_token + group * query_group + g[:, None] * D + d[None, :],
                     mask=(g < G)[:, None] & in_head[None, :], other=0.0)
-
-        share = tl.cdiv(tl.cdiv(position, splits), TILE) * TILE
-        first, last = split * share, tl.minimum(position, split * share + share)
 
         if DOT:
             top = tl.full([G_PAD], NO_SCORE, tl.float32)
@@ -158,40 +167,55 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
 
         heads = g[:, None] * D + d[None, :]
         stored = (g < G)[:, None] & in_head[None, :]
-        if WHOLE:
+        alone = (first == 0) & (last == position)
+        if PARTS:  # its logarithm is wanted as well
+            alone = last < 0
+        if alone:
             result = mixed / total[:, None]
-            tl.store(out + row.to(tl.int64) * (G * D) + heads, result.to(out.dtype.element_ty), mask=stored)
+            tl.store(out + row * (G * D) + heads, result.to(out.dtype.element_ty), mask=stored)
         else:
-            piece = row.to(tl.int64) * splits + split
-            tl.store(tops + piece * G + g, top, mask=g < G)
-            tl.store(sums + piece * G + g, total, mask=g < G)
-            if (first < last) | (split == 0):
-                tl.store(parts + piece * (G * D) + heads, mixed, mask=stored)
+            at = piece * groups + group
+            tl.store(tops + at * G + g, top, mask=g < G)
+            tl.store(sums + at * G + g, total, mask=g < G)
+            tl.store(parts + at * (G * D) + heads, mixed, mask=stored)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def join_pieces(parts, tops, sums, out, logs, spans, splits, log_2, G: tl.constexpr, D: tl.constexpr,
-                D_PAD: tl.constexpr, SPLITS_PAD: tl.constexpr, PARTS: tl.constexpr):
-    """One head of one row: its pieces, weighted by their sums; pieces without tokens were not written.
+@triton.jit(do_not_specialize=["groups"])
+def join_pieces(parts, tops, sums, out, logs, spans, runs, groups, log_2, G: tl.constexpr, D: tl.constexpr,
+                D_PAD: tl.constexpr, JOINED: tl.constexpr, PARTS: tl.constexpr):
+    """One head of a row with several pieces, which lie one after the other, weighted by their sums.
 
-    With PARTS also the natural logarithm of its sum of exponents; ``log_2`` is that of 2.
+    With PARTS of all rows, and also the natural logarithm of its sum of exponents; ``log_2`` is that of 2.
     """
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    if tl.load(spans + 2 * row) >= 0:
+    token, group = row // groups, row % groups
+    begin, number = tl.load(runs + 2 * token), tl.load(runs + 2 * token + 1).to(tl.int32)
+    joins = number > 1
+    if PARTS:
+        joins = number > 0
+    if joins & (tl.load(spans + 2 * row) >= 0):
         d = tl.arange(0, D_PAD)
-        split = tl.arange(0, SPLITS_PAD)
-        piece = (row.to(tl.int64) * splits + split) * G + head
-        top = tl.load(tops + piece, mask=split < splits, other=NO_SCORE)
-        total = tl.load(sums + piece, mask=split < splits, other=0.0)
-        weights = tl.where(total > 0.0, tl.exp2(top - tl.max(top, 0)), 0.0)
-        mixed = tl.load(parts + piece[:, None] * D + d[None, :],
-                        mask=(total > 0.0)[:, None] & (d < D)[None, :], other=0.0)
-        whole = tl.sum(weights * total, 0)
-        result = tl.sum(mixed * weights[:, None], 0) / whole
-        tl.store(out + (row.to(tl.int64) * G + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
+        top = tl.full([1], NO_SCORE, tl.float32)
+        whole = tl.zeros([1], tl.float32)
+        mixed = tl.zeros([D_PAD], tl.float32)
+        for start in range(0, number, JOINED):
+            n = start + tl.arange(0, JOINED)
+            at = ((begin + n) * groups + group) * G + head
+            tops_here = tl.load(tops + at, mask=n < number, other=NO_SCORE)
+            sums_here = tl.load(sums + at, mask=n < number, other=0.0)
+            higher = tl.maximum(top, tl.max(tops_here, 0))
+            weights = tl.where(sums_here > 0.0, tl.exp2(tops_here - higher), 0.0)
+            here = tl.load(parts + at[:, None] * D + d[None, :],
+                           mask=(sums_here > 0.0)[:, None] & (d < D)[None, :], other=0.0)
+            kept = tl.exp2(top - higher)
+            whole = whole * kept + tl.sum(weights * sums_here, 0)
+            mixed = mixed * kept + tl.sum(here * weights[:, None], 0)
+            top = higher
+        result = mixed / whole
+        tl.store(out + (row * G + head) * D + d, result.to(out.dtype.element_ty), mask=d < D)
         if PARTS:
-            tl.store(logs + row.to(tl.int64) * G + head, (tl.max(top, 0) + tl.log2(whole)) * log_2)
+            tl.store(logs + row * G + head + tl.arange(0, 1), (top + tl.log2(whole)) * log_2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,10 +255,39 @@ def choose_launch(heads: int, head_dim: int, dtype: torch.dtype, capability: tup
     return Launch(False, tile, 4, 2)
 
 
-def choose_splits(rows: int, longest: int, launch: Launch, resident: int) -> int:
-    """Pieces of each row: as many programs as the card holds at a time, none without some tiles to do."""
-    most = max(1, longest // (2 * launch.tile))
-    return max(1, min(SPLITS_MAX, most, resident // max(1, rows)))
+def pieces_max(tokens: int, groups: int, resident: int) -> int:
+    """Pieces that a step lists at most: one for each token, and as many more as make some waves of rows."""
+    return tokens + -(-WAVES * resident // max(1, groups))
+
+
+def choose_share(cached: Numbers, groups: int, number: int, launch: Launch, resident: int) -> int:
+    """Tokens of a piece, for requests with so many cached tokens, each of which has a row for every group.
+
+    Programs come in waves of as many as the card holds at a time. A wave takes as long as a piece, and a
+    tile more for what programs begin and end with; so few waves of long pieces or many of short ones may
+    be best. No more than ``number`` pieces may come out.
+    """
+    longest, shares = int(cached.max()), SHARES * launch.tile
+    counts = np.maximum(1, -(-cached[:, None] // shares)).sum(axis=0)
+    if counts[-1] > number:
+        # One more for each request than if all were cut from one.
+        return -(-int(cached.sum()) // (max(1, number - len(cached)) * launch.tile)) * launch.tile
+    costs = -(-groups * counts // resident) * (np.minimum(shares, longest) + launch.tile)
+    return int(shares[np.argmin(np.where(counts <= number, costs, np.inf))])
+
+
+def cut(cached: Numbers, share: int, number: int) -> tuple[Numbers, Numbers]:
+    """Pieces of requests with so many cached tokens: (token, first, end) of each, and where each token's are.
+
+    Shapes (number, 3), where -1 stands for no piece, and (tokens, 2): the first, and how many.
+    """
+    counts = np.maximum(1, -(-cached // share))
+    begins = np.cumsum(counts) - counts
+    token = np.repeat(np.arange(len(cached)), counts)
+    first = (np.arange(len(token)) - begins[token]) * share
+    pieces = np.full((number, 3), -1, dtype=np.int64)
+    pieces[:len(token)] = np.stack((token, first, np.minimum(cached[token], first + share)), axis=1)
+    return pieces, np.stack((begins, counts), axis=1)
 
 
 def resident_programs(launch: Launch, head_dim: int, dtype: torch.dtype, processors: int,
@@ -252,54 +305,53 @@ def resident_programs(launch: Launch, head_dim: int, dtype: torch.dtype, process
     return processors * max(1, min(shared_bytes // program_bytes, REGISTERS // registers))
 
 
-def decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-           key_pool: torch.Tensor, value_pool: torch.Tensor, arena: torch.Tensor, spans: torch.Tensor,
-           positions: torch.Tensor, layer: int) -> torch.Tensor:
+def decode(launch: Launch, pieces: torch.Tensor, runs: torch.Tensor, queries: torch.Tensor,
+           keys: torch.Tensor, values: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor,
+           arena: torch.Tensor, spans: torch.Tensor, positions: torch.Tensor, layer: int) -> torch.Tensor:
     """Store each row's new token and attend to all of its tokens.
 
     Shapes: queries (tokens, groups, G, d), keys and values (tokens, groups, d), each with d (and G before
-    it) contiguous; spans (tokens x groups, 2), positions (tokens,); pools (units, block_tokens, d). The
-    result has the shape of the queries, contiguous. Rows whose span begins below 0 are left out.
+    it) contiguous; spans (tokens x groups, 2), positions (tokens,); pieces and runs as :func:`cut` has them;
+    pools (units, block_tokens, d). The result has the shape of the queries, contiguous. Rows whose span
+    begins below 0, and tokens without a piece, are left out.
     """
-    return _decode(launch, splits, queries, keys, values, key_pool, value_pool, arena, spans, positions,
+    return _decode(launch, pieces, runs, queries, keys, values, key_pool, value_pool, arena, spans, positions,
                    layer, None)
 
 
-def decode_parts(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-                 key_pool: torch.Tensor, value_pool: torch.Tensor, arena: torch.Tensor, spans: torch.Tensor,
-                 positions: torch.Tensor, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_parts(launch: Launch, pieces: torch.Tensor, runs: torch.Tensor, queries: torch.Tensor,
+                 keys: torch.Tensor, values: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor,
+                 arena: torch.Tensor, spans: torch.Tensor, positions: torch.Tensor,
+                 layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same for rows of which only some tokens are here, and the logarithms of their sums.
 
     A position of ``-1 - n`` is that of a row of n tokens without a new one; these rows come last, and have no
     keys and values. The logarithms are float32, shape (tokens, groups, G).
     """
     logs = torch.empty(queries.shape[:3], dtype=torch.float32, device=queries.device)
-    out = _decode(launch, splits, queries, keys, values, key_pool, value_pool, arena, spans, positions, layer,
-                  logs)
+    out = _decode(launch, pieces, runs, queries, keys, values, key_pool, value_pool, arena, spans, positions,
+                  layer, logs)
     return out, logs
 
 
-def _decode(launch: Launch, splits: int, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
-            key_pool: torch.Tensor, value_pool: torch.Tensor, arena: torch.Tensor, spans: torch.Tensor,
-            positions: torch.Tensor, layer: int, logs: torch.Tensor | None) -> torch.Tensor:
+def _decode(launch: Launch, pieces: torch.Tensor, runs: torch.Tensor, queries: torch.Tensor,
+            keys: torch.Tensor, values: torch.Tensor, key_pool: torch.Tensor, value_pool: torch.Tensor,
+            arena: torch.Tensor, spans: torch.Tensor, positions: torch.Tensor, layer: int,
+            logs: torch.Tensor | None) -> torch.Tensor:
     tokens, groups, heads, d = queries.shape
-    rows, d_pad = tokens * groups, power_of_two(d)
+    number, d_pad = len(pieces), power_of_two(d)
     out = torch.empty((tokens, groups, heads, d), dtype=queries.dtype, device=queries.device)
-    parts = tops = sums = out
-    joins = splits > 1 or logs is not None
-    if joins:
-        parts = torch.empty(rows * splits * heads * d, dtype=torch.float32, device=queries.device)
-        tops, sums = torch.empty((2, rows * splits * heads), dtype=torch.float32, device=queries.device)
+    parts = torch.empty(number * groups * heads * d, dtype=torch.float32, device=queries.device)
+    tops, sums = torch.empty((2, number * groups * heads), dtype=torch.float32, device=queries.device)
     with STARTING:
-        decode_rows[rows, splits](
+        decode_rows[number, groups](
             queries, keys, values, out, parts, tops, sums, key_pool, value_pool, arena, spans, positions,
-            queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
-            values.stride(1), layer, groups, splits, d ** -0.5 * LOG2_E, G=heads,
-            G_PAD=padded_heads(heads, launch), D=d, D_PAD=d_pad, BLOCK=key_pool.shape[1], TILE=launch.tile,
-            WHOLE=not joins, DOT=launch.dot, STAGES=launch.stages, PARTS=logs is not None,
-            num_warps=launch.warps)
-        if joins:
-            join_pieces[rows, heads](parts, tops, sums, out, out if logs is None else logs, spans, splits,
-                                     1 / LOG2_E, G=heads, D=d, D_PAD=d_pad, SPLITS_PAD=power_of_two(splits),
-                                     PARTS=logs is not None, num_warps=4)
+            pieces, queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
+            values.stride(1), layer, groups, d ** -0.5 * LOG2_E, G=heads, G_PAD=padded_heads(heads, launch),
+            D=d, D_PAD=d_pad, BLOCK=key_pool.shape[1], TILE=launch.tile, DOT=launch.dot, STAGES=launch.stages,
+            PARTS=logs is not None, num_warps=launch.warps)
+        if number > tokens or logs is not None:
+            join_pieces[tokens * groups, heads](
+                parts, tops, sums, out, out if logs is None else logs, spans, runs, groups, 1 / LOG2_E,
+                G=heads, D=d, D_PAD=d_pad, JOINED=JOINED, PARTS=logs is not None, num_warps=4)
     return out

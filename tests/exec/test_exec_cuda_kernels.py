@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from exec_kernels import DEVICE, torch, triton_kernels
-from exec_parts import joined_parts
+from exec_parts import cut, joined_parts
 
 from hetis_exec.kernels.cuda import CudaKernels
 from hetis_exec.kernels.reference import attention
@@ -58,12 +59,11 @@ class World:
         """Standard normal."""
         return torch.from_numpy(self.rng.standard_normal(shape).astype(np.float32)).to(DEVICE, self.dtype)
 
-    def check(self, heads: int, **changes: Any) -> None:
+    def check(self, heads: int, splits: int | None = None) -> None:
         """Decode attention of all rows in every layer, against the reference; twice stored is no harm."""
         plan = self.kernels.plan([self.pool.table(key) for key in self.rows()],
                                  [self.lengths[key.request_id] for key in self.rows()])
-        for name, value in changes.items():
-            object.__setattr__(plan, name, value)
+        plan = cut(self.kernels.paged, plan, splits)
         for layer in (*range(LAYERS), 0):
             q = self.random(len(self.rows()), heads, self.data[0].shape[-1])
             new = torch.stack([self.data[key.request_id][:, layer, key.group, -1] for key in self.rows()])
@@ -78,7 +78,7 @@ class World:
             assert torch.equal(torch.stack((k, v)), self.data[key.request_id][:, 1, key.group, None])
 
 
-    def check_parts(self, heads: int, **changes: Any) -> None:
+    def check_parts(self, heads: int, splits: int | None = None) -> None:
         """The same for tokens that are divided over several tables."""
         lengths = [self.lengths[key.request_id] for key in self.rows()]
         for layer in range(LAYERS):
@@ -88,7 +88,8 @@ class World:
                 k, v = self.data[key.request_id][:, layer, key.group, -1]  # noqa: B023 - called at once
                 return k, v
 
-            out = joined_parts(self.kernels, self.pool, self.rows(), lengths, q, new, layer, **changes)
+            out = joined_parts(self.kernels, self.pool, self.rows(), lengths, q, new, layer,
+                               splits)
             assert out.dtype == self.dtype
             for n, key in enumerate(self.rows()):
                 k, v = self.data[key.request_id][:, layer, key.group, None].float()
@@ -150,8 +151,47 @@ def test_paged_decode_by_matrix_units_is_that_of_the_reference(
     """Heads padded to what matrix units take."""
     if DEVICE.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter does not multiply matrices of bfloat16")
+    if DEVICE.type == "cuda" and dtype == torch.float32:
+        pytest.skip("matrix units are for 16-bit types")
     paged = with_tiles(triton_kernels("paged"), monkeypatch, True, 16)
     World(paged, [0, 20], 1, 24, dtype).check(5, splits=splits)
+
+
+def test_long_rows_take_more_programs_and_not_more_time() -> None:
+    """Pieces fill waves of programs; there are no more of them than can be listed."""
+    paged, resident = triton_kernels("paged"), 528
+    launch = paged.Launch(True, 64, 4, 3)
+
+    def share(lengths: list[int], groups: int = 8) -> int:
+        cached = np.array(lengths)
+        number = paged.pieces_max(len(cached), groups, resident)
+        found: int = paged.choose_share(cached, groups, number, launch, resident)
+        assert found % launch.tile == 0
+        pieces, runs = paged.cut(cached, found, number)
+        listed = [tuple(piece) for piece in pieces.tolist() if piece[0] >= 0]
+        assert listed == [(token, first, min(tokens, first + found)) for token, tokens in enumerate(lengths)
+                          for first in range(0, max(1, tokens), found)]
+        assert all(pieces[begin:begin + count, 0].tolist() == [token] * count
+                   for token, (begin, count) in enumerate(runs.tolist()))
+        return found
+
+    assert share([8192]) == 128  # as short as pieces are
+    assert share([1024] * 32) == 512  # two of each row are all that there is room for at a time
+    assert share([4000, *[200] * 15]) == 128  # the long row in many, the others in two
+    assert share([4000, *[500] * 15]) == 192  # shorter ones would need a third wave
+    assert share([0, 0]) == 128
+    assert share([1 << 17] * 40) > 512
+
+
+def test_pieces_of_uneven_rows_join_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of no, one and many pieces side by side, as they are chosen, more than are joined at a time."""
+    paged = with_tiles(triton_kernels("paged"), monkeypatch, False, 1)
+    lengths = [0, 2, 39, 4]
+    world = World(paged, lengths, 1, 16)
+    world.kernels._cut = paged.Launch(False, 1, 4, 2), 64
+    plan = world.kernels.plan([world.pool.table(key) for key in world.rows()], lengths)
+    assert plan.runs[:, 1].tolist() == [1, 1, 20, 2]
+    world.check(3)
 
 
 @pytest.mark.slow
@@ -168,8 +208,8 @@ def test_rows_of_packed_projections_are_read_where_they_lie() -> None:
     paged = triton_kernels("paged")
     world = World(paged, [6, 9, 3], 2, 16)
     plan = world.kernels.plan([world.pool.table(key) for key in world.rows()], [6, 9, 3])
-    object.__setattr__(plan, "splits", 2)
-    object.__setattr__(plan, "positions", torch.tensor([6, 9, 3], device=DEVICE))
+    positions = torch.tensor([6, 9, 3], device=DEVICE)
+    plan = cut(paged, replace(plan, positions=positions), 2)
     plan.spans[2:4] = -1
     packed = world.random(3, 2 * (4 + 2) * 16)
     q, k, v = (part.view(3, 2, -1, 16) for part in packed.split((128, 32, 32), dim=1))
