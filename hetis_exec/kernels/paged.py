@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 STARTING = Lock()
 """Workers may be threads of one process; a kernel that is started for the first time is compiled then."""
 
-WAVES = 2
+WAVES = 1
 """So many programs, for each that a card holds at a time, are there for pieces of long rows."""
 SHARES = np.array((2, 3, 4, 6, 8))
 """Tiles of a piece."""
@@ -114,8 +114,8 @@ def decode_rows(queries, new_keys, new_values, out, parts, tops, sums,  # noqa: 
                 G_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
                 TILE: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr):
     """A piece of a row; strides are in elements, ``scale`` is that of base-2 exponents."""
-    piece = tl.program_id(0)
-    group = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(0).to(tl.int64)  # the fastest: programs without a piece come last
+    piece = tl.program_id(1)
     token = tl.load(pieces + 3 * piece)
     row = tl.maximum(token, 0) * groups + group
     begin = tl.load(spans + 2 * row)
@@ -344,7 +344,7 @@ def _decode(launch: Launch, pieces: torch.Tensor, runs: torch.Tensor, queries: t
     parts = torch.empty(number * groups * heads * d, dtype=torch.float32, device=queries.device)
     tops, sums = torch.empty((2, number * groups * heads), dtype=torch.float32, device=queries.device)
     with STARTING:
-        decode_rows[number, groups](
+        decode_rows[groups, number](
             queries, keys, values, out, parts, tops, sums, key_pool, value_pool, arena, spans, positions,
             pieces, queries.stride(0), queries.stride(1), keys.stride(0), keys.stride(1), values.stride(0),
             values.stride(1), layer, groups, d ** -0.5 * LOG2_E, G=heads, G_PAD=padded_heads(heads, launch),
