@@ -239,7 +239,7 @@ def measure_loops(spec: LoopSpec, tp: int, sizes: Sizes, tick: Callable[[], None
             for sample in _timed(clock, point, work(), share, sizes.repeats, tick,
                                  point.module != "head" or bench.records_heads)]
     decoding = {request: tokens for request, tokens in tables_of(jobs).items() if request < PROMPT}
-    if tp == 1 and decoding and not spec.split_head:
+    if tp == 1 and decoding:
         cached = Cached(bench.pool, decoding, bench.owned[0], token_bytes)
         samples += cached.samples(spec.kind, spec.model.name, sizes.repeats, tick)
     return samples

@@ -191,7 +191,7 @@ def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, 
             loop = LoopSpec(device, kind, model, place, backend.dtype, block_tokens, given.seed, False,
                             backend.cuda_graphs, pool_bytes)
             name = f"device/{kind}/{model.name}/tp{'-'.join(map(str, degrees))}"
-            yield Work(name, partial(_loops, loop, degrees, own), apart=True)
+            yield Work(name, partial(_loops, loop, degrees, own, True), apart=True)
         if place != CPU:
             loop = LoopSpec(device, kind, model, place, backend.dtype, block_tokens, given.seed, False, False,
                             pool_bytes)
@@ -210,7 +210,8 @@ def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, 
             degrees = degrees_of(config, shape, DEGREES[-1])
             sizes = replace(sizes_of(config, shape, slow, shape_only=True), context_min=least)
             name = f"shape/{kind}/{shape.name}/tp{'-'.join(map(str, degrees))}"
-            yield Work(name, partial(_loops, loop, degrees, sizes), apart=True)
+            paced = place != CPU and shape.name == model.name
+            yield Work(name, partial(_loops, loop, degrees, sizes, paced), apart=True)
 
 
 def _pool_bytes(wish_mib: float | None, place: str) -> float:
@@ -232,10 +233,13 @@ def _steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -
     return measure_steps(spec, sizes, kind, tick, lambda: reference.samples(measure()))
 
 
-def _loops(spec: LoopSpec, degrees: Sequence[int], sizes: Sizes, tick: Callable[[], None]) -> Samples:
+def _loops(spec: LoopSpec, degrees: Sequence[int], sizes: Sizes, paced: bool,
+           tick: Callable[[], None]) -> Samples:
+    """Samples at some degrees; if ``paced``, with those that tell the pace of the device."""
     samples: Samples = []
-    reference = ReferenceSpec(spec.kind, spec)
-    measure = None if spec.split_head else reference.made()
+    own = replace(spec, split_head=False)
+    reference = ReferenceSpec(own.kind, own)
+    measure = reference.made() if paced else None
     for tp in degrees:
         samples += [] if measure is None else reference.samples(measure())
         samples += measure_loops(spec, tp, sizes, tick, dense_only=tp not in (degrees[0], degrees[-1]))

@@ -86,8 +86,7 @@ class Worker:
         if run.load is not None and load is None:
             self.left_out.append(run.name)
             return False
-        if not self._watch.fits(0.0 if load is None else self._watch.expects_s(load.requests or 0,
-                                                                               load.rate_rps)):
+        if not self._watch.fits(self._expects_s(load)):
             self.left_out.append(run.name)
             return False
         try:
@@ -96,6 +95,14 @@ class Worker:
             self.failed[run.name] = str(error)
             return False
         return True
+
+    def _expects_s(self, load: Load | None) -> float:
+        """What a run will take; one that measures capacity as long as the longest of them so far."""
+        if load is not None:
+            return self._watch.expects_s(load.requests or 0, load.rate_rps)
+        seed = self.config.workload.seed
+        known = [self.shelf.find(Run(policy, None, seed).name) for policy in self.subjects]
+        return max((kept.took_s for kept in known if kept is not None), default=0.0)
 
     def _capacity(self, run: Run) -> Kept:
         begun_s, number = time.monotonic(), self.config.validate.capacity_requests

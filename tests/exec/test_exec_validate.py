@@ -29,7 +29,7 @@ from hetis_exec.validate.pace import PaceKeeper
 from hetis_exec.validate.profiles import check_profiles, hashes_of
 from hetis_exec.validate.ranking import Figure, orders_of
 from hetis_exec.validate.runs import capacity_rps, loaded, measure, simulate, subjects_of
-from hetis_exec.validate.schedule import Watch, count_of, runs_of
+from hetis_exec.validate.schedule import Run, Watch, count_of, runs_of
 from hetis_sim.cost.paced import Slowdown
 from hetis_sim.spec.errors import HetisError, SpecError
 from hetis_sim.spec.model import ModelSpec
@@ -392,6 +392,9 @@ def test_policies_can_get_the_same_requests(words: list[str], tmp_path: Path) ->
         shelf.add(Kept(f"{label}/capacity/0/0", 0.0, 8, 1.0, capacity_rps=capacity))
     assert worker.rate_rps("fast", 0.5) == worker.rate_rps("slow", 0.5) == 1.0
     assert Shelf(tmp_path / "runs").find("fast/capacity/0/0") == shelf.find("fast/capacity/0/0")
+    hurried = work.Worker(config, subjects, shelf, PaceKeeper({}, False), Watch(0.9))
+    assert not hurried.do(Run("fast", None, 0, 1), [])
+    assert hurried.left_out == ["fast/capacity/0/1"]
 
 
 def test_the_ranking_knows_ties() -> None:
