@@ -163,10 +163,10 @@ class PoolSearch:
         out = self._shares([p for p in pipelines if p.role == "prefill"])
         into = self._shares([p for p in pipelines if p.role == "decode"])
         size = self.problem.prompt_tokens * self.problem.model.kv_bytes_per_token
-        bandwidth = self.problem.cluster.network.bandwidth_bytes_per_s
+        per_byte_s = self.problem.cost.transfer(self.problem.cluster.network).gamma_s_per_byte
         busiest = max(share * (1.0 - other.get(host, 0.0))
                       for here, other in ((out, into), (into, out)) for host, share in here.items())
-        return bandwidth / (size * busiest) if busiest > 0.0 else math.inf
+        return 1.0 / (per_byte_s * size * busiest) if per_byte_s * busiest > 0.0 else math.inf
 
     def _shares(self, pipelines: Sequence[Pipeline]) -> dict[int, float]:
         """Share of all cache that each host holds."""

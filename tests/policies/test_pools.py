@@ -176,7 +176,8 @@ def test_two_pools_serve_the_smaller_of_their_rates() -> None:
              for search in [PoolSearch(given, PoolRules(True), Effort(), 2000)]]
     assert rates[0].served == min(rates[0].prefill, rates[0].decode) < rates[0].network
     size = fast.prompt_tokens * fast.model.kv_bytes_per_token
-    assert rates[1].network == pytest.approx(slow.cluster.network.bandwidth_bytes_per_s / size)
+    per_byte_s = slow.cost.transfer(slow.cluster.network).gamma_s_per_byte  # as the simulator sends it
+    assert rates[1].network == pytest.approx(1.0 / (per_byte_s * size))
     assert math.isinf(PoolSearch(fast, PoolRules(False), Effort(), 2000).rates([]).network)
 
 
