@@ -39,7 +39,9 @@ def joined_parts(kernels: Any, pool: KvPool, keys: Sequence[TableKey], lengths: 
                  splits: int | None = None) -> Any:
     """Attention of all rows, in parts that are joined; of so many pieces each, if given."""
     tables, positions, rows = divided(pool, keys, lengths)
-    plan = cut(kernels.paged, kernels.plan_parts(tables, positions), splits)
+    plan = kernels.plan_parts(tables, positions)
+    if splits is not None:
+        plan = cut(kernels.paged, plan, splits)
     k, v = (torch.stack(parts) for parts in zip(*[new(key) for key in keys], strict=True))
     values, sums = kernels.decode_parts(plan, layer, queries[list(rows)], k, v)
     joining = kernels.joining(len(keys), queries)
