@@ -119,6 +119,8 @@ class TorchBackend:
             parts += [(device, stage_weight_bytes(spec, stage, rank, layers_of(plan, s).start == 0,
                                            is_last(plan, s)))
                       for s, stage in enumerate(stages) for rank, device in enumerate(stage.devices)]
+            parts += [(device, spec.vocab * spec.hidden * ELEMENT_TYPES[self.dtype])
+                      for device in tied_heads(spec, plan) if self.place(device) == CPU]
             limits = engine.settings.limits
             parts += [(device, activation_bytes(spec, limits.max_batch_tokens, limits.max_batch_requests,
                                                 stage.tp, ELEMENT_TYPES[self.dtype]))
@@ -173,6 +175,12 @@ def operations_for(architecture: Architecture, place: str) -> Operations:
     """What a shard computes between its matrix products, on a torch device."""
     fused = None if place == CPU else triton_kernels("fused")
     return TorchOperations(architecture) if fused is None else FusedOperations(architecture, fused)
+
+
+def tied_heads(spec: ModelSpec, plan: TeamPlan) -> list[int]:
+    """Devices whose LM head is the embedding once more: products are by weights in a layout of their own."""
+    return [stages_of(plan)[s].devices[0] for s in range(len(stages_of(plan)))
+            if spec.tied_embeddings and layers_of(plan, s).start == 0 and is_last(plan, s)]
 
 
 def activation_bytes(spec: ModelSpec, tokens: int, rows: int, tp: int, element_bytes: int) -> int:

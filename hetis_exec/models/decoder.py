@@ -16,6 +16,7 @@ from hetis_exec.messages import Tokens
 from hetis_exec.models.architecture import Architecture, Rope
 from hetis_exec.models.names import layer_names, model_names
 from hetis_exec.models.operations import Norms, Operations, Pair, TorchOperations
+from hetis_exec.models.products import Product, product
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import CPU, Weights
 
@@ -47,12 +48,12 @@ class Layer(NamedTuple):
     """Weights of one layer: Q, K and V in one matrix, gate and up projections in one."""
 
     attention_norm: Pair
-    qkv: Pair
+    qkv: Product
     head_norms: Norms | None
-    output: Pair
+    output: Product
     mlp_norm: Pair
-    up: Pair
-    down: Pair
+    up: Product
+    down: Product
 
 
 class Prepared(NamedTuple):
@@ -82,10 +83,10 @@ class DecoderShard:
         self._embedding = loader.weight(names.embedding) if part.first else None
         self._positions = loader.weight(names.positions) if part.first and names.positions else None
         self._final_norm = loader.pair(names.final_norm) if part.last else None
-        self._head: torch.Tensor | None = None
+        self._head: Product | None = None
         if part.last:
             shared = self._embedding if self._spec.tied_embeddings else None
-            self._head = loader.weight(head) if shared is None else shared
+            self._head = product(loader.weight(head) if shared is None else shared)
         self._inv_freq = None if architecture.rope is None else inverse_frequencies(
             architecture.rope, self._spec.head_dim).to(device)
         self._rope_scale = 1.0 if architecture.rope is None else architecture.rope.scale
@@ -120,7 +121,7 @@ class DecoderShard:
                prepared: Prepared) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         weights, spec = self._layers[layer], self._spec
         number, d, tokens = len(self.groups), spec.head_dim, len(normal)
-        heads = functional.linear(normal, *weights.qkv).view(tokens, -1, d)
+        heads = weights.qkv(normal).view(tokens, -1, d)
         queries = number * spec.heads_per_group
         turned, v = heads[:, :queries + number], heads[:, queries + number:]
         if prepared.cos is not None and prepared.sin is not None:
@@ -130,15 +131,14 @@ class DecoderShard:
         return q, turned[:, queries:], v
 
     def project(self, layer: int, attended: torch.Tensor) -> torch.Tensor:
-        return functional.linear(attended.flatten(1), *self._layers[layer].output)
+        return self._layers[layer].output(attended.flatten(1))
 
     def mlp(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         return self._mlp(layer, self._operations.norm(hidden, self._layers[layer].mlp_norm))
 
     def _mlp(self, layer: int, normal: torch.Tensor) -> torch.Tensor:
         weights = self._layers[layer]
-        inner = self._operations.inner(functional.linear(normal, *weights.up))
-        return functional.linear(inner, *weights.down)
+        return weights.down(self._operations.inner(weights.up(normal)))
 
     def sample(self, hidden: torch.Tensor, asked: Asked) -> Tokens:
         return self._sampling.choose(self.logits(hidden), asked)
@@ -155,7 +155,7 @@ class DecoderShard:
 
     def _head_of(self, normal: torch.Tensor) -> torch.Tensor:
         assert self._head is not None
-        return functional.linear(normal, self._head)
+        return self._head(normal)
 
     def whole_step(self, tokens: torch.Tensor, positions: torch.Tensor, attend: Attend,
                    ends: torch.Tensor | None = None) -> torch.Tensor:
@@ -196,7 +196,7 @@ class DecoderShard:
 
     def nothing(self, tokens: int) -> torch.Tensor:
         """Activations of no meaning, shape (tokens, hidden)."""
-        return torch.zeros((tokens, self._spec.hidden), dtype=self._layers[0].qkv[0].dtype,
+        return torch.zeros((tokens, self._spec.hidden), dtype=self._layers[0].mlp_norm[0].dtype,
                            device=self._device)
 
     @property
@@ -240,20 +240,21 @@ class Loader:
             self.pair(names.attention_norm),
             self._rows([names.query, names.key, names.value], qkv_biases, self._of_groups),
             (self.weight(names.query_norm), self.weight(names.key_norm)) if spec.qk_norm else None,
-            (self._of_groups(self.weight(names.output).t()).t().contiguous(),
-             self._shared_bias(names.output, spec.linear_biases or spec.output_bias)),
+            product(self._of_groups(self.weight(names.output).t()).t().contiguous(),
+                    self._shared_bias(names.output, spec.linear_biases or spec.output_bias)),
             self.pair(names.mlp_norm),
             self._rows(ups, mlp_biases, self._of_columns),
-            (self.weight(names.down)[:, self._part.columns].contiguous(),
-             self._shared_bias(names.down, mlp_biases)))
+            product(self.weight(names.down)[:, self._part.columns].contiguous(),
+                    self._shared_bias(names.down, mlp_biases)))
 
     def _rows(self, modules: Sequence[str], biases: bool,
-              share: Callable[[torch.Tensor], torch.Tensor]) -> Pair:
+              share: Callable[[torch.Tensor], torch.Tensor]) -> Product:
         """The rank's rows of several matrices, one below the other."""
         weights = torch.cat([share(self.weight(module)) for module in modules])
         if not biases:
-            return weights, None
-        return weights, torch.cat([share(self._weights.tensor(f"{module}.bias")) for module in modules])
+            return product(weights)
+        return product(weights, torch.cat([share(self._weights.tensor(f"{module}.bias"))
+                                           for module in modules]))
 
     def _of_groups(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the rank's KV groups, out of those of all groups one after the other."""
