@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 from hetis_sim.control.step import Transfer
 from hetis_sim.cost.model import CostModel
@@ -23,17 +24,6 @@ BACKGROUND_SHARE = 0.05
 
 
 @dataclass(slots=True, eq=False)
-class _Stream:
-    """One flow under way."""
-
-    wires: tuple[Wire, ...]
-    left_bytes: float
-    latency_s: float
-    transfer: _Pending
-    rate: float = 0.0
-
-
-@dataclass(slots=True, eq=False)
 class _Pending:
     """A transfer and the number of its flows that have not ended."""
 
@@ -42,6 +32,32 @@ class _Pending:
     begun_s: float
     latency_s: float = 0.0
     not_before_s: float = 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Route:
+    """The flows that cross the same wires, which therefore all run at the same rate.
+
+    Attributes:
+        given_bytes: what a flow has got that was there from the first.
+        ends: of each flow what ``given_bytes`` will be at its end, its number, and its transfer; a heap.
+        rate: of each flow, bytes per second.
+    """
+
+    wires: tuple[Wire, ...]
+    latency_s: float
+    given_bytes: float = 0.0
+    ends: list[tuple[float, int, _Pending]] = field(default_factory=list)
+    rate: float = 0.0
+
+    def next_end_s(self, now: float) -> float:
+        """When the first flow will have ended."""
+        return now + max(0.0, self.ends[0][0] - self.given_bytes) / self.rate
+
+    def is_over(self, now: float) -> bool:
+        """Whether nothing of the first flow is left but rounding: a byte, or less than the clock can tell."""
+        left_bytes = self.ends[0][0] - self.given_bytes
+        return left_bytes <= 1.0 or now + left_bytes / self.rate <= now
 
 
 class Network:
@@ -63,7 +79,8 @@ class Network:
         self._cost = cost
         self._foreground = foreground
         self._arrived = arrived
-        self._streams: list[_Stream] = []
+        self._routes: dict[tuple[int, int], _Route] = {}
+        self._flows = 0
         self.under_way = 0
         self._updated_s = 0.0
         self._generation = 0
@@ -83,22 +100,24 @@ class Network:
             wires, latency = self.path(flow.source, flow.target)
             tail_s = max([flow.tail_bytes / self._bandwidth[wire] for wire in wires])
             pending.not_before_s = max(pending.not_before_s, step_ends_s + tail_s)
-            self._streams.append(_Stream(wires, flow.size_bytes, latency, pending))
+            route = self._routes.setdefault((flow.source, flow.target), _Route(wires, latency))
+            self._flows += 1
+            heappush(route.ends, (route.given_bytes + flow.size_bytes, self._flows, pending))
         self.update_rates()
 
     def update_rates(self) -> None:
         """Share the wires anew; called when flows begin or end and when decode's traffic changes."""
-        if not self._streams:
+        if not self._routes:
             return
         self._progress()
         flows: dict[Wire, int] = {}
-        for stream in self._streams:
-            for wire in stream.wires:
-                flows[wire] = flows.get(wire, 0) + 1
+        for route in self._routes.values():
+            for wire in route.wires:
+                flows[wire] = flows.get(wire, 0) + len(route.ends)
         taken = self._foreground()
         share = {wire: self._residual(wire, taken.get(wire, 0.0)) / count for wire, count in flows.items()}
-        for stream in self._streams:
-            stream.rate = min([share[wire] for wire in stream.wires])
+        for route in self._routes.values():
+            route.rate = min([share[wire] for wire in route.wires])
         self._schedule()
 
     def _residual(self, wire: Wire, taken: float) -> float:
@@ -109,35 +128,32 @@ class Network:
         elapsed = self._clock.now - self._updated_s
         self._updated_s = self._clock.now
         if elapsed > 0:
-            for stream in self._streams:
-                stream.left_bytes -= stream.rate * elapsed
+            for route in self._routes.values():
+                route.given_bytes += route.rate * elapsed
 
     def _schedule(self) -> None:
         self._generation += 1
-        generation = self._generation
-        first = min(self._clock.now + max(0.0, s.left_bytes) / s.rate for s in self._streams)
+        generation, now = self._generation, self._clock.now
+        first = min([route.next_end_s(now) for route in self._routes.values()])
         self._clock.call(first, lambda: self._end_flows(generation), priority=1)
 
     def _end_flows(self, generation: int) -> None:
         if generation != self._generation:
             return
         self._progress()
-        ended = [s for s in self._streams if self._over(s)]
-        self._streams = [s for s in self._streams if not self._over(s)]
-        for stream in ended:
-            self._flow_ended(stream)
-        if self._streams:
-            self.update_rates()
+        ended: list[tuple[int, _Pending, float]] = []
+        for route in self._routes.values():
+            while route.ends and route.is_over(self._clock.now):
+                _, number, pending = heappop(route.ends)
+                ended.append((number, pending, route.latency_s))
+        self._routes = {key: route for key, route in self._routes.items() if route.ends}
+        for _, pending, latency_s in sorted(ended, key=lambda flow: flow[0]):
+            self._flow_ended(pending, latency_s)
+        self.update_rates()
 
-    def _over(self, stream: _Stream) -> bool:
-        """Whether nothing is left but rounding: a byte, or less than the clock can tell from no time."""
-        now = self._clock.now
-        return stream.left_bytes <= 1.0 or now + stream.left_bytes / stream.rate <= now
-
-    def _flow_ended(self, stream: _Stream) -> None:
-        pending = stream.transfer
+    def _flow_ended(self, pending: _Pending, latency_s: float) -> None:
         pending.flows_left -= 1
-        pending.latency_s = max(pending.latency_s, stream.latency_s)
+        pending.latency_s = max(pending.latency_s, latency_s)
         if pending.flows_left == 0:
             self._clock.call(max(self._clock.now, pending.not_before_s) + pending.latency_s,
                              lambda: self._transfer_arrived(pending), priority=1)
