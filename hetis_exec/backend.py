@@ -249,6 +249,9 @@ class Backend(Protocol):
     def start_s(self) -> float:
         """How long workers may take to start."""
 
+    def place(self, device: int) -> str:
+        """The torch device of a device of the cluster, on its host."""
+
     def check(self, engines: Sequence[AnyEngine], here: Container[int] | None = None) -> None:
         """Look whether workers of this kind can serve.
 

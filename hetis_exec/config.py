@@ -19,6 +19,7 @@ from traces.readers import has_texts
 SCHEMA = "executor_schema"
 MAIN = "executor"
 WORKERS = ("auto", "processes", "threads", "distributed")
+COLLECTIVES = ("auto", "ordered", "all_reduce")
 EAGER_KIB_MAX = 1 << 20
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -61,6 +62,10 @@ class ExecutorConfig:
         timeout_s: a worker that shows no sign of life for so long is lost.
         eager_kib: where workers are distributed, arrays of a message up to this size travel in its frame,
             larger ones over torch.distributed.
+        collectives: how tensor-parallel ranks add up. ``ordered`` exchanges their parts and adds them in the
+            order of ranks, which gives the same bits whatever the workers are. ``all_reduce`` is that of
+            torch.distributed, where workers are distributed: NCCL's where every rank of a stage has a card of
+            its own, else gloo's. ``auto`` is ``all_reduce`` where NCCL does it, else ``ordered``.
         network: slow links to emulate between workers of one host.
         check: repeat the run in the simulator with the measured times, and compare all decisions.
         record: also write ``record.json``, from which the run can be replayed.
@@ -84,6 +89,7 @@ class ExecutorConfig:
     chat: bool = False
     timeout_s: float = 60.0
     eager_kib: float = 1024.0
+    collectives: str = "auto"
     network: NetworkConfig = field(default_factory=NetworkConfig)
     check: bool = True
     record: bool = False
@@ -92,6 +98,8 @@ class ExecutorConfig:
 
     def __post_init__(self) -> None:
         require(self.workers in WORKERS, "executor.workers", self.workers, f"one of {', '.join(WORKERS)}")
+        require(self.collectives in COLLECTIVES, "executor.collectives", self.collectives,
+                f"one of {', '.join(COLLECTIVES)}")
         types = ("auto", *ELEMENT_TYPES)
         require(self.dtype in types, "executor.dtype", self.dtype, f"one of {', '.join(types)}")
         require_int("executor.threads", self.threads, 1, 1024)

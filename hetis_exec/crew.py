@@ -14,6 +14,7 @@ from hetis_exec.mesh.worker import NodeWorker
 from hetis_exec.messages import DRIVER, Stop
 from hetis_exec.places import AnyEngine, TeamPlan, stages_of, units_of
 from hetis_exec.primary import PrimaryWorker, Rank
+from hetis_exec.sums import Reducer
 from hetis_exec.throttle import NONE, Throttle
 from hetis_exec.transport import Endpoint, InProcessTransport, Transport
 from hetis_exec.workers import AttentionWorker, Worker
@@ -68,8 +69,8 @@ def worker_specs(engine: AnyEngine, backend: Backend, timeout_s: float,
             for device, stage, rank in places]
 
 
-def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
-    """Make a worker."""
+def build_worker(spec: WorkerSpec, endpoint: Endpoint, reducer: Reducer | None = None) -> Worker:
+    """Make a worker; ``reducer`` adds up over the ranks of its stage, where that is not left to messages."""
     pool = KvPool(spec.capacity_units, spec.block_tokens,
                   spec.backend.kernels(spec.device, spec.capacity_units, spec.block_tokens))
     limits = spec.rows_max, spec.tokens_max
@@ -82,7 +83,7 @@ def build_worker(spec: WorkerSpec, endpoint: Endpoint) -> Worker:
     steps = spec.backend.whole_steps(spec.device, spec.plan, shard, pool) if spec.throttle == NONE else None
     make = NodeWorker if isinstance(spec.plan, MeshPlan) else PrimaryWorker
     return make(spec.device, endpoint, pool, spec.timeout_s, place, shard, steps, spec.throttle,
-                         spec.backend.warm_up(pool.kernels, shard, steps, *limits))
+                spec.backend.warm_up(pool.kernels, shard, steps, *limits), reducer)
 
 
 class Crew(Protocol):

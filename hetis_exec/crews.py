@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import sha256
@@ -32,11 +34,16 @@ def workers_of(config: ExecutionConfig, launch: Launch | None) -> str:
     """The kind of workers: what ``auto`` stands for, or what the user has said.
 
     Raises:
-        SpecError: a launcher has started many ranks, and each is to start workers of its own.
+        SpecError: a launcher has started many ranks, and each is to start workers of its own; or there is
+            nothing that could do the sums as they are to be done.
     """
     asked = config.executor.workers
     if launch is None:
-        return "processes" if asked == "auto" else asked
+        kind = "processes" if asked == "auto" else asked
+        require(kind == "distributed" or config.executor.collectives != "all_reduce", "executor.collectives",
+                config.executor.collectives, f"auto or ordered where workers are {kind}; all_reduce needs "
+                "executor.workers=distributed")
+        return kind
     require(asked in ("auto", "distributed"), "executor.workers", asked,
             "auto or distributed where a launcher has started a rank for each device")
     network = config.executor.network
@@ -65,8 +72,9 @@ def net_settings(config: ExecutionConfig, given: ExecutorInput) -> NetSettings:
     """How the parties of a run talk, the same on all ranks."""
     from hetis_exec.distributed import NetSettings
 
-    return NetSettings(int(config.executor.eager_kib * 1024), config.executor.network.shapes(given.cluster),
-                       _digest(config, given))
+    settings = config.executor
+    return NetSettings(int(settings.eager_kib * 1024), settings.network.shapes(given.cluster),
+                       _digest(config, given), settings.collectives)
 
 
 def _digest(config: ExecutionConfig, given: ExecutorInput) -> str:
@@ -113,6 +121,7 @@ def serve_rank(config: ExecutionConfig, given: ExecutorInput, launch: Launch) ->
         HetisError: it has found no driver, or its host cannot hold its workers.
     """
     from hetis_exec.distributed import Seat, seats, serve
+    from hetis_exec.net.reducers import ABANDONED
 
     # Interrupts from the keyboard reach all ranks of a node; they are the driver's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -124,7 +133,13 @@ def serve_rank(config: ExecutionConfig, given: ExecutorInput, launch: Launch) ->
     settings = net_settings(config, given)
     idle = Seat(launch.rank, (), settings, 0.0)
     seat = seats(list(specs.values()), settings).get(launch.rank, idle)
-    return serve(meeting_of(launch, given).place, seat, specs.get(launch.rank))
+    ended = serve(meeting_of(launch, given).place, seat, specs.get(launch.rank))
+    if ABANDONED:
+        # The end of the interpreter would take them apart.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0 if ended else 1)
+    return ended
 
 
 def report_failure(launch: Launch, reason: str) -> None:

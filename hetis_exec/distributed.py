@@ -16,6 +16,7 @@ from typing import Any
 from hetis_exec.crew import STOP_AT_ONCE_S, STOP_S, WorkerSpec, build_worker
 from hetis_exec.errors import ExecutorError
 from hetis_exec.messages import DRIVER, Failed, Stop
+from hetis_exec.net.cards import NO_CARD, Card, card_at
 from hetis_exec.net.endpoint import EAGER_BYTES, Channel, NetworkEndpoint
 from hetis_exec.net.frames import FrameSocket
 from hetis_exec.net.handshake import Hello, new_token, run_token
@@ -29,9 +30,12 @@ from hetis_exec.net.meeting import (
     host_meeting,
     join_meeting,
 )
+from hetis_exec.net.reducers import make_reducer
 from hetis_exec.net.wires import GlooWire, Reaper, gloo_group, release_devices
+from hetis_exec.places import stages_of
 from hetis_exec.processes import end_processes
 from hetis_exec.shaping import Shapes
+from hetis_exec.sums import Reducer
 from hetis_exec.transport import Endpoint
 
 REAP_S = 0.5
@@ -48,6 +52,7 @@ class NetSettings:
     Attributes:
         eager_bytes: see :class:`NetworkEndpoint`.
         shapes: links to emulate.
+        collectives: see :attr:`hetis_exec.config.ExecutorConfig.collectives`.
         digest: of what is to be run, behind the type of its numbers and a colon: a worker that was given
             something else is refused.
     """
@@ -55,6 +60,7 @@ class NetSettings:
     eager_bytes: int = EAGER_BYTES
     shapes: Shapes = field(default_factory=dict)
     digest: str = ""
+    collectives: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +70,14 @@ class Seat:
     Attributes:
         teams: the devices of each instance.
         timeout_s: how long large arrays may take on a wire.
+        ranks: devices of its stage, in the order of their tensor-parallel ranks; none of an attention worker.
     """
 
     device: int
     teams: tuple[tuple[int, ...], ...]
     settings: NetSettings
     timeout_s: float
+    ranks: tuple[int, ...] = ()
 
     def links(self) -> list[tuple[int, int, Channel]]:
         """(lower device, higher device, channel) of its connections, in the order of all of them.
@@ -87,7 +95,9 @@ class Seat:
 def seats(specs: Sequence[WorkerSpec], settings: NetSettings) -> dict[int, Seat]:
     """A seat for each of the workers."""
     teams = tuple(dict.fromkeys(spec.plan.devices for spec in specs))
-    return {spec.device: Seat(spec.device, teams, settings, spec.timeout_s) for spec in specs}
+    return {spec.device: Seat(spec.device, teams, settings, spec.timeout_s,
+                              stages_of(spec.plan)[spec.stage].devices if spec.stage >= 0 else ())
+            for spec in specs}
 
 
 def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
@@ -109,11 +119,14 @@ def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
     hello = Hello(seat.device, DRIVER, Channel.CONTROL)
     endpoint.add(DRIVER, Channel.CONTROL, connect((driver["host"], driver["port"]), token, hello))
     failed = False
+    reducer: Reducer | None = None
     try:
         _compare(driver["digest"], seat.settings.digest)
         if spec is not None:
-            meet(meeting, seat, endpoint, token)
-            worker = build_worker(spec, endpoint)
+            where = spec.backend.place(seat.device)
+            meet(meeting, seat, endpoint, token, card=card_at(where))
+            reducer = join_reducer(meeting, seat, where)
+            worker = build_worker(spec, endpoint, reducer)
     except ExecutorError as error:
         failed = True
         endpoint.send(DRIVER, Failed(seat.device, str(error)))
@@ -125,6 +138,8 @@ def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
             worker.run()
             failed = not endpoint.stopped
     endpoint.await_stop(FAREWELL_S if failed else float("inf"))
+    if reducer is not None:
+        reducer.close()
     endpoint.close(STOP_S)
     release_devices()
     return not failed
@@ -144,11 +159,28 @@ def _compare(driver: str, own: str) -> None:
                             "driver")
 
 
-def meet(meeting: Meeting, seat: Seat, endpoint: NetworkEndpoint, token: bytes, control: int = 1) -> None:
+def join_reducer(meeting: Meeting, seat: Seat, where: str) -> Reducer | None:
+    """What adds up for a worker over the ranks of its stage; None where sums are ordered.
+
+    Args:
+        where: torch device of the worker.
+
+    Raises:
+        ExecutorError: it cannot, or another rank does not come.
+    """
+    cards = {device: Card(*(meeting.look_up(f"worker/{device}", WORKER_FIELDS)[key] for key in Card._fields))
+             for device in seat.ranks}
+    return make_reducer(meeting.store, cards, seat.device, seat.settings.collectives, meeting.place,
+                        seat.timeout_s, where)
+
+
+def meet(meeting: Meeting, seat: Seat, endpoint: NetworkEndpoint, token: bytes, control: int = 1,
+         card: Card = NO_CARD) -> None:
     """Connect a worker with the others: the higher device of a pair calls the lower one.
 
     Args:
         control: connections that the endpoint has already.
+        card: what the others are to know of it.
 
     Raises:
         ExecutorError: another one does not come.
@@ -159,7 +191,8 @@ def meet(meeting: Meeting, seat: Seat, endpoint: NetworkEndpoint, token: bytes, 
         endpoint.add(hello.sender, Channel(hello.channel), frames)
 
     listener = Listener(place.bind, seat.device, token, connected)
-    meeting.announce(f"worker/{seat.device}", {"host": listener.place[0], "port": listener.place[1]})
+    meeting.announce(f"worker/{seat.device}", {"host": listener.place[0], "port": listener.place[1],
+                                               **card._asdict()})
     for lower, higher, channel in links:
         if higher == seat.device:
             record = meeting.look_up(f"worker/{lower}", WORKER_FIELDS)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial, reduce
+from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -37,6 +36,7 @@ from hetis_exec.messages import (
 )
 from hetis_exec.places import TeamPlan, stages_of
 from hetis_exec.shares import Share, columns_of, divide
+from hetis_exec.sums import Reducer, sums_for
 from hetis_exec.throttle import NONE, Throttle, throttled
 from hetis_exec.transport import Endpoint
 from hetis_exec.workers import Stopped, Worker
@@ -116,11 +116,12 @@ class PrimaryWorker(Worker):
 
     def __init__(self, device: int, endpoint: Endpoint, pool: KvPool, timeout_s: float, place: Rank,
                  shard: Shard, whole_steps: WholeSteps | None = None, throttle: Throttle = NONE,
-                 warm_up: Callable[[], None] | None = None) -> None:
+                 warm_up: Callable[[], None] | None = None, reducer: Reducer | None = None) -> None:
         super().__init__(device, endpoint, pool, timeout_s, throttle, warm_up)
         self.place = place
         self.shard = shard
         self.kernels = pool.kernels
+        self._sums = sums_for(self, place.peers, reducer, timeout_s)
         self._controls: deque[Control | Stop] = deque()
         self._box: dict[tuple[object, ...], Message] = {}
         self._whole_steps = whole_steps
@@ -152,7 +153,8 @@ class PrimaryWorker(Worker):
             case _:
                 raise ExecutorError(f"primary worker {self.device} does not know what to do with {message}")
 
-    def _fetch(self, key: tuple[object, ...], what: str) -> Message:
+    def fetch(self, key: tuple[object, ...], what: str) -> Message:
+        """A message from another worker, by its kind and what tells it from others."""
         self.wait_until(lambda: key in self._box, what)
         return self._box.pop(key)
 
@@ -184,6 +186,7 @@ class PrimaryWorker(Worker):
             self.beat()
             hidden = hidden + self._sum(batch, 2 * layer, self._attention_block(batch, layer, hidden))
             hidden = hidden + self._sum(batch, 2 * layer + 1, self._mlp(layer, hidden))
+        self._sums.settle()
         return hidden
 
     def _is_whole(self, task: Task) -> bool:
@@ -226,7 +229,7 @@ class PrimaryWorker(Worker):
         begun_s = time.perf_counter()
         if task.tokens is not None:
             return self.shard.embed(task.tokens, batch.prepared), begun_s, begun_s
-        message = self._fetch((Hidden, batch.seq), f"activations of step {batch.seq}")
+        message = self.fetch((Hidden, batch.seq), f"activations of step {batch.seq}")
         assert isinstance(message, Hidden)
         return self.kernels.from_wire(message.values), message.sent_s, time.perf_counter()
 
@@ -266,23 +269,12 @@ class PrimaryWorker(Worker):
         return self.shard.sample(hidden[self.kernels.index(ends)], asked)
 
     def _sum(self, batch: Batch, number: int, values: Tensor) -> Tensor:
-        """Sum of all ranks' values, added up in the same order everywhere."""
-        peers, rank = self.place.peers, self.place.rank
-        if len(peers) == 1:
+        """Sum of all ranks' values."""
+        if len(self.place.peers) == 1:
             return values
-        for device in peers:
-            if device != self.device:
-                self.send(device, Partial(batch.seq, number, rank, self.kernels.to_wire(values)))
-        parts = [values if other == rank else self._part(batch.seq, number, other)
-                 for other in range(len(peers))]
-        total = reduce(operator.add, parts)
+        total = self._sums.total(batch.seq, number, values)
         self.stopwatch.lap(COLLECTIVE)
         return total
-
-    def _part(self, seq: int, number: int, rank: int) -> Tensor:
-        message = self._fetch((Partial, seq, number, rank), f"a sum from device {self.place.peers[rank]}")
-        assert isinstance(message, Partial)
-        return self.kernels.from_wire(message.values)
 
     def _mlp(self, layer: int, hidden: Tensor) -> Tensor:
         values = self.shard.mlp(layer, hidden)
@@ -302,6 +294,8 @@ class PrimaryWorker(Worker):
         q, k, v = self.shard.qkv(layer, hidden, batch.prepared)
         attended = kernels.empty_like(q) if batch.prompts is None else None
         lap(DENSE)
+        if batch.remote:
+            self._sums.settle()
         for device, share in batch.remote.items():
             items, shared = (tuple(share.items), tuple(share.parts)) if layer == 0 else (None, ())
             sent_q, sent_k, sent_v = kernels.pack([share.queries(q), share.new(k), share.new(v)])
@@ -317,7 +311,7 @@ class PrimaryWorker(Worker):
         lap(ATTENTION)
         for device, share in batch.remote.items():
             key = AttentionResult, batch.seq, layer, device
-            result = self._fetch(key, f"heads from device {device}")
+            result = self.fetch(key, f"heads from device {device}")
             assert isinstance(result, AttentionResult)
             lap(HEAD_TRANSFER)
             values = kernels.from_wire(result.values)

@@ -42,6 +42,10 @@ class ToyBackend:
     def __post_init__(self) -> None:
         ToyModel(self.model, self.seed)
 
+    def place(self, device: int) -> str:
+        """All devices are this host's cores."""
+        return "cpu"
+
     def check(self, engines: Sequence[AnyEngine], here: Container[int] | None = None) -> None:
         """Look whether the pools fit in the memory that a worker may take.
 

@@ -98,14 +98,14 @@ class Worker(ABC):
     def take(self, message: Message) -> None:
         """Sort one message in."""
 
-    def pump(self) -> None:
-        """Take in one message, if one comes soon.
+    def pump(self, soon_s: float = BEAT_S) -> bool:
+        """Take in one message, if one comes soon; whether one has.
 
         Raises:
             Stopped: it said so.
         """
         self.beat()
-        message = self._endpoint.receive(COPY_S if self.cache.copying else BEAT_S)
+        message = self._endpoint.receive(min(COPY_S, soon_s) if self.cache.copying else soon_s)
         self.cache.send_copies()
         if isinstance(message, Stop) and message.at_once:
             raise Stopped
@@ -113,6 +113,17 @@ class Worker(ABC):
             self.cache.take(message)
         elif message is not None:
             self.take(message)
+        return message is not None
+
+    def look_around(self, for_s: float = 0.0) -> None:
+        """Take in what has come, and what comes within some time.
+
+        Raises:
+            Stopped: a message said so.
+        """
+        until_s = time.monotonic() + for_s
+        while self.pump(max(0.0, min(BEAT_S, until_s - time.monotonic()))) or time.monotonic() < until_s:
+            pass
 
     def beat(self) -> None:
         """Show that this worker is alive, if it has not done so lately."""

@@ -23,7 +23,7 @@ DRIVER_KEY = "driver"
 FAILED_KEY = "failed"
 RECORD_BYTES_MAX = 1 << 20
 DRIVER_FIELDS = {"host": str, "port": int, "token": str, "digest": str}
-WORKER_FIELDS = {"host": str, "port": int}
+WORKER_FIELDS = {"host": str, "port": int, "uuid": str, "nccl": str}
 
 
 @dataclass(frozen=True, slots=True)

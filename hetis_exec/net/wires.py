@@ -44,21 +44,34 @@ class Sent(NamedTuple):
     tensor: Any
 
 
-def gloo_group(store: Any, name: str, rank: int, bind: str, start_s: float) -> Any:
-    """A process group of two, on a link of its own; returns when the other end has come.
+def gloo_group(store: Any, name: str, rank: int, bind: str, start_s: float, size: int = 2) -> Any:
+    """A process group of its own, by default of the two ends of a link; returns when all have come.
 
     Args:
         bind: the address of this host to talk from, or the name of one of its interfaces.
 
     Raises:
-        RuntimeError: the other end has not come within ``start_s``.
+        RuntimeError: another one has not come within ``start_s``.
     """
     gloo = distributed.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [_device(bind)]
     options._threads = 1
     options._timeout = timedelta(seconds=start_s)
-    return gloo(distributed.PrefixStore(name, store), rank, 2, options)
+    return gloo(distributed.PrefixStore(name, store), rank, size, options)
+
+
+def nccl_group(store: Any, name: str, rank: int, size: int, timeout_s: float, *, urgent: bool) -> Any:
+    """The same of NCCL, for cards; the others are waited for when it is first used.
+
+    Args:
+        timeout_s: the watchdog ends this process when an operation has taken longer.
+        urgent: its streams go before others.
+    """
+    options = distributed.ProcessGroupNCCL.Options()
+    options.is_high_priority_stream = urgent
+    options._timeout = timedelta(seconds=timeout_s)
+    return distributed.ProcessGroupNCCL(distributed.PrefixStore(name, store), rank, size, options)
 
 
 _DEVICES: dict[str, Any] = {}

@@ -184,6 +184,32 @@ def test_a_process_that_hangs_is_given_up(make_crew: Callable[..., Crew]) -> Non
     assert not any(process.is_alive() for process in executor.crew.processes.values())
 
 
+def reduced(specs: Sequence[WorkerSpec]) -> Crew:
+    """Ranks of this host whose sums are all_reduces of gloo."""
+    pytest.importorskip("torch", reason="workers over torch.distributed need the extra exec")
+    from hetis_exec.distributed import DistributedCrew, NetSettings
+
+    return DistributedCrew(specs, NetSettings(collectives="all_reduce"))
+
+
+@pytest.mark.parametrize(("number", "said"), [(signal.SIGKILL, "exit code -9"),
+                                              (signal.SIGSTOP, "no sign of life for 2 s")])
+def test_a_rank_that_is_lost_in_a_sum_ends_the_run(number: signal.Signals, said: str) -> None:
+    """The rank that waits for it is neither lost with it nor taken for it, and no process is left."""
+
+    def lose(ended: int) -> None:
+        if ended == 2:
+            os.kill(executor.crew.processes[1].pid, number)
+
+    plan = pipeline([[0, 1]], [4], owned=[[3, 1]])
+    executor = Executor(given(plan, Fixed((3, 1)), workload(12, output=(8, 12), gap_s=0.02), timeout_s=2.0),
+                        reduced, progress=lose)
+    error = fail(executor)
+    assert error.device == 1
+    assert said in str(error)
+    assert not any(process.is_alive() for process in executor.crew.processes.values())
+
+
 def test_what_a_worker_says_after_the_last_request_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure in the last message of a run does not pass unnoticed."""
     send = InstanceDriver._follow

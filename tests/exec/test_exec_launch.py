@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,9 +113,22 @@ def test_a_name_that_means_loopback_here_and_another_host_elsewhere_is_refused(
     assert Launch(0, 2, "node1", 29500, 0, 2).bind() == "127.0.0.1"
 
 
-def config(workers: str, network: NetworkConfig | None = None) -> ExecutionConfig:
+def config(workers: str, network: NetworkConfig | None = None, **more: Any) -> ExecutionConfig:
     """That of a run with some kind of workers."""
-    return ExecutionConfig(executor=ExecutorConfig(workers=workers, network=network or NetworkConfig()))
+    return ExecutionConfig(executor=ExecutorConfig(workers=workers, network=network or NetworkConfig(),
+                                                   **more))
+
+
+def test_sums_by_a_library_need_ranks() -> None:
+    """Workers that pipes or queues join have no process group."""
+    launch = Launch(0, 2, "10.0.0.1", 29500, 0, 1)
+    for workers in ("auto", "processes", "threads"):
+        with pytest.raises(SpecError, match=r"collectives='all_reduce'.*executor\.workers=distributed"):
+            crews.workers_of(config(workers, collectives="all_reduce"), None)
+    assert crews.workers_of(config("distributed", collectives="all_reduce"), None) == "distributed"
+    assert crews.workers_of(config("auto", collectives="all_reduce"), launch) == "distributed"
+    with pytest.raises(SpecError, match=r"executor\.collectives='ring'.*auto, ordered, all_reduce"):
+        config("auto", collectives="ring")
 
 
 def test_a_launcher_s_ranks_are_the_workers() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from exec_commands import SOON_S, alive, children, wait_for, words
+from exec_texts import continued, talker, tokenizer
 
 from hetis_exec.launch import LOOPBACK
 from hetis_sim.metrics import load_run
@@ -33,11 +34,15 @@ def free_port() -> int:
     return port
 
 
-def torchrun(options: Sequence[str], run: Path, *more: str,
-             prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+REDUCED = ("policy.tp=2", "executor.collectives=all_reduce")
+"""Two ranks of a stage, for vLLM's policy, whose sums gloo makes; the others wait for the end."""
+
+
+def torchrun(options: Sequence[str], run: Path, *more: str, prefix: Sequence[str] = (),
+             policy: str = "hetis") -> subprocess.Popen[str]:
     """An agent of torchrun and the ranks of its node."""
     line = [*prefix, sys.executable, "-m", "torch.distributed.run", *options, "-m", "hetis_exec",
-            *words("+policy=hetis", *more, run=run)]
+            *words(f"+policy={policy}", *more, run=run)]
     return subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -88,6 +93,23 @@ def test_one_node(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "record.json").read_text())["requests"]
 
 
+@pytest.mark.parametrize("collectives", ["all_reduce", "ordered"])
+def test_texts_of_ranks_are_those_of_transformers(collectives: str, tmp_path: Path) -> None:
+    """Two ranks of a stage add up by gloo, or exchange their parts; prompts and texts are real ones."""
+    prompts = ["the quick brown", "die Möwe", "a text is", "hm?", "over the", "jumps over"]
+    file, run = tmp_path / "prompts.jsonl", tmp_path / "run"
+    file.write_text("".join(json.dumps({"prompt": prompt, "max_tokens": 9, "ignore_eos": True}) + "\n"
+                            for prompt in prompts))
+    finish(torchrun(["--nproc-per-node", str(RANKS)], run, *REDUCED, f"executor.collectives={collectives}",
+                    f"model.path={talker()}", "workload=prompts", f"workload.path={file}", policy="vllm"))
+    check(run, len(prompts))
+    assert load_run(run).steps["collective_s"].min() > 0
+    for row in map(json.loads, (run / "texts.jsonl").read_text().splitlines()):
+        ids = tokenizer().encode(row["prompt"])
+        wanted = tokenizer().decode([*ids, *continued(ids, 9)])
+        assert row["text"] == wanted[len(row["prompt"]):]
+
+
 @pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_two_nodes_of_one_host(rendezvous: str, tmp_path: Path) -> None:
     """Two agents that find each other in both ways that torchrun knows."""
@@ -119,10 +141,12 @@ def test_a_world_of_the_wrong_size(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("lost", [1, 3])
-def test_a_killed_rank_ends_the_run(lost: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("lost", "policy", "more"), [(1, "hetis", ()), (3, "hetis", ()),
+                                                      (1, "vllm", REDUCED)])
+def test_a_killed_rank_ends_the_run(lost: int, policy: str, more: Sequence[str], tmp_path: Path) -> None:
     """The driver says who is lost, keeps what had finished, and no process is left."""
-    agent = torchrun(["--nproc-per-node", str(RANKS)], tmp_path / "run", "rate=2", "requests=200")
+    agent = torchrun(["--nproc-per-node", str(RANKS)], tmp_path / "run", "rate=2", "requests=200", *more,
+                     policy=policy)
     wait_for(lambda: len(ranks(agent)) == RANKS, "ranks start")
     wait_for(lambda: children(ranks(agent)[0]), "the driver starts its worker")
     time.sleep(6.0)
