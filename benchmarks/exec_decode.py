@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hetis_exec.crew import WorkerSpec, build_worker
-from hetis_exec.messages import Control, Open, Row, Task
+from hetis_exec.messages import DRIVER, Control, Open, Row, Task
 from hetis_exec.models.architecture import read_architecture
 from hetis_exec.torch_backend import TorchBackend
 from hetis_exec.transport import InProcessTransport
@@ -40,9 +40,11 @@ class Decoder:
         blocks = (context + STEPS) // BLOCK + 1
         self._units = batch * spec.layers * len(groups) * blocks
         plan = InstancePlan((StagePlan((0,), spec.layers, (len(groups),)),))
+        transport = InProcessTransport()
+        self._driver = transport.endpoint(DRIVER)
         self._worker: Worker = build_worker(
             WorkerSpec(0, plan, 0, 0, self._units, BLOCK, backend, timeout_s=60.0),
-            InProcessTransport().endpoint(0))
+            transport.endpoint(0))
         self._rows = [Row(request, context, 1, True, False, (0,) * len(groups), -1)
                       for request in range(batch)]
         self._send(tuple(Open(request, 0, groups, spec.layers, blocks, 1) for request in range(batch)), None)
@@ -54,8 +56,10 @@ class Decoder:
         self._rows = [row._replace(position=row.position + 1) for row in self._rows]
 
     def _send(self, ops: tuple[Open, ...], task: Task | None) -> None:
-        self._worker.take(Control(self._worker.cache.seq + 1, ops, self._units, task))
-        self._worker.turn()
+        # By its endpoint: a worker that finds nothing there waits a while, and comes back to cold caches.
+        self._driver.send(0, Control(self._worker.cache.seq + 1, ops, self._units, task))
+        with self._worker.cache.pool.kernels.working():
+            self._worker.turn()
 
 
 def reference(model: Any, batch: int, context: int) -> Callable[[], object]:

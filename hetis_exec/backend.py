@@ -7,6 +7,7 @@ NumPy arrays; a worker turns them into its backend's arrays and back.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 from hetis_exec.messages import Array, Sample, Tokens
@@ -143,6 +144,9 @@ class Kernels(Protocol):
 
     def enter(self) -> None:
         """To be called by the thread that will ask for all work from now on."""
+
+    def working(self) -> AbstractContextManager[object]:
+        """To be entered by that thread around its work, a single step or all of them."""
 
     def synchronize(self) -> None:
         """Wait until the device has done all that it has been asked to do."""

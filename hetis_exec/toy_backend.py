@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,6 +134,10 @@ class ToyKernels:
 
     def enter(self) -> None:
         """Any thread will do."""
+
+    def working(self) -> AbstractContextManager[object]:
+        """Nothing is to be prepared."""
+        return nullcontext()
 
     def synchronize(self) -> None:
         """Nothing is ever left to be done."""

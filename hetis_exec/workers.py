@@ -77,9 +77,10 @@ class Worker(ABC):
         """Work until told to stop; whatever goes wrong is reported to the driver."""
         try:
             self.cache.pool.kernels.enter()
-            self.prepare()
-            while True:
-                self.turn()
+            with self.cache.pool.kernels.working():
+                self.prepare()
+                while True:
+                    self.turn()
         except Stopped:
             return
         except Exception:  # noqa: BLE001 - the driver is told, and raises

@@ -212,7 +212,8 @@ class StepBench:
     def _control(self, ops: tuple[Op, ...], task: Task | None) -> None:
         self._seq += 1
         self._worker.take(Control(self._seq, ops, self._used, task))
-        self._worker.turn()
+        with self.pool.kernels.working():
+            self._worker.turn()
 
 
 PROMPT = 1 << 16

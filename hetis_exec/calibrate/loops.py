@@ -235,9 +235,10 @@ def measure_loops(spec: LoopSpec, tp: int, sizes: Sizes, tick: Callable[[], None
     jobs = [] if dense_only else jobs_for(sizes, max(64, int(spec.pool_bytes / token_bytes)))
     bench = LayerBench(spec, tp, tables_of(jobs))
     clock = Clock(bench.kernels.synchronize, spec.graphs)
-    samples = [sample for point, work, share in _points(bench, spec, tp, sizes, jobs)
-            for sample in _timed(clock, point, work(), share, sizes.repeats, tick,
-                                 point.module != "head" or bench.records_heads)]
+    with bench.kernels.working():
+        samples = [sample for point, work, share in _points(bench, spec, tp, sizes, jobs)
+                   for sample in _timed(clock, point, work(), share, sizes.repeats, tick,
+                                        point.module != "head" or bench.records_heads)]
     decoding = {request: tokens for request, tokens in tables_of(jobs).items() if request < PROMPT}
     if tp == 1 and decoding:
         cached = Cached(bench.pool, decoding, bench.owned[0], token_bytes)

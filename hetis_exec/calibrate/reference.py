@@ -78,9 +78,15 @@ def _of_loops(spec: LoopSpec, jobs: tuple[Job, Job]) -> Measure:
     bench = LayerBench(replace(spec, split_head=False), 1, tables_of(jobs))
     clock = Clock(bench.kernels.synchronize, spec.graphs)
     batch, ((new, context),) = jobs[0].decode, jobs[1].prompts
-    works = [clock.prepared(work) for work in (
-        bench.dense(len(batch)), bench.decode(batch), bench.dense(new), bench.prompt(new, context))]
-    return lambda: _medians(lambda: tuple(clock.seconds(work) for work in works))
+    with bench.kernels.working():
+        works = [clock.prepared(work) for work in (
+            bench.dense(len(batch)), bench.decode(batch), bench.dense(new), bench.prompt(new, context))]
+
+    def once() -> tuple[float, ...]:
+        with bench.kernels.working():
+            return tuple(clock.seconds(work) for work in works)
+
+    return lambda: _medians(once)
 
 
 def _medians(once: Callable[[], tuple[float, ...]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ allocation for each gather would cost several times the attention itself, in pag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -114,6 +115,10 @@ class CpuKernels:
 
     def enter(self) -> None:
         """Any thread will do."""
+
+    def working(self) -> AbstractContextManager[object]:
+        """Without an account of what gradients would need every call of torch is a little shorter."""
+        return torch.inference_mode()
 
     def synchronize(self) -> None:
         """A processor has done what it was asked to do when the call returns."""

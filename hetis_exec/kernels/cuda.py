@@ -6,6 +6,7 @@ Nothing here waits for the device, except :meth:`CudaKernels.to_wire` and what i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -152,6 +153,10 @@ class CudaKernels:
             torch.cuda.set_device(self.device)
             self.synchronize()
             torch.cuda.set_stream(new_stream(self.device, URGENT))
+
+    def working(self) -> AbstractContextManager[object]:
+        """Nothing is to be prepared."""
+        return nullcontext()
 
     def synchronize(self) -> None:
         if self._cuda:

@@ -15,7 +15,7 @@ from hetis_exec.kernels.tables import to_device
 from hetis_exec.messages import Tokens
 from hetis_exec.models.architecture import Architecture, Rope
 from hetis_exec.models.names import layer_names, model_names
-from hetis_exec.models.operations import Norms, Operations, Pair, TorchOperations
+from hetis_exec.models.operations import Norms, Operations, Pair, TorchOperations, Waves
 from hetis_exec.models.products import Product, product
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import CPU, Weights
@@ -57,11 +57,10 @@ class Layer(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """Positions of a batch; cos and sin have shape (tokens, d / 2)."""
+    """Positions of a batch, and what rotates its heads."""
 
     positions: torch.Tensor
-    cos: torch.Tensor | None
-    sin: torch.Tensor | None
+    waves: Waves | None
 
 
 class DecoderShard:
@@ -97,9 +96,9 @@ class DecoderShard:
     def prepare_at(self, positions: torch.Tensor) -> Prepared:
         """The same for positions that are on the device."""
         if self._inv_freq is None:
-            return Prepared(positions, None, None)
-        angles = positions[:, None].float() * self._inv_freq
-        return Prepared(positions, self._rope_scale * angles.cos(), self._rope_scale * angles.sin())
+            return Prepared(positions, None)
+        angles, scale = positions[:, None].float() * self._inv_freq, self._rope_scale
+        return Prepared(positions, self._operations.waves(scale * angles.cos(), scale * angles.sin()))
 
     def embed(self, tokens: Tokens, prepared: Prepared) -> torch.Tensor:
         return self.embed_at(to_device(tokens, self._device), prepared)
@@ -124,8 +123,8 @@ class DecoderShard:
         heads = weights.qkv(normal).view(tokens, -1, d)
         queries = number * spec.heads_per_group
         turned, v = heads[:, :queries + number], heads[:, queries + number:]
-        if prepared.cos is not None and prepared.sin is not None:
-            turned = self._operations.turn(heads, prepared.cos, prepared.sin, queries, queries + number,
+        if prepared.waves is not None:
+            turned = self._operations.turn(heads, prepared.waves, queries, queries + number,
                                            weights.head_norms)
         q = turned[:, :queries].view(tokens, number, spec.heads_per_group, d)
         return q, turned[:, queries:], v

@@ -16,6 +16,9 @@ Pair = tuple[torch.Tensor, torch.Tensor | None]
 Norms = tuple[torch.Tensor, torch.Tensor]
 """Weights of the norms of queries and keys."""
 
+Waves = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of a batch's positions, in the shape that operations want."""
+
 
 class Operations(Protocol):
     """The operations of one architecture. Shapes: activations (tokens, hidden)."""
@@ -26,12 +29,14 @@ class Operations(Protocol):
     def add_norm(self, hidden: torch.Tensor, change: torch.Tensor | None, weights: Pair) -> torch.Tensor:
         """Add a change to ``hidden`` in place; the norm of the sum."""
 
-    def turn(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, queries: int, number: int,
+    def waves(self, cos: torch.Tensor, sin: torch.Tensor) -> Waves:
+        """What :meth:`turn` needs of a batch's positions, once for all layers; shapes (tokens, d / 2)."""
+
+    def turn(self, heads: torch.Tensor, waves: Waves, queries: int, number: int,
              norms: Norms | None) -> torch.Tensor:
         """Norm, where there is one, and rotate the first ``number`` heads, shape (tokens, number, d).
 
-        ``heads`` (tokens, heads, d) is of no use afterwards, but for the heads that are left alone; cos
-        and sin have shape (tokens, d / 2).
+        ``heads`` (tokens, heads, d) is of no use afterwards, but for the heads that are left alone.
         """
 
     def inner(self, inner: torch.Tensor) -> torch.Tensor:
@@ -57,14 +62,17 @@ class TorchOperations:
             hidden.add_(change)
         return self.norm(hidden, weights)
 
-    def turn(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, queries: int, number: int,
+    def waves(self, cos: torch.Tensor, sin: torch.Tensor) -> Waves:
+        return torch.cat((cos, cos), dim=-1)[:, None], torch.cat((-sin, sin), dim=-1)[:, None]
+
+    def turn(self, heads: torch.Tensor, waves: Waves, queries: int, number: int,
              norms: Norms | None) -> torch.Tensor:
         turned = heads[:, :number]
         if norms is not None:
             turned = torch.cat([functional.rms_norm(part, part.shape[-1:], weight, self._epsilon)
                                 for part, weight in zip((turned[:, :queries], turned[:, queries:]), norms,
                                                         strict=True)], dim=1)
-        return rotate(turned, cos[:, None], sin[:, None])
+        return rotate(turned, waves)
 
     def inner(self, inner: torch.Tensor) -> torch.Tensor:
         if not self._gated:
@@ -91,9 +99,12 @@ class FusedOperations:
         found: torch.Tensor = self._fused.add_norm(hidden.contiguous(), change, *weights, self._epsilon)
         return found
 
-    def turn(self, heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, queries: int, number: int,
+    def waves(self, cos: torch.Tensor, sin: torch.Tensor) -> Waves:
+        return cos, sin
+
+    def turn(self, heads: torch.Tensor, waves: Waves, queries: int, number: int,
              norms: Norms | None) -> torch.Tensor:
-        self._fused.turn(heads, cos, sin, queries, number, norms, self._epsilon)
+        self._fused.turn(heads, *waves, queries, number, norms, self._epsilon)
         return heads[:, :number]
 
     def inner(self, inner: torch.Tensor) -> torch.Tensor:
@@ -103,10 +114,14 @@ class FusedOperations:
         return found
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, in float32; halves of the last axis are rotated against each other."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+def rotate(x: torch.Tensor, waves: Waves) -> torch.Tensor:
+    """Rotary position embedding, in float32; halves of the last axis are rotated against each other.
+
+    The waves are of whole width: the cosines twice, the sines once with a minus.
+    """
+    wide = x.float()
+    half = wide.shape[-1] // 2
+    return torch.addcmul(wide * waves[0], wide.roll(half, -1), waves[1]).to(x.dtype)
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

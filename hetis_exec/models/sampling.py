@@ -45,7 +45,7 @@ class Sampling:
         """One token for each row of logits, shape (rows, vocab)."""
         hows = [Sample(self.temperature, self.top_p, self.top_k) if wanted.sample is None else wanted.sample
                 for wanted in asked]
-        likeliest = logits.argmax(dim=-1, keepdim=True)
+        likeliest = likeliest_of(logits)[:, None]
         rows = [n for n, how in enumerate(hows) if how.temperature > 0.0]
         if rows:
             where = torch.tensor(rows, device=logits.device)
@@ -74,3 +74,11 @@ class Sampling:
         own = None if wanted.sample is None else wanted.sample.seed
         place = [self.seed, wanted.request_id, wanted.position] if own is None else [own, wanted.position]
         return float(np.random.default_rng(place).random())
+
+
+def likeliest_of(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of each row of logits, shape (rows,), the first of several that are as likely."""
+    if logits.device.type == "cpu" and logits.dtype == torch.float32:
+        # Torch takes ten times as long to find the place of a maximum on a processor.
+        return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return logits.argmax(dim=-1)

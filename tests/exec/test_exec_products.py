@@ -39,7 +39,7 @@ def test_packed_products_are_those_of_torch(dtype: Any, bias: bool) -> None:
     shift = torch.randn(70).to(dtype) if bias else None
     made, plain = PackedProduct(weight, shift), PlainProduct(weight, shift)
     assert isinstance(product(weight, shift), PackedProduct)
-    for rows in (0, 1, 2, products.ROWS_HINT, 300):
+    for rows in (0, 1, 2, products.ROWS_LEAST - 1, products.ROWS_LEAST, products.ROWS_HINT, 300):
         given = torch.randn(rows, 2, 50).to(dtype)[:, 1]
         found = made(given)
         assert found.shape == (rows, 70)
