@@ -1,9 +1,9 @@
 """Cache and attention of one worker on a CPU.
 
-Rows of decode attention are (request, KV group) pairs. The query heads of a group are folded into the
-query length of one attention head, and rows are computed some at a time: the blocks of such a chunk
-are gathered into a buffer that is allocated once, then attended to by torch's fused kernel. A new
-allocation for each gather would cost several times the attention itself, in page faults.
+Rows of decode attention are (request, KV group) pairs, and are computed some at a time: the keys of such a
+chunk are gathered into a buffer that is allocated once, multiplied with the query heads of each row, then
+the values are gathered into it. A new allocation for each gather would cost several times the attention
+itself, in page faults. Scores and weights are of float32 whatever the cache's type.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 from torch.nn.functional import scaled_dot_product_attention
 
 from hetis_exec.backend import Arrived, CacheTable
-from hetis_exec.kernels.parts import TorchJoining, attend
+from hetis_exec.kernels.parts import TorchJoining
+from hetis_exec.kernels.small import mixed, scores
 from hetis_exec.kernels.wire import array_of, tensor_of
 from hetis_exec.messages import Array
 from hetis_exec.stopwatch import HostStopwatch
 
-CHUNK_BYTES = 4 << 20
-"""Keys and values that are gathered at a time: about what a core's share of the caches holds."""
+CHUNK_BYTES = 8 << 20
+"""Keys and values that are gathered at a time, each half of it: what a core's share of the caches holds."""
 
 FILL_BYTES = 128 << 10
 """Keys and values of no use that are read rather than begin another piece: that costs about as much."""
@@ -42,7 +43,7 @@ class Chunk(NamedTuple):
         units: numbers of their units, shape (layers, rows x blocks); too short tables are filled up.
         blocks: of each row.
         tokens: of the longest row.
-        mask: what to add to the scores, shape (rows, 1, 1, tokens); None where all are equally long.
+        mask: what to add to the scores, shape (rows, 1, tokens); None where all are equally long.
     """
 
     rows: slice
@@ -91,7 +92,7 @@ class CpuKernels:
         # nothing until they are written to.
         self._keys, self._values = (torch.from_numpy(np.zeros(shape, dtype=np.uint8)).view(dtype)
                                     for _ in range(2))
-        self._buffers = torch.empty(0), torch.empty(0)
+        self._buffer = self._wide = torch.empty(0)
 
     # -- arrays --------------------------------------------------------------------------------------
 
@@ -202,51 +203,63 @@ class CpuKernels:
         mask: torch.Tensor | None = None
         if int(tokens[-1]) < longest:
             beyond = torch.arange(longest) >= torch.from_numpy(tokens)[:, None]
-            mask = torch.zeros(beyond.shape, dtype=self._dtype)
-            mask = mask.masked_fill_(beyond, -torch.inf)[:, None, None]
+            mask = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None]
         return Chunk(rows, torch.from_numpy(units.reshape(len(units), -1)), blocks, longest, mask)
 
     def decode(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                values: torch.Tensor) -> torch.Tensor:
         self._store(plan.slots[layer], keys, values)
-        ordered = queries if plan.order is None else queries[plan.order]
-        out = torch.empty_like(ordered)
-        for chunk in plan.chunks:
-            units = chunk.units[layer]
-            rows = chunk.rows.stop - chunk.rows.start
-            k, v = (self._gather(pool, which, units, rows, chunk.tokens)
-                    for which, pool in enumerate((self._keys, self._values)))
-            out[chunk.rows] = scaled_dot_product_attention(ordered[chunk.rows, None], k, v, chunk.mask)[:, 0]
+        ordered = self._ordered(plan, queries)
+        found = [self._mixed(self._scores(chunk, layer, ordered).softmax(-1), chunk, layer)
+                 for chunk in plan.chunks]
+        out = (found[0] if len(found) == 1 else torch.cat(found)).to(queries.dtype)
         return out if plan.inverse is None else out[plan.inverse]
+
+    def _ordered(self, plan: DecodePlan, queries: torch.Tensor) -> torch.Tensor:
+        """Queries in the plan's order, such that their products with keys are scores."""
+        wide = queries.float() * self._head_dim ** -0.5
+        return wide if plan.order is None else torch.index_select(wide, 0, plan.order)
+
+    def _scores(self, chunk: Chunk, layer: int, ordered: torch.Tensor) -> torch.Tensor:
+        found = scores(ordered[chunk.rows], self._gather(self._keys, chunk, layer))
+        if chunk.mask is not None:
+            found += chunk.mask
+        return found
+
+    def _mixed(self, weights: torch.Tensor, chunk: Chunk, layer: int) -> torch.Tensor:
+        return mixed(weights, self._gather(self._values, chunk, layer))
 
     def decode_parts(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                      values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if len(keys):
             self._store(plan.slots[layer], keys, values)
-        ordered = queries if plan.order is None else queries[plan.order]
-        out, sums = torch.empty_like(ordered), torch.empty(ordered.shape[:2])
+        ordered = self._ordered(plan, queries)
+        out, sums = torch.empty(queries.shape, dtype=queries.dtype), torch.empty(queries.shape[:2])
         for chunk in plan.chunks:
-            rows = chunk.rows.stop - chunk.rows.start
-            k, v = (self._gather(pool, which, chunk.units[layer], rows, chunk.tokens)[:, 0]
-                    for which, pool in enumerate((self._keys, self._values)))
-            mask = None if chunk.mask is None else chunk.mask[:, 0]
-            out[chunk.rows], sums[chunk.rows] = attend(ordered[chunk.rows], k, v, mask)
+            found = self._scores(chunk, layer, ordered)
+            total = sums[chunk.rows] = torch.logsumexp(found, -1)
+            weights = found.sub_(total[..., None]).exp_()
+            out[chunk.rows] = self._mixed(weights, chunk, layer)
         return (out, sums) if plan.inverse is None else (out[plan.inverse], sums[plan.inverse])
 
     def joining(self, number: int, queries: torch.Tensor) -> TorchJoining:
         return TorchJoining(number, queries)
 
-    def _gather(self, pool: torch.Tensor, which: int, units: torch.Tensor, rows: int,
-                tokens: int) -> torch.Tensor:
-        """Blocks of a pool, in a buffer that the next gather uses again; shape (rows, 1, tokens, d)."""
-        width = self._block_tokens * self._head_dim
-        if len(self._buffers[which]) < len(units) * width:
+    def _gather(self, pool: torch.Tensor, chunk: Chunk, layer: int) -> torch.Tensor:
+        """A chunk's blocks of a pool in float32, for as long as no other is gathered; (rows, tokens, d)."""
+        units, width = chunk.units[layer], self._block_tokens * self._head_dim
+        size = len(units) * width
+        if len(self._buffer) < size:
             # Pieces of a batch grow by a block at a time: leave room for some more.
-            size = max(len(units) * width * 5 // 4, self._chunk_bytes // (2 * self._dtype.itemsize))
-            self._buffers = torch.empty(size, dtype=self._dtype), torch.empty(size, dtype=self._dtype)
-        gathered = self._buffers[which][:len(units) * width].view(len(units), width)
+            room = max(size * 5 // 4, self._chunk_bytes // (2 * self._dtype.itemsize))
+            self._buffer = torch.empty(room, dtype=self._dtype)
+            self._wide = self._buffer if self._dtype == torch.float32 else torch.empty(room)
+        gathered = self._buffer[:size].view(len(units), width)
         torch.index_select(pool.view(len(pool), width), 0, units, out=gathered)
-        return gathered.view(rows, 1, -1, self._head_dim)[:, :, :tokens]
+        if self._wide is not self._buffer:
+            gathered = self._wide[:size].copy_(self._buffer[:size])
+        rows = chunk.rows.stop - chunk.rows.start
+        return gathered.view(rows, -1, self._head_dim)[:, :chunk.tokens]
 
     # -- prefill -------------------------------------------------------------------------------------
 

@@ -23,11 +23,13 @@ class World:
     Blocks of different requests lie mixed, since tables grow in turns.
     """
 
-    def __init__(self, lengths: list[int], groups: int, chunk_bytes: int, seed: int = 0) -> None:
+    def __init__(self, lengths: list[int], groups: int, chunk_bytes: int, seed: int = 0,
+                 dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
         self.rng = np.random.default_rng(seed)
         self.lengths = lengths
         self.groups = groups
-        self.kernels = CpuKernels(1000, BLOCK, D, poison=1e4, chunk_bytes=chunk_bytes)
+        self.kernels = CpuKernels(1000, BLOCK, D, poison=1e4, chunk_bytes=chunk_bytes, dtype=dtype)
         self.pool = KvPool(1000, BLOCK, self.kernels)
         self.pool.open(TableKey(-1, 0, 0), LAYERS, 100, 0)
         self.pool.close(TableKey(-1, 0, 0))
@@ -51,7 +53,7 @@ class World:
 
     def random(self, *shape: int) -> torch.Tensor:
         """Standard normal."""
-        return torch.from_numpy(self.rng.standard_normal(shape).astype(np.float32))
+        return torch.from_numpy(self.rng.standard_normal(shape).astype(np.float32)).to(self.dtype)
 
     @property
     def rows(self) -> list[tuple[int, int]]:
@@ -84,6 +86,20 @@ def test_decode_attention_is_that_of_the_reference(lengths: list[int], r: int, c
         assert torch.allclose(world.decode(layer, queries), world.wanted(layer, queries), **CLOSE)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
+def test_decode_attention_over_narrow_caches_is_computed_in_float32(dtype: torch.dtype,
+                                                                    chunk_bytes: int) -> None:
+    """Only what is stored and what is given back is of the cache's type."""
+    world = World([9, 14, 3], 2, chunk_bytes, dtype=dtype)
+    for layer in range(LAYERS):
+        queries = world.random(len(world.rows), 3, D)
+        found = world.decode(layer, queries)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, world.wanted(layer, queries), rtol=torch.finfo(dtype).eps,
+                                   atol=1e-4)
+
+
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
 @pytest.mark.parametrize("lengths", [[9], [16, 30, 13, 12]])
 def test_parts_join_to_attention_of_the_whole(lengths: list[int], chunk_bytes: int) -> None:
@@ -105,7 +121,7 @@ def test_gathers_take_no_new_memory() -> None:
     places = []
     for _ in range(3):
         world.decode(0, world.random(6, 2, D))
-        places.append([buffer.data_ptr() for buffer in world.kernels._buffers])
+        places.append(world.kernels._buffer.data_ptr())
     assert places[0] == places[1] == places[2]
 
 
