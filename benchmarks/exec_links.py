@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from hetis_exec.distributed import NetSettings, Seat, meet
+from hetis_exec.joining import NetSettings, Seat, meet
 from hetis_exec.messages import AttentionRequest, AttentionResult, Stop
 from hetis_exec.net.endpoint import NetworkEndpoint
 from hetis_exec.net.handshake import new_token

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from hetis_exec.crew import WorkerSpec
-from hetis_exec.distributed import DistributedCrew, NetSettings
+from hetis_exec.distributed import DistributedCrew
+from hetis_exec.joining import NetSettings
 from hetis_exec.messages import Beat, Control, Failed, Op, Open, Row, StageDone, Task
 from hetis_exec.models.architecture import read_architecture
 from hetis_exec.places import owned_groups

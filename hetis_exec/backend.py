@@ -83,7 +83,7 @@ class Shard(Protocol):
 
 
 class Leaving(Protocol):
-    """Keys and values on their way out of a device's memory, while it goes on with other work."""
+    """Keys and values on their way out of a device's cache, while it goes on with other work."""
 
     def done(self) -> bool:
         """Whether they are there."""
@@ -125,7 +125,7 @@ class Kernels(Protocol):
     """
 
     def from_wire(self, array: Array) -> Tensor:
-        """An array of a message, without a copy where that is possible."""
+        """An array of a message, wherever it is, without a copy where that is possible."""
 
     def to_wire(self, tensor: Tensor) -> Array:
         """An array for a message, without a copy where that is possible."""
@@ -135,6 +135,12 @@ class Kernels(Protocol):
 
     def pack(self, tensors: Sequence[Tensor]) -> list[Array]:
         """Arrays for one message: as :meth:`to_wire`, but the device is waited for only once."""
+
+    def keep(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """The same without a wait, as :class:`hetis_exec.resident.Resident` where that is of any use."""
+
+    def concatenate(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One after the other, along their first axis."""
 
     def empty_like(self, tensor: Tensor) -> Tensor:
         """Room for as much."""
@@ -151,6 +157,9 @@ class Kernels(Protocol):
     def synchronize(self) -> None:
         """Wait until the device has done all that it has been asked to do."""
 
+    def wait(self) -> None:
+        """The same, but for what this thread has asked it to do."""
+
     def clear(self, table: CacheTable) -> None:
         """A table is closed: what its units hold is of no use any more."""
 
@@ -163,8 +172,12 @@ class Kernels(Protocol):
     def read(self, units: Units) -> tuple[Tensor, Tensor]:
         """Copies of keys and values; units (..., blocks) give (..., blocks * block_tokens, d)."""
 
-    def leave(self, units: Units, tokens: slice) -> Leaving:
-        """The same as arrays of messages, of some of the tokens; what is read may be freed meanwhile."""
+    def leave(self, units: Units, tokens: slice, stay: bool = False) -> Leaving:
+        """The same as arrays of messages, of some of the tokens; what is read may be freed meanwhile.
+
+        Args:
+            stay: they may be tensors on the device.
+        """
 
     def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> Any:
         """Decode attention to come in every layer.

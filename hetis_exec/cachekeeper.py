@@ -55,13 +55,20 @@ class Parked:
 class CacheKeeper:
     """The cache of one device.
 
+    Args:
+        send: hands a message to a worker.
+        keeps: whether cache for a worker may stay on the device, see
+            :meth:`hetis_exec.transport.Endpoint.keeps`; without it none does.
+
     Attributes:
         seq: number of the driver's latest message that has been carried out.
         pool: the tables.
         parked: cache in host memory.
     """
 
-    def __init__(self, device: int, pool: KvPool, send: Callable[[int, Message], None]) -> None:
+    def __init__(self, device: int, pool: KvPool, send: Callable[[int, Message], None],
+                 keeps: Callable[[int, bool], bool] | None = None) -> None:
+        self._keeps = keeps
         self.device = device
         self.pool = pool
         self.seq = 0
@@ -204,7 +211,8 @@ class CacheKeeper:
 
         Final pieces are waited for: a step may wait for them elsewhere.
         """
-        leaving = self.pool.leave(op.request_id, op.stage, op.groups, first, last, layers)
+        stay = self._keeps is not None and self._keeps(op.target, True)
+        leaving = self.pool.leave(op.request_id, op.stage, op.groups, first, last, layers, stay)
         self._leaving.append((leaving, then))
         if op.final:
             leaving.arrays()
@@ -220,8 +228,9 @@ class CacheKeeper:
         stage, at = op.stage, 0
         if op.abroad is not None:
             after, stage, at = op.abroad.after, op.abroad.stage, op.abroad.at
-        self._send(op.target, CacheData(after, op.tag, op.request_id, stage, tuple(range(at, at + len(k))),
-                                        op.groups, op.first, k, v, op.final))
+        layers = tuple(range(at, at + k.shape[0]))
+        self._send(op.target, CacheData(after, op.tag, op.request_id, stage, layers, op.groups, op.first, k,
+                                        v, op.final))
 
     def _store(self, data: CacheData) -> None:
         """Write a piece of cache, unless its table has been closed meanwhile, and count it."""

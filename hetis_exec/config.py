@@ -20,6 +20,7 @@ SCHEMA = "executor_schema"
 MAIN = "executor"
 WORKERS = ("auto", "processes", "threads", "distributed")
 COLLECTIVES = ("auto", "ordered", "all_reduce")
+DEVICE_LINKS = ("auto", "host")
 EAGER_KIB_MAX = 1 << 20
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -66,6 +67,9 @@ class ExecutorConfig:
             order of ranks, which gives the same bits whatever the workers are. ``all_reduce`` is that of
             torch.distributed, where workers are distributed: NCCL's where every rank of a stage has a card of
             its own, else gloo's. ``auto`` is ``all_reduce`` where NCCL does it, else ``ordered``.
+        device_links: ``auto`` has tensors go from card to card: by NCCL where workers are distributed and
+            both have a card of their own, and as they are between threads. ``host`` takes all through host
+            memory.
         network: slow links to emulate between workers of one host.
         check: repeat the run in the simulator with the measured times, and compare all decisions.
         record: also write ``record.json``, from which the run can be replayed.
@@ -90,6 +94,7 @@ class ExecutorConfig:
     timeout_s: float = 60.0
     eager_kib: float = 1024.0
     collectives: str = "auto"
+    device_links: str = "auto"
     network: NetworkConfig = field(default_factory=NetworkConfig)
     check: bool = True
     record: bool = False
@@ -100,6 +105,8 @@ class ExecutorConfig:
         require(self.workers in WORKERS, "executor.workers", self.workers, f"one of {', '.join(WORKERS)}")
         require(self.collectives in COLLECTIVES, "executor.collectives", self.collectives,
                 f"one of {', '.join(COLLECTIVES)}")
+        require(self.device_links in DEVICE_LINKS, "executor.device_links", self.device_links,
+                f"one of {', '.join(DEVICE_LINKS)}")
         types = ("auto", *ELEMENT_TYPES)
         require(self.dtype in types, "executor.dtype", self.dtype, f"one of {', '.join(types)}")
         require_int("executor.threads", self.threads, 1, 1024)

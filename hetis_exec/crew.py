@@ -12,7 +12,7 @@ from hetis_exec.backend import Backend
 from hetis_exec.kvcache import KvPool
 from hetis_exec.mesh.worker import NodeWorker
 from hetis_exec.messages import DRIVER, Stop
-from hetis_exec.places import AnyEngine, TeamPlan, stages_of, units_of
+from hetis_exec.places import CPU, AnyEngine, TeamPlan, stages_of, units_of
 from hetis_exec.primary import PrimaryWorker, Rank
 from hetis_exec.sums import Reducer
 from hetis_exec.throttle import NONE, Throttle
@@ -104,12 +104,18 @@ class Crew(Protocol):
 class ThreadCrew:
     """Workers as threads. They are daemons: one that hangs cannot keep the process alive.
 
+    Args:
+        device_links: workers with cards pass tensors on where they are.
+
     Attributes:
         workers: by device.
     """
 
-    def __init__(self, specs: Sequence[WorkerSpec], transport: Transport | None = None) -> None:
+    def __init__(self, specs: Sequence[WorkerSpec], transport: Transport | None = None, *,
+                 device_links: bool = True) -> None:
         transport = transport or InProcessTransport()
+        transport.cards = frozenset(spec.device for spec in specs
+                                    if device_links and spec.backend.place(spec.device) != CPU)
         self.endpoint: Endpoint = transport.endpoint(DRIVER)
         self.workers = {spec.device: build_worker(spec, transport.endpoint(spec.device)) for spec in specs}
         self._threads = {device: Thread(target=worker.run, name=f"worker-{device}", daemon=True)

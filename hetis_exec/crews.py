@@ -21,7 +21,7 @@ from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.spec.errors import HetisError, require
 
 if TYPE_CHECKING:
-    from hetis_exec.distributed import NetSettings
+    from hetis_exec.joining import NetSettings
     from hetis_exec.net.meeting import Meeting
 
 REPORT_S = 3.0
@@ -57,7 +57,8 @@ def crew_maker(config: ExecutionConfig, given: ExecutorInput, launch: Launch | N
     kind = workers_of(config, launch)
     shapes = config.executor.network.shapes(given.cluster)
     if kind == "threads":
-        return lambda specs: ThreadCrew(specs, InProcessTransport(shapes=shapes))
+        keep = config.executor.device_links != "host"
+        return lambda specs: ThreadCrew(specs, InProcessTransport(shapes=shapes), device_links=keep)
     if kind == "processes":
         return lambda specs: ProcessCrew(specs, shapes)
     from hetis_exec.distributed import DistributedCrew
@@ -70,11 +71,11 @@ def crew_maker(config: ExecutionConfig, given: ExecutorInput, launch: Launch | N
 
 def net_settings(config: ExecutionConfig, given: ExecutorInput) -> NetSettings:
     """How the parties of a run talk, the same on all ranks."""
-    from hetis_exec.distributed import NetSettings
+    from hetis_exec.joining import NetSettings
 
     settings = config.executor
     return NetSettings(int(settings.eager_kib * 1024), settings.network.shapes(given.cluster),
-                       _digest(config, given), settings.collectives)
+                       _digest(config, given), settings.collectives, settings.device_links)
 
 
 def _digest(config: ExecutionConfig, given: ExecutorInput) -> str:
@@ -120,7 +121,8 @@ def serve_rank(config: ExecutionConfig, given: ExecutorInput, launch: Launch) ->
     Raises:
         HetisError: it has found no driver, or its host cannot hold its workers.
     """
-    from hetis_exec.distributed import Seat, seats, serve
+    from hetis_exec.distributed import serve
+    from hetis_exec.joining import Seat, seats
     from hetis_exec.net.reducers import ABANDONED
 
     # Interrupts from the keyboard reach all ranks of a node; they are the driver's.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hetis_exec.models.architecture import ELEMENT_TYPES
+from hetis_exec.places import CPU
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.errors import SpecError
 from hetis_sim.spec.gpu import GpuSpec
@@ -16,8 +17,6 @@ from hetis_sim.spec.gpus import GPUS
 
 BFLOAT16_FROM = (8, 0)
 """First compute capability whose matrix units know bfloat16."""
-
-CPU = "cpu"
 
 
 def find_places(wish: Any, cluster: ClusterSpec, here: range | None = None) -> tuple[str, ...]:

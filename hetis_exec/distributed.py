@@ -9,32 +9,27 @@ import signal
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 from hetis_exec.crew import STOP_AT_ONCE_S, STOP_S, WorkerSpec, build_worker
 from hetis_exec.errors import ExecutorError
+from hetis_exec.joining import NetSettings, Seat, meet, seats
 from hetis_exec.messages import DRIVER, Failed, Stop
-from hetis_exec.net.cards import NO_CARD, Card, card_at
-from hetis_exec.net.endpoint import EAGER_BYTES, Channel, NetworkEndpoint
+from hetis_exec.net.endpoint import Channel, NetworkEndpoint
 from hetis_exec.net.frames import FrameSocket
 from hetis_exec.net.handshake import Hello, new_token, run_token
 from hetis_exec.net.listener import Listener, connect
 from hetis_exec.net.meeting import (
     DRIVER_FIELDS,
     DRIVER_KEY,
-    WORKER_FIELDS,
     Meeting,
     MeetingPlace,
     host_meeting,
     join_meeting,
 )
-from hetis_exec.net.reducers import make_reducer
-from hetis_exec.net.wires import GlooWire, Reaper, gloo_group, release_devices
-from hetis_exec.places import stages_of
+from hetis_exec.net.wires import release_devices
 from hetis_exec.processes import end_processes
-from hetis_exec.shaping import Shapes
 from hetis_exec.sums import Reducer
 from hetis_exec.transport import Endpoint
 
@@ -43,61 +38,6 @@ REAP_S = 0.5
 
 FAREWELL_S = 30.0
 """A worker that has failed waits so long for the driver to end the run."""
-
-
-@dataclass(frozen=True, slots=True)
-class NetSettings:
-    """How parties of a run talk to each other; the same for all of them.
-
-    Attributes:
-        eager_bytes: see :class:`NetworkEndpoint`.
-        shapes: links to emulate.
-        collectives: see :attr:`hetis_exec.config.ExecutorConfig.collectives`.
-        digest: of what is to be run, behind the type of its numbers and a colon: a worker that was given
-            something else is refused.
-    """
-
-    eager_bytes: int = EAGER_BYTES
-    shapes: Shapes = field(default_factory=dict)
-    digest: str = ""
-    collectives: str = "auto"
-
-
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """The place of one worker among the others.
-
-    Attributes:
-        teams: the devices of each instance.
-        timeout_s: how long large arrays may take on a wire.
-        ranks: devices of its stage, in the order of their tensor-parallel ranks; none of an attention worker.
-    """
-
-    device: int
-    teams: tuple[tuple[int, ...], ...]
-    settings: NetSettings
-    timeout_s: float
-    ranks: tuple[int, ...] = ()
-
-    def links(self) -> list[tuple[int, int, Channel]]:
-        """(lower device, higher device, channel) of its connections, in the order of all of them.
-
-        Cache may go from any worker to any other one, everything else stays within an instance.
-        """
-        team = next((team for team in self.teams if self.device in team), ())
-        everyone = [device for team in self.teams for device in team]
-        pairs = [(min(self.device, other), max(self.device, other), channel) for other in everyone
-                 for channel in (Channel.DATA, Channel.CACHE)
-                 if other != self.device and (channel == Channel.CACHE or other in team)]
-        return sorted(pairs) if team else []
-
-
-def seats(specs: Sequence[WorkerSpec], settings: NetSettings) -> dict[int, Seat]:
-    """A seat for each of the workers."""
-    teams = tuple(dict.fromkeys(spec.plan.devices for spec in specs))
-    return {spec.device: Seat(spec.device, teams, settings, spec.timeout_s,
-                              stages_of(spec.plan)[spec.stage].devices if spec.stage >= 0 else ())
-            for spec in specs}
 
 
 def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
@@ -123,9 +63,7 @@ def serve(place: MeetingPlace, seat: Seat, spec: WorkerSpec | None) -> bool:
     try:
         _compare(driver["digest"], seat.settings.digest)
         if spec is not None:
-            where = spec.backend.place(seat.device)
-            meet(meeting, seat, endpoint, token, card=card_at(where))
-            reducer = join_reducer(meeting, seat, where)
+            reducer = meet(meeting, seat, endpoint, token, where=spec.backend.place(seat.device))
             worker = build_worker(spec, endpoint, reducer)
     except ExecutorError as error:
         failed = True
@@ -157,58 +95,6 @@ def _compare(driver: str, own: str) -> None:
     if driver != own:
         raise ExecutorError("it was given another configuration, other files or another version than the "
                             "driver")
-
-
-def join_reducer(meeting: Meeting, seat: Seat, where: str) -> Reducer | None:
-    """What adds up for a worker over the ranks of its stage; None where sums are ordered.
-
-    Args:
-        where: torch device of the worker.
-
-    Raises:
-        ExecutorError: it cannot, or another rank does not come.
-    """
-    cards = {device: Card(*(meeting.look_up(f"worker/{device}", WORKER_FIELDS)[key] for key in Card._fields))
-             for device in seat.ranks}
-    return make_reducer(meeting.store, cards, seat.device, seat.settings.collectives, meeting.place,
-                        seat.timeout_s, where)
-
-
-def meet(meeting: Meeting, seat: Seat, endpoint: NetworkEndpoint, token: bytes, control: int = 1,
-         card: Card = NO_CARD) -> None:
-    """Connect a worker with the others: the higher device of a pair calls the lower one.
-
-    Args:
-        control: connections that the endpoint has already.
-        card: what the others are to know of it.
-
-    Raises:
-        ExecutorError: another one does not come.
-    """
-    links, place = seat.links(), meeting.place
-
-    def connected(hello: Hello, frames: FrameSocket) -> None:
-        endpoint.add(hello.sender, Channel(hello.channel), frames)
-
-    listener = Listener(place.bind, seat.device, token, connected)
-    meeting.announce(f"worker/{seat.device}", {"host": listener.place[0], "port": listener.place[1],
-                                               **card._asdict()})
-    for lower, higher, channel in links:
-        if higher == seat.device:
-            record = meeting.look_up(f"worker/{lower}", WORKER_FIELDS)
-            endpoint.add(lower, channel, connect((record["host"], record["port"]), token,
-                                                 Hello(higher, lower, channel)))
-    if not endpoint.await_links(control + len(links), place.start_s):
-        raise ExecutorError(f"not all of the others have called device {seat.device} in {place.start_s:g} s; "
-                            f"it knows {endpoint.peers}")
-    listener.close()
-    reaper = Reaper()
-    for lower, higher, channel in links:
-        rank = int(higher == seat.device)
-        group = gloo_group(meeting.store, f"wire/{lower}-{higher}-{channel}", rank, place.gloo_bind,
-                           place.start_s)
-        endpoint.add_wire(higher if rank == 0 else lower, channel, GlooWire(group, 1 - rank, seat.timeout_s),
-                          reaper)
 
 
 def _work(place: MeetingPlace, seat: Seat, spec: WorkerSpec, joins: bool) -> None:

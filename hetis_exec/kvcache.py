@@ -293,10 +293,10 @@ class KvPool:
         return self._read(request_id, stage, groups, layers, first, last)
 
     def leave(self, request_id: int, stage: int, groups: Sequence[int], first: int, last: int,
-              layers: slice) -> Leaving:
-        """The same as arrays of messages, on their way out of the device's memory."""
+              layers: slice, stay: bool = False) -> Leaving:
+        """The same as arrays of messages, on their way out; they may be tensors if they are to ``stay``."""
         units, here = self._where(request_id, stage, groups, layers, first, last)
-        return self.kernels.leave(units, here)
+        return self.kernels.leave(units, here, stay)
 
     def leave_all(self, request_id: int, stage: int, groups: Sequence[int],
                   tokens: int) -> tuple[Leaving, NDArray[np.int64]]:

@@ -13,6 +13,9 @@ TeamPlan = InstancePlan | MeshPlan
 
 AnyEngine = Engine | MeshEngine
 
+CPU = "cpu"
+"""The torch device of workers without a card."""
+
 
 def stages_of(plan: TeamPlan) -> Sequence[StagePlan]:
     """The stages, or nodes."""

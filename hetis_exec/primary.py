@@ -129,6 +129,11 @@ class PrimaryWorker(Worker):
         self.stopwatch = throttled(pool.kernels.stopwatch(), throttle, pool.kernels.synchronize)
         self._free_s = 0.0
 
+    def packed(self, target: int, tensors: Sequence[Tensor], bulk: bool = False) -> list[Any]:
+        if not self.keeps(target, bulk):
+            self._sums.settle()  # the device is waited for
+        return super().packed(target, tensors, bulk)
+
     def turn(self) -> None:
         self.pump()
         while self._controls:
@@ -245,7 +250,7 @@ class PrimaryWorker(Worker):
         ends = not place.next_devices and place.rank == 0
         ended_s = self.report(batch, self.sample(batch, hidden) if ends else None, sent_s, begun_s)
         for device in place.next_devices if place.rank == 0 else ():
-            self.send(device, Hidden(batch.seq, self.kernels.to_wire(hidden), ended_s))
+            self.send(device, Hidden(batch.seq, self.packed(device, [hidden])[0], ended_s))
 
     def report(self, batch: Batch, tokens: Tokens | None, sent_s: float, begun_s: float) -> float:
         """Tell the driver that this stage is free, before the next can hear of its work; when that was."""
@@ -294,11 +299,9 @@ class PrimaryWorker(Worker):
         q, k, v = self.shard.qkv(layer, hidden, batch.prepared)
         attended = kernels.empty_like(q) if batch.prompts is None else None
         lap(DENSE)
-        if batch.remote:
-            self._sums.settle()
         for device, share in batch.remote.items():
             items, shared = (tuple(share.items), tuple(share.parts)) if layer == 0 else (None, ())
-            sent_q, sent_k, sent_v = kernels.pack([share.queries(q), share.new(k), share.new(v)])
+            sent_q, sent_k, sent_v = self.packed(device, [share.queries(q), share.new(k), share.new(v)])
             self.send(device, AttentionRequest(batch.seq, self.device, self.place.stage, layer, items,
                                                sent_q, sent_k, sent_v, shared))
         if batch.remote:
@@ -422,7 +425,8 @@ class PrimaryWorker(Worker):
             for device, columns in columns_of(holders, self.shard.groups) if last > first else ():
                 if device != self.device:
                     groups = tuple(self.shard.groups[n] for n in columns)
-                    k, v = self.kernels.pack([x[columns][None, :, first:last] for x in (keys, values)])
+                    k, v = self.packed(device, [x[columns][None, :, first:last] for x in (keys, values)],
+                                       bulk=True)
                     self.send(device, CacheData(seq, row.push_tag, row.request_id, self.place.stage,
                                                 (layer,), groups, first, k, v, False))
             first = last
@@ -434,6 +438,6 @@ class PrimaryWorker(Worker):
         if onward.source != self.device or not 0 <= at < abroad.layers:
             return
         columns = [self.shard.groups.index(g) for g in onward.groups]
-        k, v = self.kernels.pack([x[columns][None] for x in (keys, values)])
+        k, v = self.packed(onward.target, [x[columns][None] for x in (keys, values)], bulk=True)
         self.send(onward.target, CacheData(abroad.after, onward.tag, request_id, abroad.stage,
                                            (abroad.at + at,), onward.groups, 0, k, v, False))

@@ -68,6 +68,9 @@ class PipeEndpoint:
             self._in_outbox += 1
         self._outbox.put((pipe, packed))
 
+    def keeps(self, target: int, bulk: bool = False) -> bool:
+        """Pipes carry bytes."""
+        return False
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message from anyone, within the time."""

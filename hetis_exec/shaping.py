@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from hetis_exec.messages import CacheData, Message
+from hetis_exec.resident import Resident
 from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.errors import require_finite
 
@@ -83,7 +84,7 @@ def is_bulk(message: Message) -> bool:
 
 def size_bytes(message: Message) -> int:
     """What a message takes on the wire, roughly."""
-    return HEAD_BYTES + sum(part.nbytes for part in message if isinstance(part, np.ndarray))
+    return HEAD_BYTES + sum(part.nbytes for part in message if isinstance(part, np.ndarray | Resident))
 
 
 @dataclass

@@ -11,7 +11,7 @@ import operator
 import time
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Protocol
+from typing import Any, Protocol
 
 from hetis_exec.backend import Kernels, Tensor
 from hetis_exec.errors import ExecutorError
@@ -77,6 +77,9 @@ class Colleague(Protocol):
     def send(self, target: int, message: Message) -> None:
         """Hand a message over."""
 
+    def packed(self, target: int, tensors: Sequence[Tensor]) -> list[Any]:
+        """Arrays for a message."""
+
     def fetch(self, key: tuple[object, ...], what: str) -> Message:
         """A message that a worker sends to this one."""
 
@@ -96,7 +99,7 @@ class OrderedSums:
         worker = self._worker
         for device in self._peers:
             if device != worker.device:
-                worker.send(device, Partial(seq, number, self._rank, worker.kernels.to_wire(values)))
+                worker.send(device, Partial(seq, number, self._rank, worker.packed(device, [values])[0]))
         total: Tensor = reduce(operator.add, (
             values if rank == self._rank else self._part(seq, number, rank)
             for rank in range(len(self._peers))))

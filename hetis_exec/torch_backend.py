@@ -10,7 +10,7 @@ import torch
 
 from hetis_exec.backend import Kernels, Shard
 from hetis_exec.backend import WholeSteps as Steps
-from hetis_exec.devices import CPU, free_bytes, torch_type
+from hetis_exec.devices import free_bytes, torch_type
 from hetis_exec.kernels.cpu import CpuKernels
 from hetis_exec.kernels.cuda import CudaKernels, triton_kernels
 from hetis_exec.kvcache import KvPool
@@ -21,6 +21,7 @@ from hetis_exec.models.operations import FusedOperations, Operations, TorchOpera
 from hetis_exec.models.sampling import Sampling
 from hetis_exec.models.weights import FolderWeights, RandomWeights, Weights
 from hetis_exec.places import (
+    CPU,
     AnyEngine,
     TeamPlan,
     is_last,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hetis_exec.backend import Arrived, CacheTable, Kernels, Shard, WholeSteps
 from hetis_exec.messages import Array
-from hetis_exec.places import AnyEngine, TeamPlan, units_of
+from hetis_exec.places import CPU, AnyEngine, TeamPlan, units_of
 from hetis_exec.stopwatch import HostStopwatch
 from hetis_exec.toy_model import ToyModel, ToyShard, softmax
 from hetis_sim.spec.errors import InfeasibleError
@@ -45,7 +45,7 @@ class ToyBackend:
 
     def place(self, device: int) -> str:
         """All devices are this host's cores."""
-        return "cpu"
+        return CPU
 
     def check(self, engines: Sequence[AnyEngine], here: Container[int] | None = None) -> None:
         """Look whether the pools fit in the memory that a worker may take.
@@ -129,6 +129,12 @@ class ToyKernels:
     def pack(self, tensors: Sequence[Array]) -> list[Array]:
         return list(tensors)
 
+    def keep(self, tensors: Sequence[Array]) -> list[Array]:
+        return list(tensors)
+
+    def concatenate(self, tensors: Sequence[Array]) -> Array:
+        return np.concatenate(tensors)
+
     def stopwatch(self) -> HostStopwatch:
         return HostStopwatch()
 
@@ -141,6 +147,9 @@ class ToyKernels:
 
     def synchronize(self) -> None:
         """Nothing is ever left to be done."""
+
+    def wait(self) -> None:
+        """Nor by this thread."""
 
     def clear(self, table: CacheTable) -> None:
         self._keys[table.units] = np.nan
@@ -158,7 +167,7 @@ class ToyKernels:
         shape = (*units.shape[:-1], units.shape[-1] * self._block_tokens, self._keys.shape[-1])
         return self._keys[units].reshape(shape), self._values[units].reshape(shape)
 
-    def leave(self, units: Units, tokens: slice) -> Arrived:
+    def leave(self, units: Units, tokens: slice, stay: bool = False) -> Arrived:
         keys, values = self.read(units)
         return Arrived([keys[..., tokens, :], values[..., tokens, :]])
 

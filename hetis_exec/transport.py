@@ -25,9 +25,18 @@ class Endpoint(Protocol):
     def receive(self, timeout_s: float) -> Message | None:
         """The next message, or None if none comes in time."""
 
+    def keeps(self, target: int, bulk: bool = False) -> bool:
+        """Whether arrays for a target may be tensors that stay on their device; ``bulk`` ones are cache."""
+
 
 class Transport(Protocol):
-    """Connects the driver and the workers."""
+    """Connects the driver and the workers.
+
+    Attributes:
+        cards: addresses of workers whose tensors lie on cards that all of them can reach.
+    """
+
+    cards: frozenset[int]
 
     def endpoint(self, address: int) -> Endpoint:
         """The endpoint of a party. Each is used by one thread only."""
@@ -92,6 +101,7 @@ class InProcessTransport:
     def __init__(self, delay: Delay | None = None, shapes: Shapes | None = None) -> None:
         self._delay = delay
         self.shapes = shapes or {}
+        self.cards: frozenset[int] = frozenset()
         self._inboxes: dict[int, Inbox] = {}
 
     def inbox(self, address: int) -> Inbox:
@@ -126,6 +136,10 @@ class QueueEndpoint:
             due_s = max(due_s, time.monotonic() + delay_s, self._last_due_s.get(link, 0.0))
             self._last_due_s[link] = due_s
         self._transport.inbox(target).put(message, due_s)
+
+    def keeps(self, target: int, bulk: bool = False) -> bool:
+        """Between cards of one process."""
+        return {self._address, target} <= self._transport.cards
 
     def receive(self, timeout_s: float) -> Message | None:
         """The next message that is due within the time."""

@@ -17,12 +17,11 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from hetis_exec.backend import Tensor
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.errors import ExecutorError
 from hetis_exec.kvcache import KvPool
@@ -66,8 +65,9 @@ class Worker(ABC):
                  throttle: Throttle = NONE, warm_up: Callable[[], None] | None = None) -> None:
         self.device = device
         self.throttle = throttle
-        self.cache = CacheKeeper(device, pool, endpoint.send)
+        self.cache = CacheKeeper(device, pool, endpoint.send, endpoint.keeps)
         self.send = endpoint.send
+        self.keeps = endpoint.keeps
         self._endpoint = endpoint
         self._timeout_s = timeout_s
         self._beat_s = -math.inf
@@ -125,6 +125,15 @@ class Worker(ABC):
         until_s = time.monotonic() + for_s
         while self.pump(max(0.0, min(BEAT_S, until_s - time.monotonic()))) or time.monotonic() < until_s:
             pass
+
+    def packed(self, target: int, tensors: Sequence[Tensor], bulk: bool = False) -> list[Any]:
+        """Tensors for a message: as they are where its link carries them, else in host memory.
+
+        Args:
+            bulk: of cache.
+        """
+        kernels = self.cache.pool.kernels
+        return kernels.keep(tensors) if self.keeps(target, bulk) else kernels.pack(tensors)
 
     def beat(self) -> None:
         """Show that this worker is alive, if it has not done so lately."""
@@ -210,11 +219,13 @@ class AttentionWorker(Worker):
             whole = self.cache.decode_attention(batch.plan, request.layer, q[:rows], k[:rows], v[:rows])
         if batch.parts:
             parts = self.cache.decode_parts(batch.parts_plan, request.layer, q[rows:], k[rows:], v[rows:])
-        found = [*([whole] if whole is not None else ()), *(parts or ())]
-        arrays = kernels.pack(found)
+        attended = [part for part in (whole, parts[0] if parts is not None else None) if part is not None]
+        found = attended[0] if len(attended) == 1 else kernels.concatenate(attended)
+        values, *more = self.packed(request.sender, [found, *([parts[1]] if parts is not None else ())])
+        if self.keeps(request.sender):
+            kernels.wait()  # nothing else has, and it is to be told how long this took
         self.throttle.after_attention(begun_s, kernels.synchronize)
-        sums = arrays.pop() if parts is not None else None
-        values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        sums = more[0] if more else None
         self.send(request.sender, AttentionResult(request.after, request.layer, self.device, values,
                                                   time.perf_counter() - begun_s, sums))
 

@@ -117,6 +117,10 @@ class Loopback:
         """Keep a message."""
         self.sent.append(message)
 
+    def keeps(self, target: int, bulk: bool = False) -> bool:
+        """Nobody is there."""
+        return False
+
     def receive(self, timeout_s: float) -> Message | None:
         """Nobody sends anything."""
         return None

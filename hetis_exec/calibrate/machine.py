@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hetis_exec.devices import CPU
+from hetis_exec.places import CPU
 
 CPU_FILE = Path("/proc/cpuinfo")
 DRIVER_FILE = Path("/proc/driver/nvidia/version")

@@ -22,9 +22,10 @@ from hetis_exec.calibrate.samples import Samples
 from hetis_exec.calibrate.steps import CONTEXT_MIN, Sizes, measure_steps
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.crews import crew_maker
-from hetis_exec.devices import CPU, free_bytes
+from hetis_exec.devices import free_bytes
 from hetis_exec.errors import ExecutorError
 from hetis_exec.models.architecture import ELEMENT_TYPES
+from hetis_exec.places import CPU
 from hetis_exec.run import Execution
 from hetis_exec.throttle import NONE
 from hetis_exec.torch_backend import TorchBackend

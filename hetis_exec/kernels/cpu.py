@@ -22,8 +22,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from hetis_exec.backend import Arrived, CacheTable
 from hetis_exec.kernels.parts import TorchJoining
 from hetis_exec.kernels.small import mixed, scores
-from hetis_exec.kernels.wire import array_of, tensor_of
+from hetis_exec.kernels.wire import array_of, in_place, resident_of, tensor_of
 from hetis_exec.messages import Array
+from hetis_exec.resident import Resident
 from hetis_exec.stopwatch import HostStopwatch
 
 CHUNK_BYTES = 8 << 20
@@ -33,6 +34,8 @@ FILL_BYTES = 128 << 10
 """Keys and values of no use that are read rather than begin another piece: that costs about as much."""
 
 Units = NDArray[np.int64]
+
+CPU = torch.device("cpu")
 
 
 class Chunk(NamedTuple):
@@ -96,14 +99,20 @@ class CpuKernels:
 
     # -- arrays --------------------------------------------------------------------------------------
 
-    def from_wire(self, array: Array) -> torch.Tensor:
-        return tensor_of(array)
+    def from_wire(self, array: Any) -> torch.Tensor:
+        return in_place(array, CPU) if isinstance(array, Resident) else tensor_of(array)
 
     def to_wire(self, tensor: torch.Tensor) -> Array:
         return array_of(tensor)
 
     def pack(self, tensors: Sequence[torch.Tensor]) -> list[Array]:
         return [array_of(tensor) for tensor in tensors]
+
+    def keep(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        return [resident_of(tensor) for tensor in tensors]
+
+    def concatenate(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(tensors))
 
     def index(self, *axes: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return tuple(torch.tensor(axis, dtype=torch.int64) for axis in axes)
@@ -123,6 +132,9 @@ class CpuKernels:
 
     def synchronize(self) -> None:
         """A processor has done what it was asked to do when the call returns."""
+
+    def wait(self) -> None:
+        """See :meth:`synchronize`."""
 
     # -- cache ---------------------------------------------------------------------------------------
 
@@ -147,8 +159,9 @@ class CpuKernels:
         at = torch.from_numpy(np.ascontiguousarray(units))
         return self._keys[at].flatten(-3, -2), self._values[at].flatten(-3, -2)
 
-    def leave(self, units: Units, tokens: slice) -> Arrived:
-        return Arrived([array_of(part[..., tokens, :]) for part in self.read(units)])
+    def leave(self, units: Units, tokens: slice, stay: bool = False) -> Arrived:
+        parts = [part[..., tokens, :] for part in self.read(units)]
+        return Arrived(self.keep(parts) if stay else [array_of(part) for part in parts])
 
     # -- decode attention ----------------------------------------------------------------------------
 

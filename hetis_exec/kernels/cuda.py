@@ -25,8 +25,9 @@ from hetis_exec.backend import Arrived, CacheTable, Leaving
 from hetis_exec.kernels.gathered import GatheredDecode
 from hetis_exec.kernels.parts import TorchJoining
 from hetis_exec.kernels.tables import DeviceTables, to_device
-from hetis_exec.kernels.wire import array_of, tensor_of
+from hetis_exec.kernels.wire import array_of, in_place, resident_of, tensor_of
 from hetis_exec.messages import Array
+from hetis_exec.resident import Resident
 from hetis_exec.stopwatch import HostStopwatch, Stopwatch
 
 Units = NDArray[np.int64]
@@ -122,7 +123,9 @@ class CudaKernels:
 
     # -- arrays --------------------------------------------------------------------------------------
 
-    def from_wire(self, array: Array) -> torch.Tensor:
+    def from_wire(self, array: Any) -> torch.Tensor:
+        if isinstance(array, Resident):
+            return in_place(array, self.device)
         tensor = tensor_of(array)
         return tensor if not self._cuda else tensor.pin_memory().to(self.device, non_blocking=True)
 
@@ -137,6 +140,17 @@ class CudaKernels:
             copy.copy_(tensor, non_blocking=True)
         self.wait()
         return [array_of(copy) for copy in copies]
+
+    def keep(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
+        dense = [tensor.contiguous() for tensor in tensors]
+        ready: Any = None
+        if self._cuda:
+            ready = new_event()
+            ready.record(torch.cuda.current_stream(self.device))
+        return [resident_of(tensor, ready) for tensor in dense]
+
+    def concatenate(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(list(tensors))
 
     def index(self, *axes: Sequence[int]) -> tuple[torch.Tensor, ...]:
         return tuple(to_device(np.array(axis, dtype=np.int64), self.device) for axis in axes)
@@ -197,15 +211,18 @@ class CudaKernels:
         at = to_device(np.ascontiguousarray(units), self.device)
         return self.keys[at].flatten(-3, -2), self.values[at].flatten(-3, -2)
 
-    def leave(self, units: Units, tokens: slice) -> Leaving:
+    def leave(self, units: Units, tokens: slice, stay: bool = False) -> Leaving:
         if self._aside is None:
-            return Arrived([array_of(part[..., tokens, :]) for part in self.read(units)])
+            parts = [part[..., tokens, :] for part in self.read(units)]
+            return Arrived(self.keep(parts) if stay else [array_of(part) for part in parts])
         self._aside.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._aside):
             parts = [part[..., tokens, :] for part in self.read(units)]
-            copies = [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts]
+            copies = ([part.contiguous() for part in parts] if stay else
+                      [torch.empty(part.shape, dtype=part.dtype, pin_memory=True) for part in parts])
             for copy, part in zip(copies, parts, strict=True):
-                copy.copy_(part, non_blocking=True)
+                if not stay:
+                    copy.copy_(part, non_blocking=True)
             event = new_event()
             event.record(self._aside)
         self._last_leaving = event
@@ -345,9 +362,9 @@ class OnTheWay:
     def done(self) -> bool:
         return is_over(self.event)
 
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> list[Any]:
         self.event.synchronize()
-        return [array_of(copy) for copy in self.copies]
+        return [resident_of(copy) if copy.is_cuda else array_of(copy) for copy in self.copies]
 
 
 def new_stream(device: torch.device, priority: int = 0) -> torch.cuda.Stream:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from hetis_exec.backend import Tensor
-from hetis_exec.messages import DRIVER, Array, Arrived, Leg, Message, Passing, Row, Task
+from hetis_exec.messages import DRIVER, Arrived, Leg, Message, Passing, Row, Task
 from hetis_exec.primary import Batch, PrimaryWorker
 
 
@@ -23,15 +23,15 @@ class NodeWorker(PrimaryWorker):
     def __init__(self, *given: Any, **more: Any) -> None:
         super().__init__(*given, **more)
         # Activations that have come, and when they were sent; of each request there are some once at most.
-        self._inputs: dict[int, tuple[Array, float]] = {}
+        self._inputs: dict[int, tuple[Tensor, float]] = {}
 
     def take(self, message: Message) -> None:
         if not isinstance(message, Passing):
             super().take(message)
             return
-        at = 0
+        at, values = 0, self.kernels.from_wire(message.values)
         for request_id, tokens in zip(message.request_ids, message.tokens, strict=True):
-            self._inputs[request_id] = (message.values[at:at + tokens], message.sent_s)
+            self._inputs[request_id] = (values[at:at + tokens], message.sent_s)
             at += tokens
         self.send(DRIVER, Arrived(self.device, message.tag))
 
@@ -61,7 +61,7 @@ class NodeWorker(PrimaryWorker):
 
     def _input_of(self, task: Task, begun_s: float) -> tuple[Tensor, float]:
         """Embedded tokens and activations that have come, row by row; and when the last were sent."""
-        parts: list[Array | None] = []
+        parts: list[Tensor | None] = []
         sent_s = []
         for row, leg in zip(task.rows, task.legs, strict=True):
             values, at_s = (None, begun_s) if leg.starts else self._inputs.pop(row.request_id)
@@ -69,30 +69,30 @@ class NodeWorker(PrimaryWorker):
             sent_s.append(at_s)
         starting = [row for row, leg in zip(task.rows, task.legs, strict=True) if leg.starts]
         if not starting:
-            return self.kernels.from_wire(np.concatenate([x for x in parts if x is not None])), max(sent_s)
+            return self.kernels.concatenate(parts), max(sent_s)
         assert task.tokens is not None
         positions = np.concatenate([np.arange(row.position, row.position + row.new_tokens)
                                     for row in starting])
         embedded = self.shard.embed(task.tokens, self.shard.prepare(positions))
         if len(starting) == len(parts):
             return embedded, begun_s
-        at, own = 0, self.kernels.to_wire(embedded)
+        at = 0
         for n, row in enumerate(task.rows):
             if parts[n] is None:
-                parts[n] = own[at:at + row.new_tokens]
+                parts[n] = embedded[at:at + row.new_tokens]
                 at += row.new_tokens
-        return self.kernels.from_wire(np.concatenate([x for x in parts if x is not None])), max(sent_s)
+        return self.kernels.concatenate(parts), max(sent_s)
 
     def _send_on(self, rows: Sequence[Row], legs: Sequence[Leg], values: Tensor, ended_s: float) -> None:
         """Send activations to the nodes where their requests go next, one message to each."""
         if not any(leg.targets for leg in legs):
             return
-        whole = self.kernels.to_wire(values)
         begins = np.cumsum([0, *(row.new_tokens for row in rows)]).tolist()
         for tag in dict.fromkeys(leg.tag for leg in legs if leg.targets):
             here = [n for n, leg in enumerate(legs) if leg.targets and leg.tag == tag]
             for device in legs[here[0]].targets:
                 # Arrays belong to their receiver.
-                part = np.concatenate([whole[begins[n]:begins[n + 1]] for n in here])
+                part = self.kernels.concatenate([values[begins[n]:begins[n + 1]] for n in here])
                 self.send(device, Passing(tag, tuple([rows[n].request_id for n in here]),
-                                          tuple([rows[n].new_tokens for n in here]), part, ended_s))
+                                          tuple([rows[n].new_tokens for n in here]),
+                                          self.packed(device, [part])[0], ended_s))

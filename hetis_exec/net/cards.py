@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 
-from hetis_exec.devices import CPU
+from hetis_exec.places import CPU
 
 
 class Card(NamedTuple):

@@ -17,6 +17,7 @@ import numpy as np
 from hetis_exec.errors import ExecutorError
 from hetis_exec.messages import Message
 from hetis_exec.net.schema import reader, writer
+from hetis_exec.resident import Resident
 
 HEAD_BYTES_MAX = 64 << 20
 """Of one head: a step of tens of thousands of tokens takes a few MiB."""
@@ -51,11 +52,16 @@ class ArraySpec(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A message whose arrays have not come yet."""
+    """A message whose arrays have not come yet.
+
+    Attributes:
+        stay: they are tensors that stay on devices.
+    """
 
     kind: int
     fields: list[Any]
     arrays: tuple[ArraySpec, ...]
+    stay: bool = False
 
     @property
     def offsets(self) -> list[int]:
@@ -71,17 +77,21 @@ def offsets(sizes: Sequence[int]) -> list[int]:
     return places
 
 
-def encode(message: Message) -> tuple[bytes, list[np.ndarray[Any, Any]]]:
-    """The head of a message, and its arrays, contiguous.
+def encode(message: Message) -> tuple[bytes, list[Any]]:
+    """The head of a message, and its arrays, contiguous; or its tensors, where they are to stay on devices.
 
     Raises:
         CodecError: an array of a type that does not travel, or a head that is too long.
     """
-    arrays: list[np.ndarray[Any, Any]] = []
+    arrays: list[Any] = []
     kind = KINDS.index(type(message))
     fields = writer(cast(Any, type(message)))(message, arrays)
     specs = [_described(array) for array in arrays]
-    head = json.dumps([kind, fields, specs], default=_plain_number, separators=(",", ":")).encode()
+    stay = [isinstance(array, Resident) for array in arrays]
+    if any(stay) and not all(stay):
+        raise CodecError(f"a {type(message).__name__} with some of its arrays on devices")
+    parts = [kind, fields, specs, *([1] if any(stay) else ())]
+    head = json.dumps(parts, default=_plain_number, separators=(",", ":")).encode()
     if len(head) > HEAD_BYTES_MAX:
         raise CodecError(f"a {type(message).__name__} of {len(head)} bytes; at most {HEAD_BYTES_MAX} travel")
     return head, arrays
@@ -94,16 +104,17 @@ def parse(head: bytes | bytearray | memoryview) -> Head:
         CodecError: it is none.
     """
     try:
-        kind, fields, specs = json.loads(bytes(head))
+        kind, fields, specs, *more = json.loads(bytes(head))
         arrays = tuple(ArraySpec(_dtype(dtype), tuple(_size(n) for n in _few(shape)))
                        for dtype, shape in specs)
     except (ValueError, TypeError, RecursionError) as error:
         raise CodecError(f"no head of a message: {error}") from None
-    if type(kind) is not int or not 0 <= kind < len(KINDS) or not isinstance(fields, list):
+    if type(kind) is not int or not 0 <= kind < len(KINDS) or not isinstance(fields, list) or (
+            more not in ([], [1])):
         raise CodecError(f"no message of kind {kind!r}: must be 0..{len(KINDS) - 1}")
     if sum(spec.size_bytes for spec in arrays) > ARRAYS_BYTES_MAX:
         raise CodecError(f"arrays {arrays}: at most {ARRAYS_BYTES_MAX} bytes travel")
-    return Head(kind, fields, arrays)
+    return Head(kind, fields, arrays, bool(more))
 
 
 def build(head: Head, buffer: np.ndarray[Any, Any]) -> Message:
@@ -116,9 +127,18 @@ def build(head: Head, buffer: np.ndarray[Any, Any]) -> Message:
     for spec, at in zip(head.arrays, head.offsets, strict=False):
         part = buffer[at:at + spec.size_bytes]
         arrays.append(part.view(np.dtype(spec.dtype)).reshape(spec.shape))
+    return message_of(head, arrays)
+
+
+def message_of(head: Head, arrays: Sequence[Any]) -> Message:
+    """The message of a head, with its arrays or tensors.
+
+    Raises:
+        CodecError: a field is not what the message has there.
+    """
     kind = KINDS[head.kind]
     try:
-        return cast(Message, reader(cast(Any, kind))(head.fields, arrays))
+        return cast(Message, reader(cast(Any, kind))(head.fields, list(arrays)))
     except (ValueError, TypeError, IndexError) as error:
         raise CodecError(f"no {kind.__name__}: {error}") from None
 
@@ -130,7 +150,7 @@ def _plain_number(value: Any) -> Any:
     raise CodecError(f"{type(value).__name__} does not travel")
 
 
-def _described(array: np.ndarray[Any, Any]) -> tuple[str, tuple[int, ...]]:
+def _described(array: np.ndarray[Any, Any] | Resident) -> tuple[str, tuple[int, ...]]:
     if array.dtype.str not in DTYPES or array.ndim > DIMENSIONS_MAX:
         raise CodecError(f"an array of {array.dtype} with {array.ndim} dimensions does not travel")
     return array.dtype.str, array.shape

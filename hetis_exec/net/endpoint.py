@@ -3,6 +3,8 @@
 A thread for each connection takes in what comes, so that a slow link holds up no other one, and so that
 data moves while its receiver computes. Small arrays ride in the frames (they are *eager*); larger ones
 follow over a wire (:mod:`hetis_exec.net.wires`), once their frame has told the receiver to ask for them.
+Tensors on devices do so whatever their size, where a link has a way for them
+(:mod:`hetis_exec.net.tensor_wires`).
 """
 
 from __future__ import annotations
@@ -17,12 +19,14 @@ from typing import TYPE_CHECKING
 
 from hetis_exec.errors import ExecutorError
 from hetis_exec.messages import DRIVER, Failed, Message, Stop
-from hetis_exec.net.codec import CodecError, build, encode, parse
+from hetis_exec.net.codec import CodecError, build, encode, message_of, parse
 from hetis_exec.net.frames import Frame, FrameSocket
+from hetis_exec.resident import Resident
 from hetis_exec.shaping import Shaper, Shapes, is_bulk
 from hetis_exec.transport import Inbox
 
 if TYPE_CHECKING:
+    from hetis_exec.net.tensor_wires import TensorWire
     from hetis_exec.net.wires import GlooWire, Reaper
 
 GOODBYE = b"bye"
@@ -50,9 +54,11 @@ class Channel(IntEnum):
 
 @dataclass(slots=True)
 class Link:
-    """A connection to a peer; ``wire`` carries its large arrays, if it has one.
+    """A connection to a peer.
 
     Attributes:
+        wire: carries its large arrays, if it has one.
+        tensors: carries tensors that lie on devices, if it has one.
         parted: the peer has said goodbye.
         ended: nothing comes from it any more.
     """
@@ -61,6 +67,7 @@ class Link:
     channel: Channel
     frames: FrameSocket
     wire: GlooWire | None = None
+    tensors: TensorWire | None = None
     parted: bool = False
     ended: bool = False
     thread: Thread | None = None
@@ -115,6 +122,14 @@ class NetworkEndpoint:
         self._links[peer, channel].wire = wire
         self._reaper = reaper
 
+    def add_tensors(self, peer: int, channel: Channel, wire: TensorWire) -> None:
+        """The same for tensors on devices; the link has got a wire for arrays before."""
+        self._links[peer, channel].tensors = wire
+
+    def keeps(self, target: int, bulk: bool = False) -> bool:
+        link = self._links.get((target, Channel.CACHE if bulk else Channel.DATA))
+        return link is not None and link.tensors is not None
+
     @property
     def peers(self) -> list[int]:
         """Whoever is connected or has been."""
@@ -144,17 +159,22 @@ class NetworkEndpoint:
             return
         head, arrays = encode(message)
         due_s = self._shaper.due_s(target, message)
-        if link.wire is None or sum(array.nbytes for array in arrays) <= self._eager_bytes:
+        wire: GlooWire | TensorWire | None = link.wire
+        if any(isinstance(array, Resident) for array in arrays):
+            wire = link.tensors
+            if wire is None:
+                raise ExecutorError(f"device {self.address} has no way for tensors to device {target}")
+        elif wire is None or sum(array.nbytes for array in arrays) <= self._eager_bytes:
             link.frames.send(head, arrays, due_s)
             return
         assert self._reaper is not None
         try:
-            sends = link.wire.send(arrays)
+            sends = wire.send(arrays)
         except RuntimeError as error:
             self._lose(link, f"its wire has failed: {error}")
             return
         link.frames.send(head, (), due_s)
-        self._reaper.add(link.wire, sends)
+        self._reaper.add(wire, sends)
 
     def _channel(self, target: int, message: Message) -> Channel:
         if DRIVER in (target, self.address):
@@ -204,6 +224,10 @@ class NetworkEndpoint:
 
     def _message(self, link: Link, frame: Frame) -> Message:
         head = parse(frame.head)
+        if head.stay:
+            if link.tensors is None or len(frame.body):
+                raise CodecError("tensors on a link that carries none, or in a frame")
+            return message_of(head, link.tensors.receive(head.arrays))
         body = frame.body
         if link.wire is not None and not len(body) and head.offsets[-1]:
             body = link.wire.receive([spec.size_bytes for spec in head.arrays])
@@ -263,7 +287,9 @@ class NetworkEndpoint:
         for link in self._links.values():
             if link.thread is not None:
                 link.thread.join(max(0.0, deadline_s - time.monotonic()))
-            link.wire = None
+            if link.tensors is not None:
+                link.tensors.close()
+            link.wire = link.tensors = None
         self._reaper = None
 
 

@@ -19,6 +19,7 @@ from hetis_exec.errors import ExecutorError
 distributed: Any = torch.distributed
 
 LOOPBACK = "127.0.0.1"
+LOOPBACK_INTERFACE = "lo"
 DRIVER_KEY = "driver"
 FAILED_KEY = "failed"
 RECORD_BYTES_MAX = 1 << 20
@@ -48,6 +49,11 @@ class MeetingPlace:
     def gloo_bind(self) -> str:
         """What :func:`hetis_exec.net.wires.gloo_group` is to bind to."""
         return f"interface:{self.interface}" if self.interface else self.bind
+
+    @property
+    def nccl_interface(self) -> str:
+        """The interface for NCCL; empty where only an address is known."""
+        return self.interface or (LOOPBACK_INTERFACE if self.bind == LOOPBACK else "")
 
 
 class Meeting:

@@ -166,7 +166,8 @@ def make_reducer(store: Any, ranks: Mapping[int, Card], device: int, wish: str, 
         if library == "gloo":
             made = gloo_group(store, name, rank, place.gloo_bind, place.start_s, len(devices))
             return HostReducer(made, timeout_s)
-        group = nccl_group(store, name, rank, len(devices), timeout_s + MARGIN_S, urgent=True)
+        group = nccl_group(store, name, rank, len(devices), timeout_s + MARGIN_S, place.nccl_interface,
+                           urgent=True)
         # The first sum makes connections, and finds out whether there can be any.
         probe = torch.ones(1, device=card)
         group.allreduce([probe]).wait()

@@ -14,6 +14,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 
 from hetis_exec import messages
+from hetis_exec.resident import Resident
 
 Walk = Callable[[Any, list[Any]], Any]
 """Goes through a value and the arrays of its message."""
@@ -77,7 +78,8 @@ def writer(hint: Any) -> Walk:
 
 def _write_array(value: Any, arrays: list[Any]) -> int:
     # Shapes of no dimension would gain one.
-    arrays.append(np.ascontiguousarray(value).reshape(np.shape(value)))
+    arrays.append(value if isinstance(value, Resident) else
+                  np.ascontiguousarray(value).reshape(np.shape(value)))
     return len(arrays) - 1
 
 

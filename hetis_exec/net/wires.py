@@ -8,13 +8,14 @@ until the other end has asked for the data.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +30,9 @@ PIECE_BYTES = 1 << 20
 
 PIECES_AHEAD = 2
 """Pieces that the receiver has asked for at a time."""
+
+NCCL_INTERFACE = "NCCL_SOCKET_IFNAME"
+"""Where NCCL reads which interface to use; with ``=`` in front exactly that one."""
 
 REAP_COUNT = 16
 REAP_BYTES = 1 << 20
@@ -61,13 +65,17 @@ def gloo_group(store: Any, name: str, rank: int, bind: str, start_s: float, size
     return gloo(distributed.PrefixStore(name, store), rank, size, options)
 
 
-def nccl_group(store: Any, name: str, rank: int, size: int, timeout_s: float, *, urgent: bool) -> Any:
+def nccl_group(store: Any, name: str, rank: int, size: int, timeout_s: float, interface: str = "", *,
+               urgent: bool) -> Any:
     """The same of NCCL, for cards; the others are waited for when it is first used.
 
     Args:
         timeout_s: the watchdog ends this process when an operation has taken longer.
+        interface: of the network, for what does not go from card to card; without one NCCL chooses.
         urgent: its streams go before others.
     """
+    if interface:
+        os.environ.setdefault(NCCL_INTERFACE, f"={interface}")
     options = distributed.ProcessGroupNCCL.Options()
     options.is_high_priority_stream = urgent
     options._timeout = timedelta(seconds=timeout_s)
@@ -138,17 +146,24 @@ class GlooWire:
             sent.work.wait(self._timeout if timeout_s is None else timedelta(seconds=timeout_s))
 
 
+class Waiting(Protocol):
+    """One end of a link, of any kind."""
+
+    def wait(self, sent: Sent, timeout_s: float | None = None) -> None:
+        """Wait until a send is over, or has failed."""
+
+
 class Reaper:
     """Keeps sends until they are over, in a thread of its own."""
 
     def __init__(self) -> None:
-        self._batch: list[tuple[GlooWire, Sent]] = []
+        self._batch: list[tuple[Waiting, Sent]] = []
         self._batch_bytes = 0
-        self._batches: SimpleQueue[list[tuple[GlooWire, Sent]] | None] = SimpleQueue()
+        self._batches: SimpleQueue[list[tuple[Waiting, Sent]] | None] = SimpleQueue()
         self._thread = Thread(target=self._run, name="reaper", daemon=True)
         self._thread.start()
 
-    def add(self, wire: GlooWire, sends: Sequence[Sent]) -> None:
+    def add(self, wire: Waiting, sends: Sequence[Sent]) -> None:
         """Keep some sends."""
         self._batch += [(wire, sent) for sent in sends]
         self._batch_bytes += sum(sent.tensor.nbytes for sent in sends)

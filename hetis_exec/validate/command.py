@@ -12,7 +12,7 @@ from rich.console import Console
 
 from hetis_exec.calibrate.command import calibrate
 from hetis_exec.config import ExecutionConfig
-from hetis_exec.devices import CPU
+from hetis_exec.places import CPU
 from hetis_exec.validate.case import Validation, found_so_far
 from hetis_exec.validate.keep import Shelf, key_of
 from hetis_exec.validate.pace import PaceKeeper

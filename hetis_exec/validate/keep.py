@@ -11,7 +11,7 @@ import pandas as pd
 
 from hetis_exec.calibrate.machine import machine_at
 from hetis_exec.config import ExecutionConfig
-from hetis_exec.devices import CPU
+from hetis_exec.places import CPU
 from hetis_exec.validate.profiles import hashes_of
 from hetis_exec.validate.runs import Outcome
 from hetis_sim.metrics.manifest import value_sha256

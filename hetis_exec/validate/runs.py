@@ -11,9 +11,9 @@ import pandas as pd
 
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.crews import crew_maker
-from hetis_exec.devices import CPU
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import ReplayError
+from hetis_exec.places import CPU
 from hetis_exec.records import RunRecord
 from hetis_exec.replay import Replay
 from hetis_exec.run import Execution, prepare_execution

@@ -1,8 +1,9 @@
-"""Ranks with cards: NCCL adds up where each has one of its own, gloo where they share one.
+"""Workers with cards: NCCL adds up and carries tensors where each has one of its own.
 
     python -m pytest tests/exec/test_cuda_ranks.py
 
-Tests of NCCL need two CUDA devices and a torch that has it.
+Tests of NCCL need two CUDA devices and a torch that has it. Where workers share a card gloo adds up, and
+tensors pass through host memory.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from typing import Any
 
 import pytest
 from exec_models import given_for, torch, wrong
-from exec_scenarios import SHORT
-from exec_toys import Fixed, given, pipeline, workload
+from exec_scenarios import LONG, SHORT
+from exec_toys import Fixed, Handing, Turning, given, pipeline, pools, workload
 
-from hetis_exec.crew import WorkerSpec
-from hetis_exec.distributed import DistributedCrew, NetSettings
+from hetis_exec.crew import ThreadCrew, WorkerSpec
+from hetis_exec.distributed import DistributedCrew
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import WorkerError
+from hetis_exec.joining import NetSettings
 from hetis_exec.net.cards import card_at, have_own
 from hetis_exec.replay import replay
 
@@ -56,6 +58,42 @@ def test_tokens_of_uneven_ranks_are_those_of_transformers(places: Sequence[str],
     what = made(SHORT, places)
     result = Executor(what, lambda specs: crew(specs, collectives)).run()
     assert wrong("smol", what, result.tokens) == []
+    replay(what, result.record)
+
+
+# An attention worker, two stages, heads that move, and a prompt's cache that is handed on.
+ONE_EACH = {
+    "spread": (pipeline([[0]], [4], [1]), Fixed((2, 2))),
+    "stages": (pipeline([[0], [1]], [2, 2]), Fixed()),
+    "moves": (pipeline([[0]], [4], [1]), Turning([(4, 0), (1, 3), (2, 2)])),
+    "streamed": (pools(("prefill", pipeline([[0]], [4])), ("decode", pipeline([[1]], [4]))),
+                 Handing(streams=True)),
+}
+
+
+@pytest.mark.parametrize("links", ["auto", "host"])
+@pytest.mark.parametrize("places", [pytest.param(OWN, marks=two_cards), SHARED])
+@pytest.mark.parametrize("split", ONE_EACH)
+def test_tensors_between_processes_with_cards(split: str, places: Sequence[str], links: str) -> None:
+    """By NCCL on two cards (``auto``), and through host memory on a shared one."""
+    plan, policy = ONE_EACH[split]
+    what = given(plan, policy, LONG, **{**given_for("llama", places=tuple(places), warm=False),
+                                        "timeout_s": 120.0})
+    result = Executor(what, lambda specs: DistributedCrew(specs, NetSettings(device_links=links))).run()
+    assert wrong("llama", what, result.tokens) == []
+    replay(what, result.record)
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("places", [pytest.param(OWN, marks=two_cards), SHARED])
+@pytest.mark.parametrize("split", ONE_EACH)
+def test_tensors_between_threads_with_cards(split: str, places: Sequence[str], *, links: bool) -> None:
+    """As they are, on one card and from one to another; or through host memory."""
+    plan, policy = ONE_EACH[split]
+    what = given(plan, policy, LONG, **{**given_for("llama", places=tuple(places), warm=False),
+                                        "timeout_s": 120.0})
+    result = Executor(what, lambda specs: ThreadCrew(specs, device_links=links)).run()
+    assert wrong("llama", what, result.tokens) == []
     replay(what, result.record)
 
 

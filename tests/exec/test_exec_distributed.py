@@ -20,9 +20,10 @@ pytest.importorskip("torch", reason="workers over torch.distributed need the ext
 
 from hetis_exec.crew import WorkerSpec
 from hetis_exec.crews import all_specs
-from hetis_exec.distributed import DistributedCrew, NetSettings, Seat, _compare, seats, serve
+from hetis_exec.distributed import DistributedCrew, _compare, serve
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError, WorkerError
+from hetis_exec.joining import NetSettings, Seat, seats
 from hetis_exec.net.endpoint import Channel
 from hetis_exec.net.meeting import FAILED_KEY, Meeting, host_meeting, join_meeting
 from hetis_exec.net.wires import PIECE_BYTES, GlooWire, Reaper, gloo_group

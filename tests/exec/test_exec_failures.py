@@ -133,7 +133,8 @@ def test_a_driver_that_forgets_a_step_comes_to_a_halt(monkeypatch: pytest.Monkey
 def distributed(specs: Sequence[WorkerSpec]) -> Crew:
     """Ranks of this host; all arrays go over torch.distributed."""
     pytest.importorskip("torch", reason="workers over torch.distributed need the extra exec")
-    from hetis_exec.distributed import DistributedCrew, NetSettings
+    from hetis_exec.distributed import DistributedCrew
+    from hetis_exec.joining import NetSettings
 
     return DistributedCrew(specs, NetSettings(eager_bytes=0))
 
@@ -187,7 +188,8 @@ def test_a_process_that_hangs_is_given_up(make_crew: Callable[..., Crew]) -> Non
 def reduced(specs: Sequence[WorkerSpec]) -> Crew:
     """Ranks of this host whose sums are all_reduces of gloo."""
     pytest.importorskip("torch", reason="workers over torch.distributed need the extra exec")
-    from hetis_exec.distributed import DistributedCrew, NetSettings
+    from hetis_exec.distributed import DistributedCrew
+    from hetis_exec.joining import NetSettings
 
     return DistributedCrew(specs, NetSettings(collectives="all_reduce"))
 

@@ -142,7 +142,8 @@ def threads(specs: Sequence[WorkerSpec], shapes: Shapes) -> Crew:
 def distributed(specs: Sequence[WorkerSpec], shapes: Shapes) -> Crew:
     """Ranks of this host."""
     pytest.importorskip("torch", reason="workers over torch.distributed need the extra exec")
-    from hetis_exec.distributed import DistributedCrew, NetSettings
+    from hetis_exec.distributed import DistributedCrew
+    from hetis_exec.joining import NetSettings
 
     return DistributedCrew(specs, NetSettings(shapes=shapes))
 

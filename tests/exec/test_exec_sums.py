@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import reduce
@@ -16,14 +17,15 @@ from exec_scenarios import LONG, SCENARIOS, SHORT, has_happened
 from exec_toys import Fixed, Turning, expected_tokens, given, pipeline
 
 from hetis_exec.crew import WorkerSpec
-from hetis_exec.distributed import DistributedCrew, NetSettings
+from hetis_exec.distributed import DistributedCrew
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError
+from hetis_exec.joining import NetSettings
 from hetis_exec.kernels.cpu import CpuKernels
 from hetis_exec.messages import Message, Partial
-from hetis_exec.net import reducers
+from hetis_exec.net import reducers, wires
 from hetis_exec.net.cards import NO_CARD, Card, card_at, have_own
-from hetis_exec.net.meeting import host_meeting, join_meeting
+from hetis_exec.net.meeting import MeetingPlace, host_meeting, join_meeting
 from hetis_exec.net.reducers import ABANDONED, CardReducer, HostReducer, library_for, make_reducer
 from hetis_exec.net.wires import gloo_group
 from hetis_exec.replay import replay
@@ -228,6 +230,9 @@ class Colleague:
     def send(self, target: int, message: Message) -> None:
         self.sent.append((target, message))
 
+    def packed(self, target: int, tensors: Sequence[Any]) -> list[Any]:
+        return KERNELS.pack(tensors)
+
     def fetch(self, key: tuple[object, ...], what: str) -> Message:
         return self.box.pop(key)
 
@@ -335,6 +340,33 @@ def test_a_library_that_cannot_add_up_is_named_with_a_way_out(monkeypatch: pytes
     said = r"devices \[3, 4\] \(Duplicate GPU detected\); executor.collectives=ordered does without it"
     with pytest.raises(ExecutorError, match=f"nccl cannot add up over {said}"):
         make_reducer(meeting.store, {3: A, 4: B}, 3, "auto", meeting.place, 1.0, "cuda:0")
+
+
+class Nccl:
+    """A stand-in for NCCL's groups: keeps what it is made with."""
+
+    class Options:
+        """What a group may be told."""
+
+    def __init__(self, store: Any, rank: int, size: int, options: Any) -> None:
+        self.made = (rank, size, options.is_high_priority_stream, options._timeout.total_seconds())
+
+
+@pytest.mark.parametrize(("settings", "set_before", "interface"), [
+    ({}, None, "=lo"), ({"bind": "10.0.0.2"}, None, None), ({}, "eth7", "eth7"),
+    ({"bind": "10.0.0.2", "interface": "eth1"}, None, "=eth1")])
+def test_groups_of_nccl_are_told_what_they_need(
+        settings: dict[str, str], set_before: str | None, interface: str | None,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Priority, patience, and the interface where that is known: without one NCCL would choose its own."""
+    monkeypatch.setattr(wires.distributed, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", set_before or "")
+    if set_before is None:
+        monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    place = MeetingPlace("127.0.0.1", 1, **settings)
+    group = wires.nccl_group(host_meeting().store, "a", 1, 2, 90.0, place.nccl_interface, urgent=True)
+    assert group.made == (1, 2, True, 90.0)
+    assert os.environ.get("NCCL_SOCKET_IFNAME") == interface
 
 
 def test_gloo_takes_part_in_a_time_limit() -> None:
