@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from hetis_exec.backend import Kernels, Leaving, Spots, Tensor
 from hetis_exec.errors import CacheError
+from hetis_exec.units import NO_PLACES, Allocator
 
 
 class TableKey(NamedTuple):
@@ -38,6 +39,7 @@ class Table:
         awaited: final pieces of tokens that attention needs which are still on their way.
         slot: see :class:`hetis_exec.backend.CacheTable`.
         skipped: layers at the beginning that have no units; what is written there has no meaning.
+        places: name of the places that it grows into; see :class:`hetis_exec.units.Allocator`.
         where: for each block of the text its place in the units, -1 where it is not here; None where all
             of them are here.
     """
@@ -49,6 +51,7 @@ class Table:
     where: NDArray[np.int64] | None = None
     before: frozenset[int] = frozenset()
     skipped: int = 0
+    places: int = NO_PLACES
 
     @property
     def taken(self) -> NDArray[np.int64]:
@@ -101,6 +104,11 @@ def places(blocks: int, absent: Sequence[int]) -> NDArray[np.int64] | None:
     return found
 
 
+def _behind(skipped: int, units: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Units of layers, behind some without any."""
+    return np.concatenate((np.zeros((skipped, units.shape[1]), dtype=np.int64), units)) if skipped else units
+
+
 class KvPool:
     """Keys and values of one device, in units that are allocated one by one.
 
@@ -115,18 +123,16 @@ class KvPool:
         self.kernels = kernels
         self.tables: dict[TableKey, Table] = {}
         self.version = 0
-        # A stack, in an array: a list of millions of numbers would take five times the memory.
-        self._free = np.arange(capacity_units - 1, -1, -1, dtype=np.int64)
-        self._free_units = capacity_units
+        self._units = Allocator(capacity_units)
 
     def scatter(self, seed: int) -> None:
-        """Hand free units out in an order without order, as those of a pool that has long been in use."""
-        np.random.default_rng(seed).shuffle(self._free)
+        """Hand free units out in an order without order, as those of a pool that has long been crowded."""
+        self._units.scatter(seed)
 
     @property
     def used_units(self) -> int:
         """Units in use."""
-        return self.capacity_units - self._free_units
+        return self.capacity_units - self._units.free
 
     def open(self, key: TableKey, layers: int, blocks: int, tag: int, absent: Sequence[int] = (),
              skipped: int = 0) -> None:
@@ -137,8 +143,10 @@ class KvPool:
         """
         if key in self.tables:
             raise CacheError(f"{key} is open already")
-        units = self._take(layers, blocks - len(absent), skipped)
-        self.tables[key] = Table(units, tag, where=places(blocks, absent), skipped=skipped)
+        self._check(layers * (blocks - len(absent)))
+        units, room = self._units.take(layers, blocks - len(absent))
+        self.tables[key] = Table(_behind(skipped, units), tag, where=places(blocks, absent), skipped=skipped,
+                                 places=room)
         self.version += 1
 
     def grow(self, key: TableKey, blocks: int) -> None:
@@ -154,8 +162,10 @@ class KvPool:
             raise CacheError(f"{key} would shrink from {now} to {blocks} blocks")
         if blocks > now:
             more = blocks - now
-            new = self._take(layers - table.skipped, more, table.skipped)
-            table.units = np.concatenate((table.units, new), axis=1)
+            layers -= table.skipped
+            self._check(layers * more)
+            new, table.places = self._units.grow(layers, more, table.places)
+            table.units = np.concatenate((table.units, _behind(table.skipped, new)), axis=1)
             if table.where is not None:
                 table.where = np.concatenate((table.where, np.arange(held, held + more)))
 
@@ -193,10 +203,12 @@ class KvPool:
                                  "to be absent")
             units[:, at] = part.of_blocks(held)
             self.kernels.clear(Table(units[:, :0], part.tag, slot=part.slot))
+            self._units.release(part.places)
         lacking = units[0] < 0 if layers else np.zeros(0, dtype=np.bool_)
-        units[:, lacking] = self._take(layers, int(lacking.sum()))
+        self._check(layers * int(lacking.sum()))
+        units[:, lacking], room = self._units.take(layers, int(lacking.sum()))
         self.tables[key] = Table(units, tag, sum(part.awaited for part in parts), -1, wanted, frozenset(
-            n for part in parts if part.awaited for n in (part.tag, *part.before)))
+            n for part in parts if part.awaited for n in (part.tag, *part.before)), places=room)
         self.version += 1
 
     def close(self, key: TableKey) -> None:
@@ -210,9 +222,7 @@ class KvPool:
         self.version += 1
         table.units = table.taken
         self.kernels.clear(table)
-        begin, end = self._free_units, self._free_units + table.units.size
-        self._free[begin:end] = table.units.ravel()[::-1]
-        self._free_units = end
+        self._units.give(table.units, table.places)
 
     def table(self, key: TableKey) -> Table:
         """The table of a key.
@@ -229,15 +239,10 @@ class KvPool:
         """Tables of a request."""
         return [key for key in self.tables if key.request_id == request_id]
 
-    def _take(self, layers: int, blocks: int, skipped: int = 0) -> NDArray[np.int64]:
-        """Units of layers, behind some without any."""
-        number = layers * blocks
-        end = self._free_units
-        if number > end:
-            raise CacheError(f"{number} units are asked for, {end} of {self.capacity_units} are free")
-        self._free_units = end - number
-        taken = self._free[end - number:end][::-1].reshape(layers, blocks)
-        return np.concatenate((np.zeros((skipped, blocks), dtype=np.int64), taken))
+    def _check(self, number: int) -> None:
+        if number > self._units.free:
+            raise CacheError(f"{number} units are asked for, {self._units.free} of {self.capacity_units} are "
+                             "free")
 
     # -- tokens ------------------------------------------------------------------------------
 

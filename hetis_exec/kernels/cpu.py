@@ -1,8 +1,9 @@
 """Cache and attention of one worker on a CPU.
 
 Rows of decode attention are (request, KV group) pairs, and are computed some at a time: the keys of such a
-chunk are gathered into a buffer that is allocated once, multiplied with the query heads of each row, then
-the values are gathered into it. A new allocation for each gather would cost several times the attention
+chunk are multiplied with the query heads of each row, then weights with its values. Rows of equal length
+that lie in one piece each, at equal distances, are read where they are; all others are gathered into a
+buffer that is allocated once. A new allocation for each gather would cost several times the attention
 itself, in page faults. Scores and weights are of float32 whatever the cache's type.
 """
 
@@ -21,6 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hetis_exec.backend import Arrived, CacheTable
 from hetis_exec.kernels.parts import TorchJoining
+from hetis_exec.kernels.runs import Pieces, Run
 from hetis_exec.kernels.small import mixed, scores
 from hetis_exec.kernels.wire import array_of, in_place, resident_of, tensor_of
 from hetis_exec.messages import Array
@@ -33,6 +35,9 @@ CHUNK_BYTES = 8 << 20
 FILL_BYTES = 128 << 10
 """Keys and values of no use that are read rather than begin another piece: that costs about as much."""
 
+RUN_BYTES = 512 << 10
+"""Keys and values from which rows are read where they are, if that takes another piece."""
+
 Units = NDArray[np.int64]
 
 CPU = torch.device("cpu")
@@ -43,17 +48,18 @@ class Chunk(NamedTuple):
 
     Attributes:
         rows: of the plan's order.
-        units: numbers of their units, shape (layers, rows x blocks); too short tables are filled up.
-        blocks: of each row.
+        units: numbers of their units, shape (layers, rows x blocks); too short tables are filled up. None
+            where they need not be gathered.
         tokens: of the longest row.
+        run: where the rows lie, if they need not be gathered.
         mask: what to add to the scores, shape (rows, 1, tokens); None where all are equally long.
     """
 
     rows: slice
-    units: torch.Tensor
-    blocks: int
+    units: torch.Tensor | None
     tokens: int
-    mask: torch.Tensor | None
+    run: Run | None = None
+    mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,7 @@ class CpuKernels:
         self._keys, self._values = (torch.from_numpy(np.zeros(shape, dtype=np.uint8)).view(dtype)
                                     for _ in range(2))
         self._buffer = self._wide = torch.empty(0)
+        self._pieces = Pieces()
 
     # -- arrays --------------------------------------------------------------------------------------
 
@@ -139,6 +146,7 @@ class CpuKernels:
     # -- cache ---------------------------------------------------------------------------------------
 
     def clear(self, table: CacheTable) -> None:
+        self._pieces.forget(table)
         if self._poison is not None:
             at = torch.from_numpy(table.units)
             self._keys[at] = self._poison
@@ -166,58 +174,79 @@ class CpuKernels:
     # -- decode attention ----------------------------------------------------------------------------
 
     def plan(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
-        units, at = [table.units for table in tables], np.array(positions)
-        return self._plan(self._newest(units, at), units, at)
+        at = np.array(positions)
+        return self._plan(self._newest(tables, at), tables, at)
 
     def plan_parts(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> DecodePlan:
-        units, at = [table.units for table in tables], np.array(positions)
+        at = np.array(positions)
         fresh = int((at >= 0).sum())
         # Of n tokens without a new one the last lies at n - 1.
-        return self._plan(self._newest(units[:fresh], at[:fresh]), units, np.where(at < 0, -2 - at, at))
+        return self._plan(self._newest(tables[:fresh], at[:fresh]), tables, np.where(at < 0, -2 - at, at))
 
-    def _newest(self, units: Sequence[Units], positions: Units) -> torch.Tensor:
+    def _newest(self, tables: Sequence[CacheTable], positions: Units) -> torch.Tensor:
         """Where new tokens go."""
         if not len(positions):
-            return torch.empty((len(units), 0), dtype=torch.int64)
+            return torch.empty((len(tables), 0), dtype=torch.int64)
         where, offsets = np.divmod(positions, self._block_tokens)
-        newest = np.stack([unit[:, n] for unit, n in zip(units, where.tolist(), strict=True)], axis=1)
+        newest = np.stack([table.units[:, n] for table, n in zip(tables, where.tolist(), strict=True)],
+                          axis=1)
         return torch.from_numpy(newest * self._block_tokens + offsets)
 
-    def _plan(self, slots: torch.Tensor, units: Sequence[Units], at: Units) -> DecodePlan:
+    def _plan(self, slots: torch.Tensor, tables: Sequence[CacheTable], at: Units) -> DecodePlan:
         order: list[int] = np.argsort(-at, kind="stable").tolist()
         sorted_already = order == list(range(len(order)))
         return DecodePlan(
             slots=slots,
             order=None if sorted_already else torch.tensor(order),
             inverse=None if sorted_already else torch.from_numpy(np.argsort(order)),
-            chunks=self._chunks([units[n] for n in order], at[order]))
+            chunks=self._chunks([tables[n] for n in order], at[order] + 1))
 
-    def _chunks(self, tables: Sequence[Units], positions: Units) -> list[Chunk]:
-        """Rows from the longest to the shortest, in pieces of at most chunk_bytes, one row at least.
+    def _chunks(self, tables: Sequence[CacheTable], tokens: Units) -> list[Chunk]:
+        """Rows from the longest to the shortest: runs that are large or all there is, and those between."""
+        chunks: list[Chunk] = []
+        done, token_bytes = 0, self._block_bytes // self._block_tokens
+        for run in self._pieces.runs(tables, tokens):
+            length, rows = int(tokens[run.first]), run.last - run.first
+            if rows < len(tables) and rows * length * token_bytes < RUN_BYTES:
+                continue
+            chunks += self._gathered(tables, tokens, done, run.first)
+            chunks += self._read_in_place(run, length)
+            done = run.last
+        return chunks + self._gathered(tables, tokens, done, len(tables))
+
+    def _read_in_place(self, run: Run, tokens: int) -> list[Chunk]:
+        """One piece, or several of at most chunk_bytes where they are to be widened."""
+        rows = run.last - run.first
+        if self._dtype != torch.float32:
+            rows = max(1, self._chunk_bytes // (-(-tokens // self._block_tokens) * self._block_bytes))
+        return [Chunk(slice(at, min(at + rows, run.last)), None, tokens, run)
+                for at in range(run.first, run.last, rows)]
+
+    def _gathered(self, tables: Sequence[CacheTable], tokens: Units, first: int, last: int) -> list[Chunk]:
+        """Some rows in pieces of at most chunk_bytes, one row at least.
 
         A piece ends where filling its short rows up would cost more than another piece.
         """
-        begins, blocks = [0], positions // self._block_tokens + 1
-        while begins[-1] < len(tables):
-            first = begins[-1]
-            longest = int(blocks[first])
-            last = first + max(1, self._chunk_bytes // (longest * self._block_bytes))
-            filled = np.cumsum(longest - blocks[first:last]) * self._block_bytes
-            begins.append(first + int(np.searchsorted(filled, FILL_BYTES, side="right")))
-        return [self._chunk(slice(a, b), tables[a:b], positions[a:b] + 1) for a, b in pairwise(begins)]
+        begins, blocks = [first], -(-tokens // self._block_tokens)
+        while (begin := begins[-1]) < last:
+            longest = int(blocks[begin])
+            end = min(last, begin + max(1, self._chunk_bytes // (longest * self._block_bytes)))
+            filled = np.cumsum(longest - blocks[begin:end]) * self._block_bytes
+            begins.append(begin + int(np.searchsorted(filled, FILL_BYTES, side="right")))
+        return [self._chunk(slice(a, b), tables[a:b], tokens[a:b]) for a, b in pairwise(begins)]
 
-    def _chunk(self, rows: slice, tables: Sequence[Units], tokens: Units) -> Chunk:
+    def _chunk(self, rows: slice, tables: Sequence[CacheTable], tokens: Units) -> Chunk:
         longest = int(tokens[0])
         blocks = -(-longest // self._block_tokens)
-        units = np.zeros((len(tables[0]), len(tables), blocks), dtype=np.int64)
+        units = np.zeros((len(tables[0].units), len(tables), blocks), dtype=np.int64)
         for n, table in enumerate(tables):
-            used = table[:, :blocks]
+            used = table.units[:, :blocks]
             units[:, n, :used.shape[1]] = used
         mask: torch.Tensor | None = None
         if int(tokens[-1]) < longest:
             beyond = torch.arange(longest) >= torch.from_numpy(tokens)[:, None]
             mask = torch.zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None]
-        return Chunk(rows, torch.from_numpy(units.reshape(len(units), -1)), blocks, longest, mask)
+        return Chunk(rows, torch.from_numpy(units.reshape(len(units), -1)), longest, mask=mask)
 
     def decode(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                values: torch.Tensor) -> torch.Tensor:
@@ -234,13 +263,13 @@ class CpuKernels:
         return wide if plan.order is None else torch.index_select(wide, 0, plan.order)
 
     def _scores(self, chunk: Chunk, layer: int, ordered: torch.Tensor) -> torch.Tensor:
-        found = scores(ordered[chunk.rows], self._gather(self._keys, chunk, layer))
+        found = scores(ordered[chunk.rows], self._rows(self._keys, chunk, layer))
         if chunk.mask is not None:
             found += chunk.mask
         return found
 
     def _mixed(self, weights: torch.Tensor, chunk: Chunk, layer: int) -> torch.Tensor:
-        return mixed(weights, self._gather(self._values, chunk, layer))
+        return mixed(weights, self._rows(self._values, chunk, layer))
 
     def decode_parts(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                      values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,21 +287,38 @@ class CpuKernels:
     def joining(self, number: int, queries: torch.Tensor) -> TorchJoining:
         return TorchJoining(number, queries)
 
+    def _rows(self, pool: torch.Tensor, chunk: Chunk, layer: int) -> torch.Tensor:
+        """A chunk's rows of a pool in float32, for as long as no others are; shape (rows, tokens, d)."""
+        rows, d, run = chunk.rows.stop - chunk.rows.start, self._head_dim, chunk.run
+        if run is not None:
+            width, stride = self._block_tokens * d, run.strides[layer]
+            begin = run.begins[layer] + (chunk.rows.start - run.first) * stride
+            found = pool.as_strided((rows, chunk.tokens, d), (stride * width, d, 1), begin * width)
+        else:
+            found = self._gather(pool, chunk, layer).view(rows, -1, d)[:, :chunk.tokens]
+        if self._dtype == torch.float32:
+            return found
+        size = found.numel()
+        if len(self._wide) < size:
+            self._wide = torch.empty(max(size * 5 // 4, self._room))
+        return self._wide[:size].view(found.shape).copy_(found)
+
+    @property
+    def _room(self) -> int:
+        """Numbers that a buffer has room for at least."""
+        return self._chunk_bytes // (2 * self._dtype.itemsize)
+
     def _gather(self, pool: torch.Tensor, chunk: Chunk, layer: int) -> torch.Tensor:
-        """A chunk's blocks of a pool in float32, for as long as no other is gathered; (rows, tokens, d)."""
+        """A chunk's units of a pool, in a buffer that the next gather uses again."""
+        assert chunk.units is not None
         units, width = chunk.units[layer], self._block_tokens * self._head_dim
         size = len(units) * width
         if len(self._buffer) < size:
             # Pieces of a batch grow by a block at a time: leave room for some more.
-            room = max(size * 5 // 4, self._chunk_bytes // (2 * self._dtype.itemsize))
-            self._buffer = torch.empty(room, dtype=self._dtype)
-            self._wide = self._buffer if self._dtype == torch.float32 else torch.empty(room)
+            self._buffer = torch.empty(max(size * 5 // 4, self._room), dtype=self._dtype)
         gathered = self._buffer[:size].view(len(units), width)
         torch.index_select(pool.view(len(pool), width), 0, units, out=gathered)
-        if self._wide is not self._buffer:
-            gathered = self._wide[:size].copy_(self._buffer[:size])
-        rows = chunk.rows.stop - chunk.rows.start
-        return gathered.view(rows, -1, self._head_dim)[:, :chunk.tokens]
+        return gathered
 
     # -- prefill -------------------------------------------------------------------------------------
 

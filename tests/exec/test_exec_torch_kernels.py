@@ -9,6 +9,7 @@ torch = pytest.importorskip("torch", reason="real models need the extra exec")
 
 from exec_parts import joined_parts  # noqa: E402
 
+from hetis_exec.kernels import cpu  # noqa: E402
 from hetis_exec.kernels.cpu import CpuKernels  # noqa: E402
 from hetis_exec.kernels.reference import attention  # noqa: E402
 from hetis_exec.kvcache import KvPool, TableKey  # noqa: E402
@@ -113,6 +114,38 @@ def test_parts_join_to_attention_of_the_whole(lengths: list[int], chunk_bytes: i
             lambda key: tuple(data[key.request_id][layer, key.group, -1]  # noqa: B023 - called at once
                               for data in (world.keys, world.values)), layer)
         assert torch.allclose(found, world.wanted(layer, queries), **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("lengths", "runs"), [([9, 9, 9, 9], [(0, 8)]), ([9, 9, 14, 14], [(0, 4), (4, 8)]),
+                                               ([9, 5, 3], [])])
+def test_equal_rows_that_lie_in_line_are_read_where_they_are(
+        lengths: list[int], runs: list[tuple[int, int]], dtype: torch.dtype,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that have grown in turns, in runs of any number of rows; small ones are gathered."""
+    monkeypatch.setattr(cpu, "RUN_BYTES", 4 * 2 * 9 * D * dtype.itemsize)
+    world = World(lengths, 2, 1 << 20, dtype=dtype)
+    tables = [world.pool.table(TableKey(request, 0, g)) for request, g in world.rows]
+    plan = world.kernels.plan(tables, [lengths[request] for request, _ in world.rows])
+    assert [(c.rows.start, c.rows.stop) for c in plan.chunks if c.units is None] == runs
+    close = CLOSE if dtype == torch.float32 else {"rtol": torch.finfo(dtype).eps, "atol": 1e-4}
+    for layer in range(LAYERS):
+        queries = world.random(len(world.rows), 3, D)
+        torch.testing.assert_close(world.decode(layer, queries), world.wanted(layer, queries), **close)
+
+
+def test_rows_that_have_grown_where_there_was_room_are_gathered() -> None:
+    """Others have taken the places that they were to grow into."""
+    world, other = World([14, 14], 2, 1 << 20), TableKey(9, 0, 0)
+    world.pool.open(other, 1, world.pool.capacity_units - world.pool.used_units, 0)
+    world.pool.close(other)
+    keys = [TableKey(request, 0, g) for request, g in world.rows]
+    for key in keys:
+        world.pool.grow(key, 5)
+    plan = world.kernels.plan([world.pool.table(key) for key in keys], [14] * 4)
+    assert [chunk.units is None for chunk in plan.chunks] == [False]
+    queries = world.random(4, 3, D)
+    assert torch.allclose(world.decode(1, queries), world.wanted(1, queries), **CLOSE)
 
 
 def test_gathers_take_no_new_memory() -> None:
