@@ -40,6 +40,7 @@ class Case:
         links: coefficients of links of the measured machine, by name: (seconds per byte, seconds).
         token_weighted: mean TPOT is over tokens, not over requests.
         token_share: throughput is that of the first so many of all tokens; less than 1 leaves out a tail.
+        group: runs that are alike, in data sets with too many for a table of single ones.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Case:
     links: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     token_weighted: bool = False
     token_share: float = 1.0
+    group: str = ""
 
     def arguments(self) -> dict[str, Any]:
         """What the job needs, as plain types."""

@@ -18,7 +18,7 @@ from analysis.paper.store import code_hash
 
 ORIGIN = "simulated and measured"
 RUNS_MOST = 16
-"""A data set with more runs has no table of single runs."""
+"""A data set with more runs has a table by groups of runs instead of one of single runs."""
 
 REQUESTS_LEAST = 80
 """Requests of a run whose distributions are shown."""
@@ -87,8 +87,7 @@ def page_text(compared: Sequence[Compared], charts: Sequence[Chart], pictures: s
     parts += [text for key, text in shown.items() if key.startswith("scatter-")]
     for each in compared:
         parts += [f"## {each.given.title}", each.given.about, error_table(each)]
-        if len(each.runs) <= RUNS_MOST:
-            parts.append(run_table(each))
+        parts.append(run_table(each) if len(each.runs) <= RUNS_MOST else group_table(each))
         parts += [text for key, text in shown.items() if key.startswith(f"cdf-{each.given.key}-")]
         parts += ["**What is off, and why.**", *each.given.findings, worst(each)]
         failed = [f"{case.name}: {error.splitlines()[-1]}" for case, _, error in each.runs if error]
@@ -109,14 +108,35 @@ def overview(compared: Sequence[Compared]) -> str:
     """The main metrics of all data sets."""
     main = ("output_throughput", "mean_tpot_s", "mean_ttft_s", "p50_ttft_s", "mean_e2el_s")
     rows = []
-    for each in compared:
-        found = each.errors()
+    for title, found in [*((each.given.title, each.errors()) for each in compared),
+                         ("all runs", pooled(compared))]:
         cells = [f"{percent(found[m].median)} ({percent(found[m].signed_median, signed=True)}, n "
                  f"{found[m].n})"
                  if m in found else "-" for m in main]
-        rows.append([each.given.title, *cells])
+        rows.append([title, *cells])
     return ("Median absolute error (signed median, runs):\n\n"
             + table(["data set", *(METRICS[m].partition(",")[0] for m in main)], rows))
+
+
+def pooled(compared: Sequence[Compared]) -> dict[str, Errors]:
+    """Errors of the runs of all data sets, by metric."""
+    found = {metric: errors({f"{each.given.key} {name}": pair for each in compared
+                             for name, pair in each.pairs(metric).items()}) for metric in METRICS}
+    return {metric: error for metric, error in found.items() if error is not None}
+
+
+def group_table(each: Compared) -> str:
+    """Errors of the main metrics by groups of runs."""
+    main = [metric for metric in ("output_throughput", "mean_tpot_s", "p50_ttft_s", "mean_e2el_s")
+            if each.pairs(metric)]
+    rows = []
+    for group in dict.fromkeys(case.group for case, _, _ in each.runs):
+        part = Compared(each.given, [run for run in each.runs if run[0].group == group]).errors()
+        cells = [f"{percent(part[m].median)} ({percent(part[m].signed_median, signed=True)})"
+                 if m in part else "-" for m in main]
+        rows.append([group, str(max((e.n for e in part.values()), default=0)), *cells])
+    return ("Median absolute error (signed median):\n\n"
+            + table(["runs", "n", *(METRICS[m].partition(",")[0] for m in main)], rows))
 
 
 def error_table(each: Compared) -> str:

@@ -16,7 +16,7 @@ from analysis.fidelity.case import Case, DataSet
 from analysis.fidelity.command import DATA, SETS, compare, read_sets
 from analysis.fidelity.errors import errors, relative, summary
 from analysis.fidelity.measure.replay import early_throughput, figures, thin
-from analysis.fidelity.page import page_text, scatters, write_page
+from analysis.fidelity.page import Compared, group_table, overview, page_text, pooled, scatters, write_page
 from analysis.fidelity.sets import curves, helix, tgis, vllm
 from analysis.fidelity.sets.names import model_name
 from analysis.paper.store import Job, Store
@@ -62,7 +62,7 @@ def tgis_points(folder: Path, *rows: Sequence[object]) -> None:
 
 
 def tgis_point(model: str = "llama-7b", tp: int = 1, users: int = 1, rate: float = 0.0) -> list[object]:
-    """One of them: half of the requests ask for 11 tokens, one in twenty for 51, one in a hundred for 101."""
+    """One of them."""
     return [model, "H100", tp, users, 40, 100.0, 20.0, 200.0, 120.0, 520.0, 1020.0, 20.0, 30.0, 10.0, rate,
             95.0]
 
@@ -134,19 +134,24 @@ def test_vllm_engines_with_experts_in_common_are_one_here(tmp_path: Path) -> Non
     assert "TPUv9" in found.left_out[0]
 
 
-def test_tgis_lengths_come_from_runs_with_one_user(tmp_path: Path) -> None:
-    """Latency less TTFT over the time of a token; points with errors and other engines are left out."""
+def test_tgis_requests_are_those_of_the_records(tmp_path: Path) -> None:
+    """In their order and as long as in the table; points with errors and other engines are left out."""
     tgis_points(tmp_path, tgis_point(), tgis_point(users=8), tgis_point(users=64, rate=0.01),
                 tgis_point("google__flan-t5-xl"), tgis_point("bigcode__starcoder", tp=2))
     found = tgis.read(tmp_path)
     assert [case.name for case in found.cases] == ["llama-7b 1 x H100, 1 users", "llama-7b 1 x H100, 8 users"]
     assert len(found.left_out) == 2
-    quantiles = tgis.output_quantiles([[120.0, 520.0, 1020.0, 20.0, 10.0]])
-    assert [tokens for _, tokens in quantiles] == pytest.approx([1, 11, 51, 101, 1024])
-    many = np.array(list(tgis._requests(20_000, 100.0, 20.0, quantiles)))
-    assert many[:, 1].mean() == pytest.approx(100, rel=0.03)
-    assert many[:, 2].mean() == pytest.approx(20, rel=0.05)
     assert found.cases[0].measured["mean_tpot_s"] == pytest.approx(0.01)
+    assert len(found.cases[0].rows) == 100
+    asked = tgis.Asked.read(tgis.REQUESTS)
+    rows = asked.requests(1, 702)
+    assert found.cases[0].rows == rows[:100]
+    # The averages that the table has for Llama-7B on one H100 with one user.
+    assert np.mean([row[1] for row in rows]) == pytest.approx(121.5655, abs=1e-4)
+    assert np.mean([row[2] for row in rows]) == pytest.approx(18.4615, abs=1e-4)
+    assert asked.requests(1, 703)[702] == rows[0]
+    with pytest.raises(HetisError, match=r"users=3.*1, 2, 4, 8"):
+        asked.requests(3, 1)
 
 
 def test_names_of_models_lose_only_what_says_nothing() -> None:
@@ -275,6 +280,22 @@ def test_the_command_writes_page_tables_and_pictures(tmp_path: Path,
     assert main(words) == 0
     assert ": 0 of" not in capsys.readouterr().err
     assert (out / "fidelity.md").read_text() == text
+
+
+def test_many_runs_are_tabled_by_groups() -> None:
+    """With the errors of each group alone, and those of all data sets together in the overview."""
+    cases = [Case(f"run {n}", [], [], {"output_throughput": 10.0}, group="few" if n < 5 else "many")
+             for n in range(20)]
+    runs = [(case, {"metrics": {"output_throughput": 11.0 if case.group == "few" else 8.0}}, "")
+            for case in cases]
+    given = DataSet("x", "X", "About.", [("a", "b", "c")], cases)
+    text = group_table(Compared(given, runs))
+    assert "| few | 5 | 10 % (+10 %) |" in text
+    assert "| many | 15 | 20 % (-20 %) |" in text
+    other = Compared(DataSet("y", "Y", "About.", [], cases[:5]), runs[:5])
+    everything = pooled([Compared(given, runs), other])["output_throughput"]
+    assert (everything.n, everything.median) == (25, pytest.approx(0.2))
+    assert "| all runs | 20 % (-20 %, n 25) |" in overview([Compared(given, runs), other])
 
 
 def test_a_run_that_cannot_be_simulated_is_said_so(tmp_path: Path) -> None:
