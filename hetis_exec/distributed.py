@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
+from threading import current_thread, main_thread
 from typing import Any
 
 from hetis_exec.crew import STOP_AT_ONCE_S, STOP_S, WorkerSpec, build_worker
@@ -144,8 +145,9 @@ class DistributedCrew:
         modules = {name for spec in self._specs.values() for name in spec.backend.modules}
         context.set_forkserver_preload(sorted({__name__, *modules}))
         seated = seats(list(self._specs.values()), self._settings)
-        if self._joins:
+        if self._joins and current_thread() is main_thread():
             # A launcher ends all ranks when one has failed; what the driver knows of that is worth saying.
+            # In another thread it is up to whoever has the main one, such as a server.
             self._on_sigterm = signal.signal(signal.SIGTERM, self._told_to_end)
         for device in self._local:
             process = context.Process(target=_work, args=(place, seated[device], self._specs[device],

@@ -233,6 +233,7 @@ class Executor:
                     self._listener.began()
                 while (event := self._next_event()) is not None:
                     self._deal_with(event)
+                self._look_after_workers()
             finally:
                 self.crew.stop(at_once=not self._done)
             self._hear_last_words()

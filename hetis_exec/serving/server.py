@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import socket
-from collections.abc import Callable
-from threading import Thread
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Thread, current_thread, main_thread
 
 import uvicorn
 
@@ -34,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 def run_server(engine: ServingEngine, api: Api, door: socket.socket, requests_max: int,
                ready: Callable[[], None] = lambda: None) -> bool:
-    """Serve until an interrupt comes or the engine ends; whether it has ended in peace."""
+    """Serve until an interrupt or SIGTERM comes or the engine ends; whether it has ended in peace."""
     server = uvicorn.Server(uvicorn.Config(
         api.app(), log_level="warning", lifespan="off", timeout_graceful_shutdown=GRACE_S,
         limit_concurrency=requests_max + SPARE_CONNECTIONS))
@@ -46,9 +48,23 @@ def run_server(engine: ServingEngine, api: Api, door: socket.socket, requests_ma
     Thread(target=watch, name="watch", daemon=True).start()
     ready()
     try:
-        server.run(sockets=[door])
+        with _terminable():
+            server.run(sockets=[door])
     except KeyboardInterrupt:
         pass
     finally:
         engine.close()
     return engine.error is None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM do what an interrupt does, which uvicorn passes on as it does that once it has stopped."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

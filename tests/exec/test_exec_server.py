@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import http.client
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from threading import Event, Thread
 from typing import Any
 
 import pytest
-from exec_texts import LONG_ON, TEMPLATE, continued, talking, tokenizer
+from exec_commands import SOON_S, alive, wait_for, workers
+from exec_texts import LONG_ON, TEMPLATE, continued, talker, talking, tokenizer
 from exec_toys import Fixed, pipeline, threads
 
 pytest.importorskip("fastapi", reason="the server needs the extra serve")
@@ -311,3 +315,20 @@ def test_an_address_that_is_taken_is_named() -> None:
     """Before anything else is started."""
     with listen("127.0.0.1", 0) as door, pytest.raises(SpecError, match=r"serve\.host='127\.0\.0\.1:\d"):
         listen("127.0.0.1", door.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_told_to_end_does_so_in_peace(number: signal.Signals) -> None:
+    """Its workers end with it."""
+    line = [sys.executable, "-m", "hetis_exec", "serve", f"model.path={talker()}", "serve.port=0",
+            "policy=vllm"]
+    server = subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert server.stdout is not None
+    assert "/v1: policy vllm" in server.stdout.readline()
+    ended = workers(server.pid)
+    assert ended
+    server.send_signal(number)
+    _, said = server.communicate(timeout=SOON_S)
+    assert (server.returncode, said) == (0, "")
+    wait_for(lambda: not any(alive(pid) for pid in ended), "workers end")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -171,6 +173,52 @@ def test_a_killed_driver_ends_all_ranks(tmp_path: Path) -> None:
     for agent in agents:
         agent.communicate(timeout=SOON_S)
     wait_for(lambda: not any(alive(pid) for pid in everyone), "all processes end")
+
+
+# -- what serves ---------------------------------------------------------------------------------------------
+
+
+def launched(*words_: str) -> subprocess.Popen[str]:
+    """Another command than replay, on all ranks of a node."""
+    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "-m", "hetis_exec",
+            *words_]
+    return subprocess.Popen(line, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("end", ["interrupt", "loss"])
+def test_a_server_answers_and_ends(end: str) -> None:
+    """Rank 0 serves with the workers of all. An interrupt ends all in peace, a lost rank with its name."""
+    pytest.importorskip("uvicorn", reason="the server needs the extra serve")
+    agent = launched("serve", f"model.path={talker()}", "serve.port=0", "policy=hetis")
+    assert agent.stdout is not None
+    said = re.search(r" on (http://\S+/v1): policy hetis, 4 workers", agent.stdout.readline())
+    assert said is not None
+    ids = tokenizer().encode("the quick brown")
+    asked = {"prompt": "the quick brown", "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+    request = urllib.request.Request(f"{said[1]}/completions", json.dumps(asked).encode(),
+                                     {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=SOON_S) as answer:
+        text = json.load(answer)["choices"][0]["text"]
+    assert text == tokenizer().decode([*ids, *continued(ids, 9)])[len("the quick brown"):]
+    everyone, found = below(agent.pid), ranks(agent)
+    assert sorted(found) == list(range(RANKS))
+    os.kill(found[0], signal.SIGINT) if end == "interrupt" else os.kill(found[2], signal.SIGKILL)
+    _, error = agent.communicate(timeout=SOON_S)
+    assert (agent.returncode == 0) == (end == "interrupt")
+    assert ("worker of device 2 is lost" in error) == (end == "loss")
+    wait_for(lambda: not any(alive(pid) for pid in everyone), "all processes end")
+
+
+def test_a_text_is_generated_by_ranks() -> None:
+    """Rank 0 alone prints it."""
+    prompt = "the quick brown"
+    agent = launched("generate", f"model.path={talker()}", "executor.max_tokens=9",
+                     "executor.ignore_eos=true", prompt)
+    printed, _ = agent.communicate(timeout=SOON_S)
+    ids = tokenizer().encode(prompt)
+    assert agent.returncode == 0
+    assert printed.strip() == tokenizer().decode([*ids, *continued(ids, 9)]).strip()
 
 
 # -- two hosts, nearly ---------------------------------------------------------------------------------------
