@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from heapq import heapify, heappop, heapreplace
 from typing import NamedTuple
 
 from hetis_sim.policies.hetis.attention import Stage
@@ -85,30 +86,35 @@ def fill_shared(start: list[float], step: list[float], limit: list[int], units: 
     if rest is None or sent is None:
         return None
     counts, level = [a + b for a, b in zip(rest[0], sent[0], strict=True)], rest[1]
-    loaded = max((s for s, there in zip(start, held, strict=True) if there), default=0.0)
+    loaded = max([s for s, there in zip(start, held, strict=True) if there], default=0.0)
     inner = max(sent[1], loaded)
     best, chosen = max(level, inner + m * wire if m else 0.0), counts[:]
-    while m < units:
-        i = min((i for i, n in enumerate(counts) if behind[i] and n < limit[i]), default=-1,
-                key=lambda i: start[i] + (counts[i] + 1) * step[i])
-        if i < 0:
-            break
-        inner, m = max(inner, start[i] + (counts[i] + 1) * step[i]), m + 1
+    following = [(start[i] + (n + 1) * step[i], i) for i, n in enumerate(counts)
+                 if behind[i] and n < limit[i]]
+    reached = [(start[i] + n * step[i], -i) for i, n in enumerate(counts) if n and not behind[i]]
+    heapify(following)
+    last = max(reached, default=None)
+    while m < units and following and last is not None:
+        end, i = following[0]
+        inner, m = max(inner, end), m + 1
         if inner + m * wire >= level:
             break
+        # The other positions give up the group that completes last, and one behind the interface takes it.
         counts[i] += 1
-        counts[_last(start, step, counts, behind)] -= 1
-        j = _last(start, step, counts, behind)
-        level = start[j] + counts[j] * step[j] if j >= 0 else 0.0
+        if counts[i] < limit[i]:
+            heapreplace(following, (start[i] + (counts[i] + 1) * step[i], i))
+        else:
+            heappop(following)
+        reached.remove(last)
+        i = -last[1]
+        counts[i] -= 1
+        if counts[i]:
+            reached.append((start[i] + counts[i] * step[i], -i))
+        last = max(reached, default=None)
+        level = last[0] if last is not None else 0.0
         if max(level, inner + m * wire) < best:
             best, chosen = max(level, inner + m * wire), counts[:]
     return chosen, best
-
-
-def _last(start: list[float], step: list[float], counts: list[int], behind: list[bool]) -> int:
-    """The position that completes last of those with groups and a way of their own, -1 if there is none."""
-    return max((i for i, n in enumerate(counts) if n and not behind[i]), default=-1,
-               key=lambda i: start[i] + counts[i] * step[i])
 
 
 def _bulk(start: list[float], step: list[float], limit: list[int], units: int) -> list[int]:
