@@ -10,7 +10,6 @@ from typing import Any
 from analysis.paper.scale import (
     COMMON_SHARE,
     HETIS,
-    REQUESTS_MAX,
     TPOT_S,
     TTFT_OTHER_S,
     TTFT_S,
@@ -65,11 +64,10 @@ class Evaluation:
     def words(self, cell: Cell, *more: str) -> list[str]:
         """The configuration of a cell, before the policy."""
         scale, (model, workload) = self.scale, cell
-        most = min(scale.requests_max, REQUESTS_MAX.get(model, scale.requests_max))
         return [f"cluster={scale.cluster}", f"model={model}", f"workload={workload}",
                 f"slo.ttft_s={TTFT_S.get(workload, TTFT_OTHER_S)}", f"slo.tpot_s={TPOT_S}",
                 f"study.seeds={scale.seeds}", f"study.tolerance={scale.tolerance}",
-                f"study.requests_max={most}", "study.workers=1", *more]
+                f"study.requests_max={scale.requests_max}", "study.workers=1", *more]
 
     def capacities(self, what: str, asked: Sequence[tuple[Cell, Variant]]) -> list[Answer]:
         """Capacity of each variant in its cell; where there is no bound, why there is none."""
@@ -77,7 +75,7 @@ class Evaluation:
         bounds = self.store.answers(f"{what}: bounds", [
             Job("serving.bound", {"words": words}) for words in configurations])
         jobs = {i: Job("serving.capacity", {"words": words, "policy": dict(variant.policy),
-                                            "bound": bound.value})
+                                            "bound": bound.value, "sojourns": self.scale.sojourns})
                 for i, (words, bound, (_, variant)) in enumerate(
                     zip(configurations, bounds, asked, strict=True)) if not bound.error}
         found = dict(zip(jobs, self.store.answers(what, list(jobs.values())), strict=True))

@@ -29,9 +29,6 @@ with Llama-70B on two A100s."""
 TTFT_OTHER_S = 5.0
 TPOT_S = 0.2
 
-REQUESTS_MAX = {"llama2-70b": 1000}
-"""Most requests of a run of a search for models that serve few a second; they stay no longer than others."""
-
 COMMON_SHARE = 0.6
 """Rate at which latencies are compared, as a share of the least capacity among Hetis and the baselines."""
 
@@ -45,6 +42,7 @@ class Scale:
         cluster, models, workloads, policies: what is run.
         seeds: of every figure that has an interval.
         requests_max: most requests of a run of a search.
+        sojourns: arrivals of such a run last as many times as long as a request stays under overload.
         requests: of a run at a given rate.
         tolerance: of the searches for capacities.
         curve: rates of the curves of latency over load, in units of Hetis' capacity.
@@ -62,7 +60,8 @@ class Scale:
     workloads: tuple[str, ...] = ("sharegpt", "humaneval", "longbench")
     policies: tuple[str, ...] = (HETIS, *BASELINES, *NEIGHBOURS)
     seeds: int = 3
-    requests_max: int = 1500
+    requests_max: int = 5000
+    sojourns: float = 4.0
     requests: int = 500
     tolerance: float = 0.1
     curve: tuple[float, ...] = (0.3, 0.6, 0.8, 1.0, 1.2, 1.5)

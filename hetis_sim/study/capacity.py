@@ -137,17 +137,19 @@ def clamped(study: StudyConfig, requests: float) -> int:
     return study.requests or min(study.requests_max, max(REQUESTS_MIN, math.ceil(requests)))
 
 
-def search_requests(config: RunConfig, bound: Bound, runs: Sequence[Overload]) -> float:
+def search_requests(config: RunConfig, bound: Bound, runs: Sequence[Overload],
+                    sojourns: float = SOJOURNS) -> float:
     """Requests for arrivals that last long enough for an overload by the tolerance to show.
 
     Args:
         config: with the SLO and the tolerance.
         bound: for the mean output.
         runs: under overload, of one policy.
+        sojourns: arrivals last at least so many times as long as a request stays under overload.
     """
     mean_output = bound.output_tokens_per_s / bound.requests_per_s
     stay_s = min(fmean(run.service_s for run in runs), mean_output * config.slo.tpot_s) + config.slo.ttft_s
-    lasts_s = max(config.slo.ttft_s / config.study.tolerance, SOJOURNS * stay_s)
+    lasts_s = max(config.slo.ttft_s / config.study.tolerance, sojourns * stay_s)
     return fmean(run.throughput_rps for run in runs) * lasts_s
 
 

@@ -33,7 +33,7 @@ from hetis_sim.metrics.columns import PARTS
 from hetis_sim.policies.splitwise import SplitwisePolicy
 from hetis_sim.run import prepare
 from hetis_sim.spec.errors import InfeasibleError, SpecError
-from hetis_sim.study.capacity import capacity
+from hetis_sim.study.capacity import SOJOURNS, capacity
 from hetis_sim.study.estimate import Estimate
 from hetis_sim.study.runs import cases_of
 from hetis_sim.study.search import Found, Probe
@@ -151,12 +151,30 @@ def test_a_measured_capacity_is_that_of_the_study() -> None:
              "study.requests=200", "seeds=2", "study.tolerance=0.1", "slo.ttft_s=0.3", "slo.tpot_s=0.03")
     case = cases_of(compose(*words))[0]
     study = capacity(case.config)
-    mine = measure(case, study.bound)
+    mine = measure(case, study.bound, SOJOURNS)
     assert mine["overload"] == list(study.throughputs_rps)
     for found, searched in zip(mine["slo"], study.searches, strict=True):
         assert searched.rate_rps / 1.12 <= found <= searched.rate_rps * 1.1
     assert all(free >= held * 0.99 for free, held in zip(mine["sustained"], mine["slo"], strict=True))
     assert mine["runs"] <= study.runs
+
+
+def test_no_run_of_a_search_is_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where a plan is tried at the rate that its search then begins with, nor elsewhere."""
+    ran: list[tuple[float, int]] = []
+
+    def once(_: object, rate: float, seed: int) -> Probe:
+        ran.append((rate, seed))
+        return probes((rate, 1.0 if rate <= 9.0 else 0.0))[0]
+
+    monkeypatch.setattr(_Search, "_run", once)
+    case = cases_of(compose("cluster=single-a100", "model=llama3-8b"))[0]
+    search = _Search(case, prepare(case.config), 10, 4.0, 50.0)
+    assert search.probe(5.0, 0).holds
+    assert search.from_start(5.0, 0).rate_rps <= 9.0 < search.from_start(5.0, 0).rate_rps * 1.1
+    search.around(9.0, 1)
+    assert len(ran) == len(set(ran))
+    assert {seed for _, seed in ran} == {0, 1}
 
 
 # -- figures of single parts ---------------------------------------------------------------------

@@ -33,10 +33,10 @@ WIDTH = 1.25
 
 @dataclass(frozen=True)
 class _Search:
-    """Runs of one plan at rates that a search asks for.
+    """Runs of one plan at rates that a search asks for; none is done twice.
 
     ``limits`` keeps of every run, by rate and seed, the shares of the requests within the limit on TTFT and
-    within that on TPOT.
+    within that on TPOT; ``done`` what a search is told of it.
     """
 
     case: Case
@@ -45,9 +45,16 @@ class _Search:
     start_rps: float
     ceiling_rps: float
     limits: dict[tuple[float, int], tuple[float, float]] = field(default_factory=dict)
+    done: dict[tuple[float, int], Probe] = field(default_factory=dict)
 
     def probe(self, rate_rps: float, seed: int) -> Probe:
         """One run."""
+        key = rate_rps, seed
+        if key not in self.done:
+            self.done[key] = self._run(rate_rps, seed)
+        return self.done[key]
+
+    def _run(self, rate_rps: float, seed: int) -> Probe:
         study = self.case.config.study
         result = run_under(self.prepared, Load(rate_rps, self.requests, seed))
         summary = result.summary
@@ -82,8 +89,11 @@ class _Search:
         return Found(low, tuple(probes))
 
 
-def measure(case: Case, bound: Bound) -> dict[str, Any]:
+def measure(case: Case, bound: Bound, sojourns: float) -> dict[str, Any]:
     """Capacity at the SLO and throughputs without, by seed, and what the plan is.
+
+    Args:
+        sojourns: see :func:`hetis_sim.study.capacity.search_requests`.
 
     Raises:
         HetisError: the combination cannot run.
@@ -93,7 +103,7 @@ def measure(case: Case, bound: Bound) -> dict[str, Any]:
     flooded = clamped(config.study, FLIGHTS * in_flight(planned(config, flood)))
     floods = [overload(Task(case, seed, flood, flooded, flood, ceiling)) for seed in seeds]
     mean = fmean(run.throughput_rps for run in floods)
-    requests = clamped(config.study, search_requests(config, bound, floods))
+    requests = clamped(config.study, search_requests(config, bound, floods, sojourns))
     search = _Search(case, planned(config, mean), requests, START * mean, ceiling)
     first = search.from_start(START * mean, seeds[0])
     search, first = _replanned(search, first, seeds[0], config.study.attainment)

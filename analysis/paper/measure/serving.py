@@ -23,9 +23,10 @@ def bound(words: Sequence[str]) -> dict[str, Any]:
     return asdict(study_bound(config, cases_of(config)[0]))
 
 
-def capacity(words: Sequence[str], policy: Policy, bound: Mapping[str, Any]) -> dict[str, Any]:
+def capacity(words: Sequence[str], policy: Policy, bound: Mapping[str, Any],
+             sojourns: float) -> dict[str, Any]:
     """Capacity at the SLO and throughput without, by seed; and the plan's usable cache."""
-    return measure(_case(words, policy), bound_from(bound))
+    return measure(_case(words, policy), bound_from(bound), sojourns)
 
 
 def latency(words: Sequence[str], policy: Policy, plan_rate: float, rates: Sequence[float],

@@ -22,6 +22,7 @@ from analysis.paper.scale import (
 )
 from analysis.paper.section import Finding, Section, by_rows
 from analysis.paper.store import Answer
+from hetis_sim.study.capacity import REQUESTS_MIN
 from hetis_sim.study.estimate import estimate
 
 Found = dict[tuple[Cell, str], Answer]
@@ -121,7 +122,10 @@ def _definitions(evaluation: Evaluation) -> str:
             f"the SLO**: the highest rate at which 90 % of the requests hold the limits on TTFT ({limits}) "
             f"and TPOT ({TPOT_S:g} s) and the queue does not grow ([definition](capacity.md)); limits are "
             "ours, about ten times what a mean prompt takes with Llama-70B on two A100s. **Throughput "
-            f"without an SLO** is below. Seeds: {evaluation.scale.seeds}. Every policy's plan is searched "
+            f"without an SLO** is below. Seeds: {evaluation.scale.seeds}. Arrivals of a run last at least "
+            f"{evaluation.scale.sojourns:g} times as long as a request stays under overload, which makes "
+            f"{min(REQUESTS_MIN, evaluation.scale.requests_max):,} to {evaluation.scale.requests_max:,} "
+            "requests. Every policy's plan is searched "
             f"for the load at hand.{_beside_text(evaluation)}")
 
 
