@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from exec_models import folder
@@ -28,11 +29,12 @@ def command(*more: str, run: Path) -> subprocess.Popen[str]:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that another one has started, on Linux."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
+    """Processes that another one has started, in any of its threads, on Linux."""
+    found: list[int] = []
+    with suppress(OSError):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(child) for child in (thread / "children").read_text().split()]
+    return found
 
 
 def workers(pid: int) -> list[int]:

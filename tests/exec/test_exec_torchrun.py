@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,15 @@ def ranks(agent: subprocess.Popen[str]) -> dict[int, int]:
     return found
 
 
+def sockets(pid: int) -> int:
+    """Open sockets of a process."""
+    found = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found += entry.readlink().name.startswith("socket:")
+    return found
+
+
 def below(pid: int) -> list[int]:
     """All processes below one."""
     return [found for child in children(pid) for found in (child, *below(child))]
@@ -150,8 +160,9 @@ def test_a_killed_rank_ends_the_run(lost: int, policy: str, more: Sequence[str],
     agent = torchrun(["--nproc-per-node", str(RANKS)], tmp_path / "run", "rate=2", "requests=200", *more,
                      policy=policy)
     wait_for(lambda: len(ranks(agent)) == RANKS, "ranks start")
-    wait_for(lambda: children(ranks(agent)[0]), "the driver starts its worker")
-    time.sleep(6.0)
+    # To the store, to the driver, and two on each of its links.
+    wait_for(lambda: sockets(ranks(agent)[lost]) >= 6, "the rank meets others")
+    time.sleep(2.0)
     everyone = below(agent.pid)
     os.kill(ranks(agent)[lost], signal.SIGKILL)
     _, said = agent.communicate(timeout=SOON_S)
