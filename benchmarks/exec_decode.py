@@ -43,7 +43,7 @@ class Decoder:
         transport = InProcessTransport()
         self._driver = transport.endpoint(DRIVER)
         self._worker: Worker = build_worker(
-            WorkerSpec(0, plan, 0, 0, self._units, BLOCK, backend, timeout_s=60.0),
+            WorkerSpec(0, plan, 0, 0, 2 * self._units, BLOCK, backend, timeout_s=60.0),
             transport.endpoint(0))
         self._rows = [Row(request, context, 1, True, False, (0,) * len(groups), -1)
                       for request in range(batch)]

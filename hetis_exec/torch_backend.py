@@ -11,6 +11,7 @@ import torch
 from hetis_exec.backend import Kernels, Shard
 from hetis_exec.backend import WholeSteps as Steps
 from hetis_exec.devices import free_bytes, torch_type
+from hetis_exec.hugepages import use_huge_pages
 from hetis_exec.kernels.cpu import CpuKernels
 from hetis_exec.kernels.cuda import CudaKernels, triton_kernels
 from hetis_exec.kvcache import KvPool
@@ -39,6 +40,9 @@ from hetis_sim.spec.gpu import GIB
 from hetis_sim.spec.model import ModelSpec
 
 MEMORY_FILE = Path("/proc/meminfo")
+
+HUGE_FROM_BYTES = 256 << 10
+"""Matrices of a processor from which huge pages are worth while: smaller ones stay in its caches."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ class TorchBackend:
         if place != CPU:
             # Whole matrices have been there of which parts are kept, and such as were drawn in float32.
             torch.cuda.empty_cache()
+        else:
+            use_huge_pages(span for span in shard.spans if span[1] >= HUGE_FROM_BYTES)
         return shard
 
     def whole_steps(self, device: int, plan: TeamPlan, shard: Shard, pool: KvPool) -> WholeSteps | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -182,6 +182,14 @@ class DecoderShard:
             change = self._mlp(number, normal)
         assert change is not None
         return hidden, change
+
+    @property
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Where the matrices lie in the memory of this host; see :class:`Product`."""
+        for layer in self._layers:
+            yield from (made.span for made in (layer.qkv, layer.output, layer.up, layer.down))
+        if self._head is not None:
+            yield self._head.span
 
     @property
     def first(self) -> bool:

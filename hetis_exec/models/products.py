@@ -22,7 +22,14 @@ PACKED_TYPES = (torch.float32, torch.bfloat16)
 
 
 class Product(Protocol):
-    """Activations (rows, columns of the weight) times a transposed weight, plus a bias."""
+    """Activations (rows, columns of the weight) times a transposed weight, plus a bias.
+
+    Attributes:
+        span: address and bytes of the weight in the memory of this host; (0, 0) where it cannot be told.
+    """
+
+    @property
+    def span(self) -> tuple[int, int]: ...
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """Shape (rows, rows of the weight)."""
@@ -34,6 +41,11 @@ class PlainProduct:
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._weight = weight
         self._bias = bias
+
+    @property
+    def span(self) -> tuple[int, int]:
+        weight = self._weight
+        return (weight.data_ptr(), weight.nbytes) if weight.device.type == "cpu" else (0, 0)
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         return functional.linear(rows, self._weight, self._bias)
@@ -47,6 +59,14 @@ class PackedProduct:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
         self._bias = bias
         self._multiply = torch.ops.mkldnn._linear_pointwise.default
+        self._bytes = weight.nbytes
+
+    @property
+    def span(self) -> tuple[int, int]:
+        try:
+            return int(torch.ops.mkldnn.data_ptr(self._packed)), self._bytes
+        except (AttributeError, NotImplementedError, RuntimeError):
+            return 0, 0
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         number = len(rows)
