@@ -74,12 +74,27 @@ class Evaluation:
         configurations = [self.words(cell, *variant.words) for cell, variant in asked]
         bounds = self.store.answers(f"{what}: bounds", [
             Job("serving.bound", {"words": words}) for words in configurations])
+        lengths = self.lengths(list(dict.fromkeys(cell for cell, _ in asked)))
         jobs = {i: Job("serving.capacity", {"words": words, "policy": dict(variant.policy),
-                                            "bound": bound.value, "sojourns": self.scale.sojourns})
-                for i, (words, bound, (_, variant)) in enumerate(
+                                            "bound": bound.value, "requests": lengths[cell]})
+                for i, (words, bound, (cell, variant)) in enumerate(
                     zip(configurations, bounds, asked, strict=True)) if not bound.error}
         found = dict(zip(jobs, self.store.answers(what, list(jobs.values())), strict=True))
         return [found.get(i, bounds[i]) for i in range(len(asked))]
+
+    def lengths(self, cells: Sequence[Cell]) -> dict[Cell, int]:
+        """Requests of each run of a search in a cell: the same for all policies, what the main ones need."""
+        bounds = self.store.answers("bounds", [Job("serving.bound", {"words": self.words(cell)})
+                                               for cell in cells])
+        asked = [(cell, Job("serving.run_length", {
+            "words": self.words(cell), "policy": dict(self.variants[name].policy), "bound": bound.value,
+            "sojourns": self.scale.sojourns}))
+            for cell, bound in zip(cells, bounds, strict=True) if not bound.error for name in self.scale.main]
+        found = dict.fromkeys(cells, 0)
+        answers = self.store.answers("run lengths", [job for _, job in asked])
+        for (cell, _), answer in zip(asked, answers, strict=True):
+            found[cell] = max(found[cell], answer.value or 0)
+        return {cell: number or self.scale.requests_max for cell, number in found.items()}
 
     def bound(self, cell: Cell) -> Answer:
         """No policy serves more in a cell."""

@@ -61,7 +61,7 @@ class Scale:
     policies: tuple[str, ...] = (HETIS, *BASELINES, *NEIGHBOURS)
     seeds: int = 3
     requests_max: int = 5000
-    sojourns: float = 3.0
+    sojourns: float = 2.5
     requests: int = 500
     tolerance: float = 0.1
     curve: tuple[float, ...] = (0.3, 0.6, 0.8, 1.0, 1.2, 1.5)

@@ -19,7 +19,7 @@ from analysis.paper.command import SECTIONS, narrowed, run
 from analysis.paper.evaluation import Evaluation, Variant
 from analysis.paper.measure import devices
 from analysis.paper.measure import serving as serving_measure
-from analysis.paper.measure.capacity import _Search, crossing, measure
+from analysis.paper.measure.capacity import _Search, crossing, measure, run_length
 from analysis.paper.measure.usable import usable_tokens
 from analysis.paper.page import page_text, statement_table, write_page
 from analysis.paper.ratios import cell_ratio, largest, missing, up_to
@@ -151,7 +151,9 @@ def test_a_measured_capacity_is_that_of_the_study() -> None:
              "study.requests=200", "seeds=2", "study.tolerance=0.1", "slo.ttft_s=0.3", "slo.tpot_s=0.03")
     case = cases_of(compose(*words))[0]
     study = capacity(case.config)
-    mine = measure(case, study.bound, SOJOURNS)
+    requests = run_length(case, study.bound, SOJOURNS)
+    assert requests == study.requests == 200
+    mine = measure(case, study.bound, requests)
     assert mine["overload"] == list(study.throughputs_rps)
     for found, searched in zip(mine["slo"], study.searches, strict=True):
         assert searched.rate_rps / 1.12 <= found <= searched.rate_rps * 1.1

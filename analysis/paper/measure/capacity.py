@@ -21,7 +21,7 @@ from hetis_sim.study.bound.result import Bound
 from hetis_sim.study.capacity import FLIGHTS, OVERLOAD, START, clamped, search_requests
 from hetis_sim.study.runs import Case, Load, in_flight, instances_of, planned, run_under, seeds_of
 from hetis_sim.study.search import LOWEST, STEP_MAX, Found, Probe, highest
-from hetis_sim.study.tasks import Task, overload
+from hetis_sim.study.tasks import Overload, Task, overload
 
 NEAR = 1.05
 """Half the width of the first bracket of a further seed, as a factor."""
@@ -89,8 +89,8 @@ class _Search:
         return Found(low, tuple(probes))
 
 
-def measure(case: Case, bound: Bound, sojourns: float) -> dict[str, Any]:
-    """Capacity at the SLO and throughputs without, by seed, and what the plan is.
+def run_length(case: Case, bound: Bound, sojourns: float) -> int:
+    """Requests of a run of a search, by one run under overload.
 
     Args:
         sojourns: see :func:`hetis_sim.study.capacity.search_requests`.
@@ -98,12 +98,23 @@ def measure(case: Case, bound: Bound, sojourns: float) -> dict[str, Any]:
     Raises:
         HetisError: the combination cannot run.
     """
+    floods = _floods(case, bound, seeds_of(case.config)[:1])
+    return clamped(case.config.study, search_requests(case.config, bound, floods, sojourns))
+
+
+def measure(case: Case, bound: Bound, requests: int) -> dict[str, Any]:
+    """Capacity at the SLO and throughputs without, by seed, and what the plan is.
+
+    Args:
+        requests: of each run of a search.
+
+    Raises:
+        HetisError: the combination cannot run.
+    """
     config, ceiling = case.config, bound.requests_per_s
-    seeds, flood = seeds_of(config), OVERLOAD * bound.requests_per_s
-    flooded = clamped(config.study, FLIGHTS * in_flight(planned(config, flood)))
-    floods = [overload(Task(case, seed, flood, flooded, flood, ceiling)) for seed in seeds]
+    seeds = seeds_of(config)
+    floods = _floods(case, bound, seeds)
     mean = fmean(run.throughput_rps for run in floods)
-    requests = clamped(config.study, search_requests(config, bound, floods, sojourns))
     search = _Search(case, planned(config, mean), requests, START * mean, ceiling)
     first = search.from_start(START * mean, seeds[0])
     search, first = _replanned(search, first, seeds[0], config.study.attainment)
@@ -117,6 +128,13 @@ def measure(case: Case, bound: Bound, sojourns: float) -> dict[str, Any]:
             "runs": len(floods) + sum(len(found.probes) for found in searches), "note": first.note,
             "first_failure": _first_failure(search, first, seeds[0]),
             "usable_tokens": usable_tokens(search.prepared)}
+
+
+def _floods(case: Case, bound: Bound, seeds: Sequence[int]) -> list[Overload]:
+    """Runs under overload."""
+    flood = OVERLOAD * bound.requests_per_s
+    flooded = clamped(case.config.study, FLIGHTS * in_flight(planned(case.config, flood)))
+    return [overload(Task(case, seed, flood, flooded, flood, bound.requests_per_s)) for seed in seeds]
 
 
 def within_limits(result: Result) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from analysis.paper.measure import capacity as capacity_measure
 from analysis.paper.measure.capacity import bound_from, measure
 from analysis.paper.measure.modules import mean_gap_s, module_times
 from analysis.paper.measure.usable import usable_tokens
@@ -23,10 +24,15 @@ def bound(words: Sequence[str]) -> dict[str, Any]:
     return asdict(study_bound(config, cases_of(config)[0]))
 
 
+def run_length(words: Sequence[str], policy: Policy, bound: Mapping[str, Any], sojourns: float) -> int:
+    """Requests that a run of a search for a policy's capacity takes."""
+    return capacity_measure.run_length(_case(words, policy), bound_from(bound), sojourns)
+
+
 def capacity(words: Sequence[str], policy: Policy, bound: Mapping[str, Any],
-             sojourns: float) -> dict[str, Any]:
+             requests: int) -> dict[str, Any]:
     """Capacity at the SLO and throughput without, by seed; and the plan's usable cache."""
-    return measure(_case(words, policy), bound_from(bound), sojourns)
+    return measure(_case(words, policy), bound_from(bound), requests)
 
 
 def latency(words: Sequence[str], policy: Policy, plan_rate: float, rates: Sequence[float],

@@ -123,9 +123,10 @@ def _definitions(evaluation: Evaluation) -> str:
             f"and TPOT ({TPOT_S:g} s) and the queue does not grow ([definition](capacity.md)); limits are "
             "ours, about ten times what a mean prompt takes with Llama-70B on two A100s. **Throughput "
             f"without an SLO** is below. Seeds: {evaluation.scale.seeds}. Arrivals of a run last at least "
-            f"{evaluation.scale.sojourns:g} times as long as a request stays under overload, which makes "
+            f"{evaluation.scale.sojourns:g} times as long as a request stays under overload, with Hetis and "
+            "each of its baselines, which makes the same number of requests for all policies, "
             f"{min(REQUESTS_MIN, evaluation.scale.requests_max):,} to {evaluation.scale.requests_max:,} "
-            "requests. Every policy's plan is searched "
+            "of them. Every policy's plan is searched "
             f"for the load at hand.{_beside_text(evaluation)}")
 
 
