@@ -38,6 +38,7 @@ class Case:
         until_s: figures are of what had happened by then; None for whole runs.
         since_dispatch: TTFT counts from the dispatch of a request, not from its arrival.
         links: coefficients of links of the measured machine, by name: (seconds per byte, seconds).
+        collectives: by card, another one whose measured all-reduces stand for its own.
         token_weighted: mean TPOT is over tokens, not over requests.
         token_share: throughput is that of the first so many of all tokens; less than 1 leaves out a tail.
         group: runs that are alike, in data sets with too many for a table of single ones.
@@ -51,6 +52,7 @@ class Case:
     until_s: float | None = None
     since_dispatch: bool = False
     links: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    collectives: Mapping[str, str] = field(default_factory=dict)
     token_weighted: bool = False
     token_share: float = 1.0
     group: str = ""
@@ -59,7 +61,7 @@ class Case:
         """What the job needs, as plain types."""
         return {"words": list(self.words), "rows": [list(row) for row in self.rows], "until_s": self.until_s,
                 "since_dispatch": self.since_dispatch, "token_weighted": self.token_weighted,
-                "token_share": self.token_share,
+                "token_share": self.token_share, "collectives": dict(self.collectives),
                 "links": {name: list(cost) for name, cost in self.links.items()}}
 
 

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from analysis.fidelity.case import METRICS, DataSet, require_folder
+from analysis.fidelity.case import METRICS, Case, DataSet, require_folder
 from analysis.fidelity.errors import relative
 from analysis.fidelity.page import Compared, write_page
 from analysis.fidelity.sets import curves, helix, tgis, vllm
+from analysis.fidelity.switches import RUNS, SWITCHES, farthest, without
 from analysis.paper.options import check_options, tell
 from analysis.paper.store import Job, Store
 from hetis_sim.metrics.strictjson import dump_line
@@ -107,10 +108,30 @@ def read_sets(data: Path, only: Sequence[str] | None = None, *, quick: bool = Fa
 
 def compare(found: DataSet, store: Store) -> Compared:
     """Simulate all runs of a data set."""
-    jobs = [Job("replay.run", case.arguments(), PACKAGE) for case in found.cases]
-    answers = store.answers(found.key, jobs)
-    return Compared(found, [(case, answer.value, answer.error) for case, answer in
-                            zip(found.cases, answers, strict=True)])
+    answers = store.answers(found.key, [job(case) for case in found.cases])
+    compared = Compared(found, [(case, answer.value, answer.error) for case, answer in
+                                zip(found.cases, answers, strict=True)])
+    return replace(compared, switched=switched(compared, store))
+
+
+def job(case: Case) -> Job:
+    """What simulates a run."""
+    return Job("replay.run", case.arguments(), PACKAGE)
+
+
+def switched(compared: Compared, store: Store) -> dict[str, dict[str, dict[str, float]]]:
+    """Metrics of the runs farthest off without each mechanism, by run and mechanism."""
+    key = compared.given.key
+    switches = SWITCHES.get(key, {})
+    cases = {case.name: case for case, _, _ in compared.runs}
+    names = farthest([compared.pairs(metric) for metric in ("output_throughput", "mean_tpot_s")], RUNS)
+    asked = [(name, what, without(cases[name], words)) for name in names for what, words in switches.items()]
+    answers = store.answers(f"{key}, mechanisms", [job(case) for _, _, case in asked])
+    found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in names}
+    for (name, what, _), answer in zip(asked, answers, strict=True):
+        if answer.value:
+            found[name][what] = answer.value["metrics"]
+    return found
 
 
 def write_tables(out: Path, compared: Sequence[Compared]) -> None:

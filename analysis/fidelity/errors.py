@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+DRAWS = 2000
+SEED = 1
+
 
 @dataclass(frozen=True)
 class Errors:
@@ -17,6 +20,7 @@ class Errors:
         signed_median: which way they go.
         median, p95: of the absolute errors.
         worst: (name, error), largest first.
+        interval: of the median of absolute errors, 95 %; see :func:`bootstrap`.
     """
 
     n: int
@@ -24,6 +28,7 @@ class Errors:
     median: float
     p95: float
     worst: tuple[tuple[str, float], ...]
+    interval: tuple[float, float]
 
 
 def relative(measured: float, simulated: float) -> float:
@@ -34,7 +39,8 @@ def relative(measured: float, simulated: float) -> float:
 def errors(named: Mapping[str, tuple[float, float]], most: int = 3) -> Errors | None:
     """Errors of (measured, simulated) by name of the run; None without any.
 
-    Values that are not positive have no relative error and are left out.
+    Values that are not positive have no relative error and are left out. The name of a run begins with that
+    of its machine, up to a comma.
     """
     found = {name: relative(a, b) for name, (a, b) in named.items() if a > 0.0 and b > 0.0}
     if not found:
@@ -42,7 +48,23 @@ def errors(named: Mapping[str, tuple[float, float]], most: int = 3) -> Errors | 
     values = np.array(list(found.values()))
     worst = sorted(found.items(), key=lambda item: -abs(item[1]))[:most]
     return Errors(len(values), float(np.median(values)), float(np.median(np.abs(values))),
-                  float(np.percentile(np.abs(values), 95)), tuple(worst))
+                  float(np.percentile(np.abs(values), 95)), tuple(worst), bootstrap(found))
+
+
+def bootstrap(found: Mapping[str, float]) -> tuple[float, float]:
+    """A 95 % interval of the median of absolute errors, by drawing machines anew.
+
+    All runs of a machine come with it: they share its errors, and are no independent draws.
+    """
+    machines: dict[str, list[float]] = {}
+    for name, error in found.items():
+        machines.setdefault(name.partition(",")[0], []).append(abs(error))
+    groups = [np.array(values) for values in machines.values()]
+    rng = np.random.default_rng(SEED)
+    drawn = rng.integers(len(groups), size=(DRAWS, len(groups)))
+    medians = [float(np.median(np.concatenate([groups[n] for n in row]))) for row in drawn]
+    low, high = np.percentile(medians, (2.5, 97.5)).tolist()
+    return float(low), float(high)
 
 
 def percentiles(values: Sequence[float], which: Sequence[float] = (50, 95, 99)) -> list[float]:

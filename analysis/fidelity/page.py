@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from analysis.fidelity.case import METRICS, Case, DataSet
 from analysis.fidelity.errors import Errors, errors
+from analysis.fidelity.switches import farthest
 from analysis.figures.charts import Axis, Chart, Floats, Line, XYChart
 from analysis.figures.draw import save_chart
 from analysis.paper.section import table
@@ -23,16 +24,23 @@ RUNS_MOST = 16
 REQUESTS_LEAST = 80
 """Requests of a run whose distributions are shown."""
 
+WORST = 4
+"""Runs farthest off that are shown with the parts of their steps."""
+
 SCATTERS = {"output_throughput": ("throughput", "output throughput", "tokens/s", 1.0),
             "mean_tpot_s": ("tpot", "mean TPOT", "ms", 1e3), "p50_ttft_s": ("ttft", "median TTFT", "ms", 1e3)}
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A data set and what came of its runs: (run, answer or None, error)."""
+    """A data set and what came of its runs: (run, answer or None, error).
+
+    ``switched`` has metrics of the runs farthest off without one mechanism each, by run and mechanism.
+    """
 
     given: DataSet
     runs: Sequence[tuple[Case, Mapping[str, Any] | None, str]]
+    switched: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
     def pairs(self, metric: str) -> dict[str, tuple[float, float]]:
         """(measured, simulated) by run, where both are known."""
@@ -48,8 +56,11 @@ class Compared:
     def document(self) -> dict[str, Any]:
         """Plain types."""
         found = {metric: {"n": e.n, "signed_median": e.signed_median, "median": e.median, "p95": e.p95,
-                          "worst": [list(item) for item in e.worst]} for metric, e in self.errors().items()}
+                          "interval": list(e.interval), "worst": [list(item) for item in e.worst]}
+                 for metric, e in self.errors().items()}
         return {"title": self.given.title, "origin": "simulated against measured by others", "errors": found,
+                "switched": {run: {what: dict(metrics) for what, metrics in each.items()}
+                             for run, each in self.switched.items()},
                 "failed": {case.name: error for case, _, error in self.runs if error},
                 "left_out": list(self.given.left_out),
                 "settings": [list(row) for row in self.given.settings]}
@@ -89,13 +100,13 @@ def page_text(compared: Sequence[Compared], charts: Sequence[Chart], pictures: s
         parts += [f"## {each.given.title}", each.given.about, error_table(each)]
         parts.append(run_table(each) if len(each.runs) <= RUNS_MOST else group_table(each))
         parts += [text for key, text in shown.items() if key.startswith(f"cdf-{each.given.key}-")]
-        parts += ["**What is off, and why.**", *each.given.findings, worst(each)]
+        parts += ["**What is off, and why.**", *each.given.findings, worst(each), switch_table(each)]
         failed = [f"{case.name}: {error.splitlines()[-1]}" for case, _, error in each.runs if error]
         if each.given.left_out or failed:
             parts.append("Left out: " + "; ".join([*each.given.left_out, *failed]) + ".")
         parts += ["**Settings.**", table(["of the engine", "here", "source"],
                                          [list(row) for row in each.given.settings], texts=3)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def percent(value: float, *, signed: bool = False) -> str:
@@ -110,12 +121,19 @@ def overview(compared: Sequence[Compared]) -> str:
     rows = []
     for title, found in [*((each.given.title, each.errors()) for each in compared),
                          ("all runs", pooled(compared))]:
-        cells = [f"{percent(found[m].median)} ({percent(found[m].signed_median, signed=True)}, n "
-                 f"{found[m].n})"
-                 if m in found else "-" for m in main]
-        rows.append([title, *cells])
-    return ("Median absolute error (signed median, runs):\n\n"
-            + table(["data set", *(METRICS[m].partition(",")[0] for m in main)], rows))
+        rows.append([title, *(_median(found.get(metric)) for metric in main)])
+    return ("Median absolute error [95 % interval] (signed median, runs):\n\n"
+            + table(["data set", *(METRICS[m].partition(",")[0] for m in main)], rows)
+            + "\n\nIntervals are bootstrapped over machines, since the runs of one share its errors. "
+            "No run of these data was measured twice, so that nothing is known of the noise in them.")
+
+
+def _median(error: Errors | None) -> str:
+    if error is None:
+        return "-"
+    low, high = (percent(value) for value in error.interval)
+    return (f"{percent(error.median)} [{low.removesuffix(' %')}, {high}] "
+            f"({percent(error.signed_median, signed=True)}, n {error.n})")
 
 
 def pooled(compared: Sequence[Compared]) -> dict[str, Errors]:
@@ -176,21 +194,37 @@ def _figure(value: float) -> str:
 
 def worst(each: Compared) -> str:
     """The runs farthest off in throughput and TPOT, with where the simulator spent its time."""
-    found: dict[str, float] = {}
-    for metric in ("output_throughput", "mean_tpot_s"):
-        error = errors(each.pairs(metric), 3)
-        for name, value in error.worst if error else ():
-            found[name] = max(found.get(name, 0.0), abs(value))
+    found = farthest([each.pairs(metric) for metric in ("output_throughput", "mean_tpot_s")], WORST)
     answers = {case.name: answer for case, answer, _ in each.runs if answer}
     measured = {case.name: case for case, _, _ in each.runs}
     parts = ("host", "dense", "collective", "attention", "hop", "waiting")
     rows = []
-    for name in sorted(found, key=lambda n: -found[n])[:5]:
+    for name in found:
         answer, case = answers[name], measured[name]
         shares = [percent(answer["parts"].get(part, 0.0)) for part in parts]
         rows.append([name, *(_cell(case, answer, m) for m in ("output_throughput", "mean_tpot_s")), *shares])
     return ("The runs farthest off, and the shares of the parts in the simulated steps:\n\n"
             + table(["run", "throughput", "mean TPOT", *parts], rows))
+
+
+def switch_table(each: Compared) -> str:
+    """What each mechanism does to the runs farthest off: errors without it."""
+    whats = list(dict.fromkeys(what for found in each.switched.values() for what in found))
+    measured = {case.name: case for case, _, _ in each.runs}
+    whole = {case.name: answer["metrics"] for case, answer, _ in each.runs if answer}
+    rows = []
+    for name, found in each.switched.items():
+        metrics = [whole[name], *(found.get(what) for what in whats)]
+        rows.append([name, *("-" if m is None else _both(measured[name].measured, m) for m in metrics)])
+    if not rows:
+        return ""
+    return ("Mechanisms taken away one at a time from these runs, errors of throughput / mean TPOT:\n\n"
+            + table(["run", "with all", *(f"without {what}" for what in whats)], rows))
+
+
+def _both(measured: Mapping[str, float], simulated: Mapping[str, float]) -> str:
+    return " / ".join(percent(simulated[m] / measured[m] - 1.0, signed=True)
+                      for m in ("output_throughput", "mean_tpot_s") if m in measured and m in simulated)
 
 
 # -- pictures ---------------------------------------------------------------------------------

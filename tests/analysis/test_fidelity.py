@@ -6,23 +6,29 @@ import csv
 import gzip
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from analysis.__main__ import main
-from analysis.fidelity.case import Case, DataSet
+from analysis.fidelity.case import Case, DataSet, csv_rows
 from analysis.fidelity.command import DATA, SETS, compare, read_sets
-from analysis.fidelity.errors import errors, relative, summary
-from analysis.fidelity.measure.replay import early_throughput, figures, thin
+from analysis.fidelity.errors import bootstrap, errors, relative, summary
+from analysis.fidelity.measure.replay import early_throughput, figures, profile_words, thin
 from analysis.fidelity.page import Compared, group_table, overview, page_text, pooled, scatters, write_page
 from analysis.fidelity.sets import curves, helix, tgis, vllm
 from analysis.fidelity.sets.names import model_name
+from analysis.fidelity.switches import SWITCHES, farthest, without
 from analysis.paper.store import Job, Store
 from hetis_sim.config import RunConfig, compose
+from hetis_sim.cost.load import load_cost_model
 from hetis_sim.run import prepare
+from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.errors import HetisError, SpecError
+from hetis_sim.spec.gpus import gpu
+from hetis_sim.spec.links import LINKS
 
 # -- made-up files -----------------------------------------------------------------------------
 
@@ -190,6 +196,27 @@ def test_curves_leave_out_their_tail(tmp_path: Path) -> None:
     assert len(found.cases) == 4
     assert found.cases[0].measured["output_throughput"] == pytest.approx(90 / (0.5 + 0.5 * 80 / 90))
     assert configuration(found.cases[0]).model.name == "opt-6.7b"
+    assert [case.collectives for case in found.cases] == [{}, {}, *[{"rtx3090": "l40s"}] * 2]
+    hosts = [configuration(case).cost for case in found.cases]
+    assert [cost.host_base_s for cost in hosts] == [5e-3, 5e-3, 10e-3, 10e-3]
+    # Output of a request by RFC 6913, and the server's share beside it.
+    assert hosts[0].host_per_sequence_s == hosts[3].host_per_sequence_s
+    assert hosts[0].host_per_sequence_s == pytest.approx(3.2e-3 / 31 * 62 / 29, rel=0.06)
+
+
+def test_collectives_of_another_card_stand_for_those_of_one(tmp_path: Path) -> None:
+    """A profile of the run has them, beside stated links; without either there is none."""
+    assert profile_words(tmp_path, {}, {}) == []
+    (word,) = profile_words(tmp_path, {"mine": (1e-9, 2e-5)}, {"rtx3090": "l40s"})
+    paths = word.removeprefix("cost.profiles=[").removesuffix("]").split(", ")
+    link, card, other = LINKS["pcie4x16"], gpu("rtx3090"), gpu("l40s")
+    here, shipped = load_cost_model(profiles=paths), load_cost_model()
+    size_bytes = 600_000
+    seconds = here.all_reduce_s(card, link, size_bytes, 4)
+    assert seconds == shipped.all_reduce_s(other, link, size_bytes, 4)
+    assert seconds > 1.5 * shipped.all_reduce_s(card, link, size_bytes, 4)
+    stated = LinkSpec("mine", 1e9, 2e-5)
+    assert here.transfer(stated).seconds(1_000_000) == pytest.approx(1e-3 + 2e-5)
 
 
 @pytest.mark.parametrize(("break_it", "says"), [
@@ -220,9 +247,21 @@ def test_errors_are_relative_and_signed() -> None:
     assert found.p95 == pytest.approx(0.19)
     assert [name for name, _ in found.worst] == ["b", "a", "c"]
     assert found.worst[0][1] == pytest.approx(-0.2)
+    low, high = found.interval
+    assert 0.05 <= low <= found.median <= high <= 0.2 + 1e-12
     assert errors({}) is None
     assert relative(4.0, 5.0) == pytest.approx(0.25)
     assert summary("ttft", [1.0, 2.0, 3.0])["p50_ttft_s"] == 2.0
+
+
+def test_intervals_draw_machines_not_runs() -> None:
+    """Ten runs of one machine say no more of others than one of them."""
+    alone = {"a, 1": 0.1, "b, 1": 0.3, "c, 1": 0.2}
+    crowded = {**alone, **{f"a, {n}": 0.1 for n in range(2, 11)}}
+    assert bootstrap(alone) == bootstrap({name: -error for name, error in alone.items()}) == (0.1, 0.3)
+    assert bootstrap(crowded)[1] == 0.3
+    assert bootstrap({f"{n}": 0.1 for n in range(9)} | {"x": 0.3})[1] < 0.3
+    assert bootstrap({"a, 1": 0.1, "a, 2": 0.3}) == (pytest.approx(0.2), pytest.approx(0.2))
 
 
 def test_what_had_happened_by_the_end_of_the_record_counts() -> None:
@@ -271,6 +310,12 @@ def test_the_command_writes_page_tables_and_pictures(tmp_path: Path,
     document = json.loads((out / "fidelity.json").read_text())
     assert set(document) == {"vllm", "tgis"}
     assert document["vllm"]["errors"]["mean_ttft_s"]["n"] == 1
+    (without_one,) = document["tgis"]["switched"].values()
+    assert set(without_one) == set(SWITCHES["tgis"])
+    (simulated,) = (float(row["simulated"]) for row in csv_rows(out / "points.csv", "simulated")
+                    if (row["data_set"], row["metric"]) == ("tgis", "mean_tpot_s"))
+    assert without_one["queueing of kernels"]["mean_tpot_s"] < 0.9 * simulated
+    assert "| run | with all | without copies of the cache |" in text
     with (out / "points.csv").open() as file:
         points = list(csv.DictReader(file))
     assert {row["metric"] for row in points if row["data_set"] == "tgis"} >= {"output_throughput",
@@ -295,7 +340,21 @@ def test_many_runs_are_tabled_by_groups() -> None:
     other = Compared(DataSet("y", "Y", "About.", [], cases[:5]), runs[:5])
     everything = pooled([Compared(given, runs), other])["output_throughput"]
     assert (everything.n, everything.median) == (25, pytest.approx(0.2))
-    assert "| all runs | 20 % (-20 %, n 25) |" in overview([Compared(given, runs), other])
+    (low, high) = everything.interval
+    assert (low, high) == (pytest.approx(0.1), pytest.approx(0.2))
+    assert "| all runs | 20 % [10, 20 %] (-20 %, n 25) |" in overview([Compared(given, runs), other])
+
+
+def test_mechanisms_are_taken_away_from_the_runs_farthest_off() -> None:
+    """The largest error of either metric counts; what is taken away replaces the words of the run."""
+    first, second = {"a": (1.0, 1.1), "b": (1.0, 1.0)}, {"a": (1.0, 0.95), "b": (1.0, 0.5)}
+    assert farthest([first, second], 1) == ["b"]
+    assert farthest([first, second, {}], 5) == ["b", "a"]
+    case = Case("x", ["cost.host_base_s=1e-2"], [], {}, collectives={"rtx3090": "l40s"})
+    shorter = without(case, SWITCHES["curves"]["host time of four cards"])
+    assert (shorter.words[-1], shorter.collectives) == ("cost.host_base_s=5e-3", case.collectives)
+    assert without(case, SWITCHES["curves"]["collectives through the host"]) == replace(case, collectives={})
+    assert set(SWITCHES) == set(SETS)
 
 
 def test_a_run_that_cannot_be_simulated_is_said_so(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ Floats = NDArray[np.float64]
 
 
 def run(words: Sequence[str], rows: Sequence[Sequence[float]], until_s: float | None, since_dispatch: bool,
-        links: Mapping[str, Sequence[float]], token_weighted: bool, token_share: float) -> dict[str, Any]:
+        links: Mapping[str, Sequence[float]], token_weighted: bool, token_share: float,
+        collectives: Mapping[str, str]) -> dict[str, Any]:
     """Figures of a run: metrics, distributions, and the share of each part of its steps.
 
     Args:
@@ -34,13 +36,14 @@ def run(words: Sequence[str], rows: Sequence[Sequence[float]], until_s: float | 
         links: seconds per byte and seconds of links of the machine.
         token_weighted: mean TPOT is over tokens.
         token_share: throughput is that of the first so many of all tokens.
+        collectives: by card, another one whose measured all-reduces stand for its own.
 
     Raises:
         HetisError: the run cannot be simulated, or requests were rejected.
     """
     with tempfile.TemporaryDirectory() as folder:
-        words = [*words, "workload=trace", f"workload.path={_workload(Path(folder), rows)}", *_links(
-            Path(folder), links)]
+        words = [*words, "workload=trace", f"workload.path={_workload(Path(folder), rows)}",
+                 *profile_words(Path(folder), links, collectives)]
         result = run_prepared(prepare(compose(*words)))
     requests = result.requests
     rejected = int((requests["status"] != "finished").sum())
@@ -124,14 +127,25 @@ def _workload(folder: Path, rows: Sequence[Sequence[float]]) -> Path:
     return path
 
 
-def _links(folder: Path, links: Mapping[str, Sequence[float]]) -> list[str]:
-    """Words that name a profile of the links, if there are any."""
-    if not links:
-        return []
-    path = folder / "links.json"
-    messages = {name: {"gamma_s_per_byte": cost[0], "beta_s": cost[1]} for name, cost in links.items()}
-    module = {"model": "links", "status": "measured", "sources": [{"text": "stated with the measured runs"}],
-              "coefficients": messages}
-    path.write_text(json.dumps({"schema": 1, "name": "links-of-the-runs", "device": "links",
-                                "modules": {"transfer": module}}), encoding="utf-8")
-    return [f"cost.profiles=[{path}]"]
+def profile_words(folder: Path, links: Mapping[str, Sequence[float]],
+                  collectives: Mapping[str, str]) -> list[str]:
+    """Words that name profiles of the measured machine, written into a folder; none where there are none."""
+    found = []
+    if links:
+        messages = {name: {"gamma_s_per_byte": cost[0], "beta_s": cost[1]} for name, cost in links.items()}
+        module = {"model": "links", "status": "measured",
+                  "sources": [{"text": "stated with the measured runs"}], "coefficients": messages}
+        found.append(_profile(folder, "links", "transfer", module))
+    for card, other in collectives.items():
+        shipped = json.loads((files("hetis_sim.cost") / "profiles" / f"{other}.json").read_text("utf-8"))
+        module = {**shipped["modules"]["all_reduce"], "status": "derived", "note": f"those of {other}"}
+        found.append(_profile(folder, card, "all_reduce", module))
+    return [f"cost.profiles=[{', '.join(found)}]"] if found else []
+
+
+def _profile(folder: Path, device: str, module: str, body: Mapping[str, Any]) -> str:
+    """A profile with one module; its path."""
+    path = folder / f"{device}.json"
+    path.write_text(json.dumps({"schema": 1, "name": f"{device}-of-the-runs", "device": device,
+                                "modules": {module: body}}), encoding="utf-8")
+    return str(path)
