@@ -17,10 +17,11 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import linprog
 
-from hetis_exec.calibrate.samples import PREFIX, medians
+from hetis_exec.calibrate.samples import GRAPHS, PREFIX, medians
 from hetis_exec.calibrate.surface import fit_surface
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
+from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.model import AttentionCost
 from hetis_sim.cost.profile import MODELS
@@ -372,7 +373,8 @@ def fit_reduces(samples: pd.DataFrame) -> Fitted:
 def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
     """Time of an iteration besides what workers account for: a base, and something for each sequence.
 
-    ``launches`` are of starting kernels without graphs, where the host has to do that.
+    ``launches`` are of starting kernels without graphs, where the host has to do that; the sizes of graphs
+    are among them.
     """
     rows = medians(samples)
 
@@ -382,13 +384,22 @@ def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
     base, each = least_relative(columns(rows), rows["seconds"].to_numpy())
     errors = held_out_errors(rows, ["tokens"], lambda known: _linear(known, columns))
     found = HostOverhead(float(base), float(each))
-    if len(launches):
-        starts = medians(launches)
+    sizes = launches["module"].isin(GRAPHS)
+    if not sizes.all():
+        starts = medians(launches[~sizes])
         layer, prompt = least_relative(columns(starts), starts["seconds"].to_numpy())
-        found = replace(found, eager_s_per_layer=float(layer), eager_s_per_prompt=float(prompt),
-                        graph_prompt_tokens=int(starts["row_tokens"].max()))
+        found = replace(found, eager_s_per_layer=float(layer), eager_s_per_prompt=float(prompt))
+    found = replace(found, graphs=graphs_of(launches[sizes]))
     return Fitted("host_overhead", "host", found.dump(),
                   {"sequences": _ends(rows["tokens"])}, errors, len(rows), len(samples))
+
+
+def graphs_of(sizes: pd.DataFrame) -> GraphSteps:
+    """The steps that an engine has recorded, from points that state a size each."""
+    prompts, batches = (sizes[sizes["module"] == module] for module in GRAPHS)
+    sizes_of = [tuple(sorted({int(n) for n in part["tokens"]})) for part in (prompts, batches)]
+    return GraphSteps(max(sizes_of[0], default=0), *sizes_of,
+                      prompts=int(prompts["rows"].max()) if len(prompts) else 0)
 
 
 # -- all of it -------------------------------------------------------------------------------------------
@@ -403,7 +414,7 @@ def fit_all(samples: pd.DataFrame, shapes: dict[str, ModelSpec], limit: Callable
         limit: of a module, the largest median error on held-out points with which it is accepted.
     """
     fits = Fits()
-    launching = samples["module"] == "host_launch"
+    launching = samples["module"].isin(["host_launch", *GRAPHS])
     pace = samples["module"].str.startswith(PREFIX)
     for module, subject, part in _parts(samples[~launching & ~pace]):
         made = _fit(module, subject, part, shapes, samples[launching])

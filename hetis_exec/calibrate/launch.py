@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 
 from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, tables_of
 from hetis_exec.calibrate.loops import LoopSpec
-from hetis_exec.calibrate.samples import Point, Sample, Samples
+from hetis_exec.calibrate.samples import GRAPH_BATCH, GRAPH_PROMPT, Point, Sample, Samples
 from hetis_exec.kernels.cuda import CudaKernels
-from hetis_exec.prompt_steps import TOKENS
+from hetis_exec.prompt_steps import PROMPTS_MAX, TOKENS
 from hetis_exec.throttle import NONE
 from hetis_exec.torch_backend import TorchBackend
+from hetis_exec.whole_steps import SIZES
 
 LAYERS = (2, 8)
 PROMPT, CONTEXT = 16, 64
@@ -47,20 +48,26 @@ class LaunchSpec:
         spec = BenchSpec(loop.device, model, backend, NONE, loop.dtype, loop.block_tokens, 1, 1 << 20)
         return StepBench(spec, tables_of(JOBS))
 
-    def graph_prompt_tokens(self, backend: TorchBackend) -> int:
-        """Tokens of the largest step of prompts that is a graph, where one device has the whole model."""
+    def graph_points(self, backend: TorchBackend) -> list[Point]:
+        """Sizes of the steps that are recorded where one device has the whole model: facts, no durations."""
         kernels = backend.kernels(self.loop.device, 1, self.loop.block_tokens)
         if not self.graphs or not isinstance(kernels, CudaKernels):
-            return 0
-        return 0 if kernels.prompt_launch(self.loop.model.heads_per_group) is None else TOKENS[-1]
+            return []
+        found = [Point(GRAPH_BATCH, "host", self.loop.model.name, tokens=size) for size in SIZES]
+        if kernels.prompt_launch(self.loop.model.heads_per_group) is None:
+            return found
+        return found + [Point(GRAPH_PROMPT, "host", self.loop.model.name, tokens=size, rows=PROMPTS_MAX)
+                        for size in TOKENS]
 
 
 def measure_launch(spec: LaunchSpec, repeats: int, tick: Callable[[], None]) -> Samples:
-    """Seconds of a layer by the number of prompts in the step, which the point gives as tokens."""
-    point = Point("host_launch", "host", spec.loop.model.name,
-                  row_tokens=spec.graph_prompt_tokens(spec.loop.backend(1, VOCAB)))
+    """Seconds of a layer by the number of prompts in the step, which the point gives as tokens.
+
+    With them, as samples of no duration, the sizes that are recorded.
+    """
+    point = Point("host_launch", "host", spec.loop.model.name)
     few, many = (spec.bench(layers) for layers in LAYERS)
-    samples: Samples = []
+    samples: Samples = [Sample(size, 0.0) for size in spec.graph_points(spec.loop.backend(1, VOCAB))]
     for _ in range(repeats):
         for job in JOBS:
             took_s = [statistics.median(bench.step(job).whole_s for _ in range(STEPS))

@@ -25,8 +25,8 @@ class Point:
         tokens: of the batch; of the LM head and of host time, the sequences.
         new_tokens, context_tokens: of a prompt.
         heads, kv_heads: query heads and KV groups of a prompt's attention on the device.
-        rows, row_tokens: KV groups of all requests of a decode batch, and their cached tokens; of launches,
-            ``row_tokens`` are the tokens of the largest step of prompts that is a graph.
+        rows, row_tokens: KV groups of all requests of a decode batch, and their cached tokens; of a size of
+            graphs, ``rows`` are the most prompts.
         size_bytes: of the messages; both ways, for a round trip.
         messages: that the time is of.
         ranks: of a collective.
@@ -62,6 +62,9 @@ Samples = list[Sample]
 
 PREFIX = "reference_"
 """Of modules that tell the pace of a device and are not fitted; see :mod:`hetis_exec.calibrate.reference`."""
+
+GRAPH_PROMPT, GRAPH_BATCH = GRAPHS = ("graph_prompt", "graph_batch")
+"""Of points that state a size of the steps that are replayed from graphs, and are not measured."""
 
 COLUMNS = tuple(field.name for field in fields(Point))
 

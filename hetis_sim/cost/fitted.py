@@ -13,6 +13,7 @@ import numpy as np
 from hetis_sim.cost import floor, work
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
+from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import NO_PACKING, AttentionCost, ProvenanceRow, TransferCost
@@ -88,8 +89,8 @@ class ProfileCost(MemoisedCost):
     def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         return self._host.beside_s(sequences, layers, leads, prompts)
 
-    def graph_prompt_tokens(self) -> int:
-        return self._host.graph_prompt_tokens
+    def graph_steps(self) -> GraphSteps:
+        return self._host.graphs
 
     @cached_property
     def _host(self) -> HostOverhead:
@@ -101,7 +102,7 @@ class ProfileCost(MemoisedCost):
         return replace(given, base_s=measured.base_s, per_sequence_s=measured.per_sequence_s,
                        eager_s_per_layer=measured.eager_s_per_layer,
                        eager_s_per_prompt=measured.eager_s_per_prompt,
-                       graph_prompt_tokens=measured.graph_prompt_tokens)
+                       graphs=measured.graphs)
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         profile = self._with_module(gpu.name, "head_packing")

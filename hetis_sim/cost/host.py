@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from hetis_sim.cost.graphs import NO_GRAPHS, GraphSteps
 from hetis_sim.cost.model import ProvenanceRow
 from hetis_sim.cost.parse import positive
 from hetis_sim.spec.errors import require_finite
@@ -27,8 +28,7 @@ class HostOverhead:
             scheduling), so its time counts only where it is the longer.
         eager_s_per_layer, eager_s_per_prompt: the same as ``launch_s_per_layer`` in iterations that are not
             replayed from a graph, and what each prompt adds to it in every layer.
-        graph_prompt_tokens: where one device has the whole model and its cache, a step of prompts with up to
-            so many tokens together is replayed from a graph as well.
+        graphs: steps that are replayed from graphs where one device has the whole model and its cache.
     """
 
     base_s: float = 2e-3
@@ -37,7 +37,7 @@ class HostOverhead:
     overlap: bool = False
     eager_s_per_layer: float = 0.0
     eager_s_per_prompt: float = 0.0
-    graph_prompt_tokens: int = 0
+    graphs: GraphSteps = NO_GRAPHS
 
     def __post_init__(self) -> None:
         for key in ("base_s", "per_sequence_s", "launch_s_per_layer", "eager_s_per_layer",
@@ -78,11 +78,10 @@ class HostOverhead:
         layer_s, prompt_s = (positive(raw.get(name, 0.0), f"{key}.{name}", zero=True) for name in EAGER)
         base_s = positive(raw.get("base_s"), f"{key}.base_s", zero=True)
         per_sequence_s = positive(raw.get("per_sequence_s"), f"{key}.per_sequence_s", zero=True)
-        tokens = int(positive(raw.get("graph_prompt_tokens", 0), f"{key}.graph_prompt_tokens", zero=True))
-        return cls(base_s, per_sequence_s, 0.0, False, layer_s, prompt_s, tokens)
+        return cls(base_s, per_sequence_s, 0.0, False, layer_s, prompt_s, GraphSteps.parse(raw, key))
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""
         names = ("base_s", "per_sequence_s", *(name for name in EAGER if getattr(self, name)))
         found: dict[str, Any] = {name: float(f"{getattr(self, name):.4g}") for name in names}
-        return found | ({"graph_prompt_tokens": self.graph_prompt_tokens} if self.graph_prompt_tokens else {})
+        return found | self.graphs.dump()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import AttentionCost, CostModel, ProvenanceRow, TransferCost
 from hetis_sim.spec.cluster import LinkSpec
@@ -132,8 +133,8 @@ class MisjudgedCost(MemoisedCost):
     def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         return self.truth.host_beside_s(sequences, layers, leads, prompts)
 
-    def graph_prompt_tokens(self) -> int:
-        return self.truth.graph_prompt_tokens()
+    def graph_steps(self) -> GraphSteps:
+        return self.truth.graph_steps()
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hetis_sim.cost.graphs import NO_GRAPHS, GraphSteps
 from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
@@ -185,13 +186,13 @@ class CostModel(ABC):
         ``layers`` are those of the stage, and ``leads`` says whether the host schedules the iteration there.
         ``prompts`` are those of an iteration that no graph of kernels can stand for, because it has prompts
         or is spread over several devices; None for plain decoding on one, and for prompts there that
-        :meth:`graph_prompt_tokens` lets in.
+        :meth:`graph_steps` lets in.
         """
         return 0.0
 
-    def graph_prompt_tokens(self) -> int:
-        """Tokens of the largest step of prompts, all on one device, that a graph of kernels stands for."""
-        return 0
+    def graph_steps(self) -> GraphSteps:
+        """Steps that graphs of kernels stand for where one device has all, and how they are rounded up."""
+        return NO_GRAPHS
 
     def mixed_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         """Decode attention where one kernel computes it together with pieces of prompts.

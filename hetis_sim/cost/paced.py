@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import AttentionCost, CostModel, ProvenanceRow, TransferCost
 from hetis_sim.spec.cluster import LinkSpec
@@ -107,8 +108,8 @@ class PacedCost(MemoisedCost):
     def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         return self._whole.host_beside_s(sequences, layers, leads, prompts)
 
-    def graph_prompt_tokens(self) -> int:
-        return self._whole.graph_prompt_tokens()
+    def graph_steps(self) -> GraphSteps:
+        return self._whole.graph_steps()
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:

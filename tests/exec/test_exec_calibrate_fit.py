@@ -27,6 +27,7 @@ from hetis_exec.calibrate.write import profile_of, subjects_of, write_profile
 from hetis_exec.measure_config import LIMITS, CalibrateConfig
 from hetis_sim.cost import load_cost_model
 from hetis_sim.cost.calibration import Calibration
+from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.model import CostModel
 from hetis_sim.spec.architectures import MODELS
 from hetis_sim.spec.cluster import LinkSpec
@@ -139,16 +140,27 @@ def test_known_coefficients_come_back(tmp_path: Path) -> None:
 
 def test_starting_kernels_is_part_of_the_hosts_time(tmp_path: Path) -> None:
     """Where it was measured, time for a layer and each prompt in it; plain decoding knows nothing of it."""
-    launches = [Sample(Point("host_launch", "host", tokens=n, row_tokens=512), 6e-4 + 5e-5 * n)
-                for n in (1, 2, 4, 8)]
+    launches = [Sample(Point("host_launch", "host", tokens=n), 6e-4 + 5e-5 * n) for n in (1, 2, 4, 8)]
     fits = fit_all(frame_of([*samples(), *launches]), SHAPES, CalibrateConfig().limit)
     assert {made.module for made in fits.found} == set(LIMITS)
     cost = cost_of(fits, tmp_path)
     assert cost.host_beside_s(1, 30, True, prompts=2) == pytest.approx(30 * 7e-4, rel=1e-3)
     assert cost.host_beside_s(1, 30, True, prompts=0) == pytest.approx(30 * 6e-4, rel=1e-3)
     assert cost.host_beside_s(1, 30, True) == 0.0
-    assert cost.graph_prompt_tokens() == 512
+    assert cost.graph_steps() == GraphSteps()
     assert cost_of(fitted(), tmp_path / "plain").host_beside_s(1, 30, True, prompts=2) == 0.0
+
+
+def test_sizes_of_graphs_are_part_of_the_profile(tmp_path: Path) -> None:
+    """They are facts, not samples: they come through the file of samples and the profile as they are."""
+    sizes = [Sample(Point("graph_prompt", "host", tokens=n, rows=16), 0.0) for n in (512, 16, 64)]
+    sizes += [Sample(Point("graph_batch", "host", tokens=n), 0.0) for n in (1, 2, 4)]
+    fits = fit_all(frame_of([*samples(), *sizes]), SHAPES, CalibrateConfig().limit)
+    assert {made.module for made in fits.found} == set(LIMITS)
+    graphs = cost_of(fits, tmp_path).graph_steps()
+    assert graphs == GraphSteps(512, (16, 64, 512), (1, 2, 4), 16)
+    assert [graphs.prompt_rows(n) for n in (1, 16, 17, 512, 600)] == [16, 16, 64, 512, 600]
+    assert [graphs.takes(512, 16), graphs.takes(513, 1), graphs.takes(9, 17)] == [True, False, False]
 
 
 def test_noise_is_averaged_out_and_reported(tmp_path: Path) -> None:

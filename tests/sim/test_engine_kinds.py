@@ -13,6 +13,7 @@ from support_runs import Scenario
 
 from hetis_sim.config import compose
 from hetis_sim.control.settings import SchedulerSettings
+from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.load import load_cost_model
 from hetis_sim.cost.model import AttentionCost, CostModel
@@ -56,12 +57,15 @@ class BusyHost(ConstantCost):
     beside_s: float = 0.0
     mixed: AttentionCost = ConstantCost.attention
     graph_tokens: int = 0
+    prompt_sizes: tuple[int, ...] = ()
+    batch_sizes: tuple[int, ...] = ()
+    prompts: int = 0
 
     def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
         return 0.0 if prompts is None and self.graph_tokens else self.beside_s
 
-    def graph_prompt_tokens(self) -> int:
-        return self.graph_tokens
+    def graph_steps(self) -> GraphSteps:
+        return GraphSteps(self.graph_tokens, self.prompt_sizes, self.batch_sizes, self.prompts)
 
     def mixed_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         return self.mixed
@@ -100,6 +104,28 @@ def test_short_prompts_that_are_graphs_do_not_wait_for_their_host() -> None:
     assert first_s[0] == first_s[9] == pytest.approx(0.05 + COST.host_s, rel=1e-9)
     staged = run([10], [1], [0.0], BusyHost(beside_s=0.05, graph_tokens=10), layers=(3, 3))
     assert staged.records().requests["first_token_s"][0] > 2 * 0.05
+
+
+def test_graphs_compute_the_rows_that_they_were_recorded_for() -> None:
+    """Dense modules take as long as for the size above; attention, and steps that are no graphs, do not."""
+    def first_and_last_s(lengths: list[int], **graphs: object) -> tuple[float, float]:
+        cost = BusyHost(graph_tokens=20, **graphs)  # type: ignore[arg-type]
+        row = run(lengths, [2] * len(lengths), [0.0] * len(lengths), cost).records().requests
+        return row["first_token_s"][0], row["finish_s"][0]
+
+    plain_s = first_and_last_s([10])
+    rounded_s = first_and_last_s([10], prompt_sizes=(4, 16, 20))
+    assert rounded_s[0] - plain_s[0] == pytest.approx(6 * 6 * COST.dense_s_per_token, rel=1e-9)
+    assert rounded_s[1] - rounded_s[0] == pytest.approx(plain_s[1] - plain_s[0], rel=1e-9)
+    exact_s = first_and_last_s([16], prompt_sizes=(4, 16, 20))
+    assert exact_s == pytest.approx(first_and_last_s([16]), rel=1e-12)
+    longer_s = first_and_last_s([30], prompt_sizes=(4, 16, 20))
+    assert longer_s == pytest.approx(first_and_last_s([30]), rel=1e-12)
+    many_s = first_and_last_s([5, 5], prompt_sizes=(4, 16, 20), prompts=1)
+    assert many_s == pytest.approx(first_and_last_s([5, 5]), rel=1e-12)
+    batch_s = first_and_last_s([10], batch_sizes=(4,))
+    assert batch_s[0] == plain_s[0]
+    assert batch_s[1] - plain_s[1] == pytest.approx(3 * 6 * COST.dense_s_per_token, rel=1e-9)
 
 
 def test_a_host_that_is_faster_than_the_devices_costs_nothing() -> None:
