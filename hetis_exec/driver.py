@@ -175,6 +175,8 @@ class Executor:
         progress: called with the number of requests that have ended.
         listener: told of every token.
         source: where requests come from; by default they are those of the input.
+        rest: called between steps, when no report is due, with the time of the run, which stands still
+            meanwhile: what it does takes no time of the run.
 
     Raises:
         HetisError: the combination cannot run.
@@ -182,9 +184,10 @@ class Executor:
 
     def __init__(self, given: ExecutorInput, make_crew: Callable[[Sequence[WorkerSpec]], Crew] = ThreadCrew,
                  progress: Callable[[int], None] | None = None, listener: Listener | None = None,
-                 source: Source | None = None) -> None:
+                 source: Source | None = None, rest: Callable[[float], None] | None = None) -> None:
         self.given = given
         self._progress = progress
+        self._rest = rest
         self._listener = listener
         self._source = source or Trace(given.requests)
         self.controller = given.controller()
@@ -232,6 +235,7 @@ class Executor:
                 if self._listener is not None:
                     self._listener.began()
                 while (event := self._next_event()) is not None:
+                    self._let_rest(event)
                     self._deal_with(event)
                 self._look_after_workers()
             finally:
@@ -251,6 +255,13 @@ class Executor:
         return ExecutionResult(self.measurements.recorder, finished, self.record, len(states))
 
     # -- events ------------------------------------------------------------------------------------
+
+    def _let_rest(self, event: Event) -> None:
+        """Stop the clock for what is to be done between steps, if one has ended and none is under way."""
+        if self._rest is not None and isinstance(event, StageDone) and self._fleet.is_last(event):
+            now_s, begun_s = self._clock.seconds(), time.perf_counter()
+            self._rest(now_s)
+            self._clock.start_s += time.perf_counter() - begun_s
 
     def _deal_with(self, event: Event) -> None:
         """Report one event, and have done what follows from it."""

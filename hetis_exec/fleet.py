@@ -52,6 +52,10 @@ class Fleet:
         """Whether any report of a worker is due."""
         return any(driver.busy for driver in self.drivers)
 
+    def is_last(self, done: StageDone) -> bool:
+        """Whether no other report of a worker is due beside this one, of the first rank of a stage."""
+        return not done.rank and sum(driver.reports_due for driver in self.drivers) == 1
+
     # -- what happens ----------------------------------------------------------------------------
 
     def sampled(self, done: StageDone) -> list[tuple[int, int]]:

@@ -87,6 +87,12 @@ class InstanceDriver:
         return bool(self._runs or self._shipments)
 
     @property
+    def reports_due(self) -> int:
+        """Stages of steps under way that have not been reported by their first ranks, and shipments."""
+        stages = len(self._engine.plan.stages)
+        return sum(stages - len(run.stages) for run in self._runs.values()) + len(self._shipments)
+
+    @property
     def next_seq(self) -> int:
         """The number of the next message to the workers."""
         return self._seq + 1

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from hetis_exec.calibrate.fit import LINK_MODULES, Fits, Fitted, fit_all
 from hetis_exec.calibrate.machine import Machine, machine_at
+from hetis_exec.calibrate.reference import LAYERS_MAX
 from hetis_exec.calibrate.samples import Store, frame_of, references_of
 from hetis_exec.calibrate.tasks import Plan, Work, plan_of
 from hetis_exec.calibrate.write import Written, profile_of, subjects_of, write_profile
@@ -74,7 +75,7 @@ def calibrate(config: ExecutionConfig, tick: Tick | None = None) -> Calibrated:
     written = {}
     for device, modules in subjects_of(fits.found).items():
         about = replace(_calibration(execution, plan, machines, device, store.took_s(names)),
-                        reference=references_of(samples, device))
+                        reference=references_of(samples, device), reference_layers=LAYERS_MAX)
         subjects = samples["subject"]
         own = subjects == device
         if device == "links":

@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, tables_of
 from hetis_exec.calibrate.loops import Clock, LayerBench, LoopSpec
@@ -23,12 +24,50 @@ SPAN_S = 0.4
 """A measurement goes on for about so long."""
 
 STEPS_MIN, STEPS_MAX = 3, 200
+LAYERS_MAX = 6
+"""Of a model, so many layers are enough: more than a processor keeps of their weights."""
 
-Measure = Callable[[], dict[str, float]]
-"""Seconds by part, of one step (or one pass through a few layers) as the median of several.
+GLANCE_STEPS = 2
 
-``dense`` and ``attention`` are of a batch that decodes, the others of a prompt.
-"""
+
+class Pace(Protocol):
+    """Tells how fast a device is: seconds by part, of one step (or one pass through a few layers).
+
+    ``dense`` and ``attention`` are of a batch that decodes, the others of a prompt.
+    """
+
+    def long(self) -> dict[str, float]:
+        """Medians over a while."""
+
+    def glance(self) -> dict[str, float]:
+        """Means of the few steps after a first one, which finds caches cold."""
+
+
+class Measure:
+    """See :class:`Pace`.
+
+    Args:
+        once: computes both steps, and gives the seconds of each part.
+    """
+
+    def __init__(self, once: Callable[[], tuple[float, ...]]) -> None:
+        self._once = once
+
+    def long(self) -> dict[str, float]:
+        until_s = time.perf_counter() + SPAN_S
+        found: list[tuple[float, ...]] = []
+        while len(found) < STEPS_MAX and (len(found) < STEPS_MIN or time.perf_counter() < until_s):
+            found.append(self._once())
+        return _by_part(found, statistics.median)
+
+    def glance(self) -> dict[str, float]:
+        self._once()
+        return _by_part([self._once() for _ in range(GLANCE_STEPS)], statistics.fmean)
+
+
+def _by_part(rows: Sequence[tuple[float, ...]],
+             work_out: Callable[[tuple[float, ...]], float]) -> dict[str, float]:
+    return {part: work_out(column) for part, column in zip(PARTS, zip(*rows, strict=True), strict=True)}
 
 
 @dataclass(frozen=True)
@@ -38,10 +77,12 @@ class ReferenceSpec:
     Attributes:
         kind: type of the device.
         bench: of a worker that computes with the host's processor, or of a device of its own.
+        layers: of the model that are computed; a device of its own computes as few as its loops do.
     """
 
     kind: str
     bench: BenchSpec | LoopSpec
+    layers: int = LAYERS_MAX
 
     def jobs(self) -> tuple[Job, Job]:
         """The batch and the prompt; none is longer than the model allows."""
@@ -54,8 +95,9 @@ class ReferenceSpec:
         A throttle is left out: it stretches what the core gives, whatever that is.
         """
         if isinstance(self.bench, BenchSpec):
-            return _of_steps(StepBench(replace(self.bench, throttle=NONE, tp=1), tables_of(self.jobs())),
-                             self.jobs())
+            model = replace(self.bench.model, layers=min(self.layers, self.bench.model.layers))
+            bench = StepBench(replace(self.bench, model=model, throttle=NONE, tp=1), tables_of(self.jobs()))
+            return _of_steps(bench, self.jobs())
         return _of_loops(self.bench, self.jobs())
 
     def samples(self, measured: dict[str, float]) -> Samples:
@@ -71,7 +113,7 @@ def _of_steps(bench: StepBench, jobs: Sequence[Job]) -> Measure:
         return tuple(seconds for one in times for seconds in (one.dense_s, one.attention_s))
 
     once()
-    return lambda: _medians(once)
+    return Measure(once)
 
 
 def _of_loops(spec: LoopSpec, jobs: tuple[Job, Job]) -> Measure:
@@ -86,14 +128,4 @@ def _of_loops(spec: LoopSpec, jobs: tuple[Job, Job]) -> Measure:
         with bench.kernels.working():
             return tuple(clock.seconds(work) for work in works)
 
-    return lambda: _medians(once)
-
-
-def _medians(once: Callable[[], tuple[float, ...]]) -> dict[str, float]:
-    """Each part's median over a while."""
-    until_s = time.perf_counter() + SPAN_S
-    found: list[tuple[float, ...]] = []
-    while len(found) < STEPS_MAX and (len(found) < STEPS_MIN or time.perf_counter() < until_s):
-        found.append(once())
-    return {part: statistics.median(column)
-            for part, column in zip(PARTS, zip(*found, strict=True), strict=True)}
+    return Measure(once)

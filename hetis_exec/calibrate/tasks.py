@@ -231,7 +231,7 @@ def _steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -
         return measure_steps(spec, sizes, kind, tick)
     reference = ReferenceSpec(kind, spec)
     measure = reference.made()
-    return measure_steps(spec, sizes, kind, tick, lambda: reference.samples(measure()))
+    return measure_steps(spec, sizes, kind, tick, lambda: reference.samples(measure.long()))
 
 
 def _loops(spec: LoopSpec, degrees: Sequence[int], sizes: Sizes, paced: bool,
@@ -242,20 +242,21 @@ def _loops(spec: LoopSpec, degrees: Sequence[int], sizes: Sizes, paced: bool,
     reference = ReferenceSpec(own.kind, own)
     measure = reference.made() if paced else None
     for tp in degrees:
-        samples += [] if measure is None else reference.samples(measure())
+        samples += [] if measure is None else reference.samples(measure.long())
         samples += measure_loops(spec, tp, sizes, tick, dense_only=tp not in (degrees[0], degrees[-1]))
-    return samples if measure is None else [*samples, *reference.samples(measure())]
+    return samples if measure is None else [*samples, *reference.samples(measure.long())]
 
 
-def reference_of(execution: Execution, device: int) -> ReferenceSpec:
-    """The work that tells the pace of a device, as its calibration has done it."""
+def reference_of(execution: Execution, device: int, layers: int) -> ReferenceSpec:
+    """The work that tells the pace of a device, on as many layers as its calibration has taken."""
     backend, model = execution.given.backend, execution.prepared.model
     assert isinstance(backend, TorchBackend)
     kind = execution.prepared.cluster.devices[device].gpu.name
     block_tokens = execution.config.scheduler.block_tokens
     place = backend.place(device)
     if place == CPU:
-        return ReferenceSpec(kind, BenchSpec(device, model, backend, NONE, backend.dtype, block_tokens, 1, 0))
+        bench = BenchSpec(device, model, backend, NONE, backend.dtype, block_tokens, 1, 0)
+        return ReferenceSpec(kind, bench, layers)
     return ReferenceSpec(kind, LoopSpec(device, kind, model, place, backend.dtype, block_tokens, 0, False,
                                         backend.cuda_graphs, 0.0))
 

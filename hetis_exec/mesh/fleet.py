@@ -99,6 +99,10 @@ class MeshFleet:
         """Whether any report of a worker is due."""
         return bool(self._runs or self._hops)
 
+    def is_last(self, done: StageDone) -> bool:
+        """Never: nodes of a mesh compute one beside the other."""
+        return False
+
     # -- what happens ----------------------------------------------------------------------------
 
     def sampled(self, done: StageDone) -> list[tuple[int, int]]:

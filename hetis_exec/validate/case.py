@@ -20,8 +20,9 @@ from hetis_exec.validate.compare import (
     spread_of,
 )
 from hetis_exec.validate.keep import Kept
+from hetis_exec.validate.moments import scaled_steps
 from hetis_exec.validate.ranking import CAPACITY, Figure, Order, orders_of
-from hetis_exec.validate.runs import Outcome
+from hetis_exec.validate.runs import Outcome, Subject
 from hetis_exec.validate.schedule import Run
 from hetis_exec.validate.work import Worker
 
@@ -109,16 +110,26 @@ def _compared(worker: Worker, policy: str, load: float, own: Sequence[tuple[Run,
                                                                   for group in groups])
     errors += rate_errors([one.rates for one in real], [one.rates for one in sim], given.resamples, seed,
                           [one.rates for one in scaled], [[real[n].rates for n in group] for group in groups])
+    kinds = _first_kinds(worker.subjects[policy])
+    then = [scaled_steps(kept.outcome.same, kept.moments, kinds) for _, kept in own
+            if kept.moments and kept.outcome is not None and kept.outcome.same is not None]
     parts = part_errors([one.steps for one in real], [one.steps for one in sim],
-                        [one.steps for one in scaled], [one.same for one in real if one.same is not None])
+                        [one.steps for one in scaled], [one.same for one in real if one.same is not None],
+                        then)
     rows = [{"seed": run.seed, "turn": run.turn, "count": kept.count, "took_s": kept.took_s,
-             "slowdown": kept.pace} for run, kept in own]
+             "slowdown": kept.pace, "moments": kept.moments} for run, kept in own]
     if paced is not None:
         columns = {f"{name}_s_sim": f"{name}_s{PACED}" for name in LATENCIES}
         keys = ["seed", "turn", "request_id"]
         pairs = pairs.merge(paced[[*keys, *columns]].rename(columns=columns), on=keys, how="left")
     return Compared(policy, load, worker.capacity_rps(policy) or math.nan, own[0][1].rate_rps, errors, parts,
                     rows, pairs.assign(policy=policy, load=load))
+
+
+def _first_kinds(subject: Subject) -> list[str]:
+    """Type of device of each instance's first rank."""
+    devices = subject.prepared.cluster.devices
+    return [devices[plan.stages[0].devices[0]].gpu.name for plan in subject.prepared.plan.instances]
 
 
 def _outcome(kept: Kept) -> Outcome:

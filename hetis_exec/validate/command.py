@@ -16,7 +16,7 @@ from hetis_exec.places import CPU
 from hetis_exec.validate.case import Validation, found_so_far
 from hetis_exec.validate.keep import Shelf, key_of
 from hetis_exec.validate.pace import PaceKeeper
-from hetis_exec.validate.profiles import check_profiles, references_of
+from hetis_exec.validate.profiles import check_profiles, reference_layers_of, references_of
 from hetis_exec.validate.report import print_validation, write_validation
 from hetis_exec.validate.runs import Subject, subjects_of
 from hetis_exec.validate.schedule import Watch, runs_of
@@ -46,7 +46,8 @@ def validate(config: ExecutionConfig, folder: Path, tick: Tick | None = None,
     shelf = Shelf(folder / "runs" / key_of(config, _place(subjects[0])))
     runs = runs_of([subject.label for subject in subjects], given, config.workload.seed)
     references = references_of(config) if given.pace else {}
-    with PaceKeeper(references, config.executor.workers != "threads") as keeper:
+    apart = config.executor.workers != "threads"
+    with PaceKeeper(references, apart, reference_layers_of(config)) as keeper:
         worker = Worker(config, subjects, shelf, keeper, watch)
         for number, run in enumerate(runs):
             if shelf.find(run.name) is not None:

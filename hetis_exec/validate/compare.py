@@ -64,7 +64,7 @@ class Part:
 
     Measured, simulated, simulated at the machine's pace, and what the cost model gives the steps that were
     measured: that leaves out how requests meet. ``low_s`` and ``high_s`` are the least and the most of single
-    real runs.
+    real runs; ``same_paced_s`` is ``same_s`` with each step at the pace of its moment.
     """
 
     kind: str
@@ -75,6 +75,7 @@ class Part:
     same_s: float
     low_s: float
     high_s: float
+    same_paced_s: float = math.nan
 
 
 def paired(measured: pd.DataFrame, simulated: pd.DataFrame) -> pd.DataFrame:
@@ -193,14 +194,17 @@ def parts_of(steps: pd.DataFrame, whole: bool = True) -> dict[tuple[str, str], f
 
 
 def part_errors(measured: Sequence[pd.DataFrame], simulated: Sequence[pd.DataFrame],
-                paced: Sequence[pd.DataFrame] = (), same: Sequence[pd.DataFrame] = ()) -> list[Part]:
+                paced: Sequence[pd.DataFrame] = (), same: Sequence[pd.DataFrame] = (),
+                same_paced: Sequence[pd.DataFrame] = ()) -> list[Part]:
     """Parts of iterations that occur in both worlds; a frame of steps for each run.
 
-    ``same`` are the measured steps with the parts that the cost model gives them.
+    ``same`` are the measured steps with the parts that the cost model gives them, ``same_paced`` these at the
+    pace of their moment.
     """
     real, sim = (parts_of(pd.concat(frames, ignore_index=True)) for frames in (measured, simulated))
     scaled = parts_of(pd.concat(paced, ignore_index=True)) if paced else {}
-    modelled = parts_of(pd.concat(same, ignore_index=True), whole=False) if same else {}
+    modelled, then = (parts_of(pd.concat(frames, ignore_index=True), whole=False) if frames else {}
+                      for frames in (same, same_paced))
     single = [parts_of(frame) for frame in measured]
 
     def ends(key: tuple[str, str]) -> tuple[float, float]:
@@ -208,7 +212,7 @@ def part_errors(measured: Sequence[pd.DataFrame], simulated: Sequence[pd.DataFra
         return min(values), max(values)
 
     return [Part(*key, value, sim[key], scaled.get(key, math.nan), modelled.get(key, math.nan),
-                 *ends(key))
+                 *ends(key), then.get(key, math.nan))
             for key, value in real.items() if key in sim]
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 from hetis_exec.calibrate.machine import machine_at
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.places import CPU
+from hetis_exec.validate.moments import Moment
 from hetis_exec.validate.profiles import hashes_of
 from hetis_exec.validate.runs import Outcome
 from hetis_sim.metrics.manifest import value_sha256
@@ -31,9 +32,11 @@ class Kept:
     Attributes:
         rate_rps, count: of its requests.
         took_s: with all that belongs to it.
-        pace: slowdown by type of device and part, mean of before and after; empty where not measured.
+        pace: slowdown by type of device and part: the mean of the run's moments or, where there are too few,
+            of before and after; empty where not measured.
         capacity_rps: of an overloaded run; else 0.
         outcome: None for an overloaded run.
+        moments: the pace at moments of the run.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Kept:
     pace: dict[str, dict[str, float]] = field(default_factory=dict)
     capacity_rps: float = 0.0
     outcome: Outcome | None = None
+    moments: list[Moment] = field(default_factory=list)
 
 
 def key_of(config: ExecutionConfig, place: str = CPU) -> str:
@@ -108,7 +112,7 @@ class Shelf:
             if kept.outcome.same is not None:
                 kept.outcome.same.to_parquet(self._folder / f"{files}.same.parquet", index=False)
         line = {"name": kept.name, "rate_rps": kept.rate_rps, "count": kept.count, "took_s": kept.took_s,
-                "pace": kept.pace, "capacity_rps": kept.capacity_rps, "files": files,
+                "pace": kept.pace, "moments": kept.moments, "capacity_rps": kept.capacity_rps, "files": files,
                 "rates": kept.outcome.rates if kept.outcome is not None else None}
         self._write(line)
         self._kept[kept.name] = kept

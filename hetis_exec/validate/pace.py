@@ -1,8 +1,9 @@
 """How fast the machine is just now, against how fast it was when its profile was measured.
 
 Each device of the plan does the reference work of :mod:`hetis_exec.calibrate.reference` before and after a
-run, one device after the other, in a process of its own on the core of that device's worker. Nothing of
-the run itself is in it: what it gives may be held against the run.
+run, and now and then between its steps while the run's clock stands still (:mod:`.moments`), one device after
+the other, in a process of its own on the core of that device's worker. Nothing of the run itself is in it:
+what it gives may be held against the run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from hetis_exec.calibrate.reference import PARTS, Measure, ReferenceSpec
+from hetis_exec.calibrate.reference import PARTS, Pace, ReferenceSpec
 from hetis_exec.calibrate.tasks import core_of, reference_of
 from hetis_exec.errors import ExecutorError
 from hetis_exec.run import Execution
@@ -40,8 +41,14 @@ class _Child:
         self._spec = spec
         self._hear(START_S)
 
-    def __call__(self) -> dict[str, float]:
-        self._pipe.send("measure")
+    def long(self) -> dict[str, float]:
+        return self._ask(True)
+
+    def glance(self) -> dict[str, float]:
+        return self._ask(False)
+
+    def _ask(self, long: bool) -> dict[str, float]:
+        self._pipe.send(long)
         return self._hear(MEASURE_S)
 
     def _hear(self, within_s: float) -> dict[str, float]:
@@ -69,8 +76,8 @@ def _life(spec: ReferenceSpec, core: int | None, pipe: Connection) -> None:
         measure = spec.made()
         pipe.send(("ready", {}))
         while True:
-            pipe.recv()
-            pipe.send(("measured", measure()))
+            long = pipe.recv()
+            pipe.send(("measured", measure.long() if long else measure.glance()))
     except EOFError:
         return
     except Exception:  # noqa: BLE001 - the parent is told, and raises
@@ -83,12 +90,16 @@ class PaceKeeper:
     Args:
         references: seconds of the calibration, by type of device and part; types without are not measured.
         apart: in processes of their own.
+        layers: that the work was done on, by type of device; see
+            :attr:`hetis_sim.cost.calibration.Calibration.reference_layers`.
     """
 
-    def __init__(self, references: Mapping[str, Mapping[str, float]], apart: bool) -> None:
+    def __init__(self, references: Mapping[str, Mapping[str, float]], apart: bool,
+                 layers: Mapping[str, int] | None = None) -> None:
         self._references = references
         self._apart = apart
-        self._made: dict[int, Measure] = {}
+        self._layers = layers or {}
+        self._made: dict[int, Pace] = {}
         self._kinds: dict[int, str] = {}
 
     def __enter__(self) -> PaceKeeper:
@@ -100,8 +111,10 @@ class PaceKeeper:
             if isinstance(measure, _Child):
                 measure.end()
 
-    def seconds(self, execution: Execution, devices: Iterable[int]) -> Seconds:
+    def seconds(self, execution: Execution, devices: Iterable[int], glance: bool = False) -> Seconds:
         """The reference work of some devices, now; several of one type are averaged.
+
+        For a while or, at a ``glance``, a few steps of it.
 
         Raises:
             ExecutorError: it cannot be done.
@@ -110,12 +123,15 @@ class PaceKeeper:
         for device in devices:
             kind = execution.prepared.cluster.devices[device].gpu.name
             if self._references.get(kind):
-                found.setdefault(kind, []).append(self._measure(execution, device)())
+                pace = self._pace(execution, device)
+                found.setdefault(kind, []).append(pace.glance() if glance else pace.long())
         return {kind: _mean(rows) for kind, rows in found.items()}
 
-    def _measure(self, execution: Execution, device: int) -> Measure:
+    def _pace(self, execution: Execution, device: int) -> Pace:
         if device not in self._made:
-            spec = reference_of(execution, device)
+            kind = execution.prepared.cluster.devices[device].gpu.name
+            layers = self._layers.get(kind) or execution.prepared.model.layers
+            spec = reference_of(execution, device, layers)
             self._made[device] = _Child(spec, core_of(execution, device)) if self._apart else spec.made()
         return self._made[device]
 

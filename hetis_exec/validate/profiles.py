@@ -56,6 +56,13 @@ def hashes_of(config: ExecutionConfig) -> dict[str, str]:
             for file in files_of(config)}
 
 
+def reference_layers_of(config: ExecutionConfig) -> dict[str, int]:
+    """Layers that the reference work was done on, by type of device; 0 for all."""
+    profiles = [read_profile(file) for file in files_of(config)]
+    return {profile.device: profile.calibration.reference_layers for profile in profiles
+            if profile.calibration is not None}
+
+
 def references_of(config: ExecutionConfig) -> dict[str, dict[str, float]]:
     """Seconds of the reference work by type of device and part, of profiles that have them."""
     profiles = [read_profile(file) for file in files_of(config)]

@@ -144,15 +144,15 @@ def _has_cards(execution: Execution) -> bool:
     return any(place != CPU for place in getattr(execution.given.backend, "places", ()))
 
 
-def measure(subject: Subject, load: Load) -> Outcome:
-    """Serve the requests.
+def measure(subject: Subject, load: Load, rest: Callable[[float], None] | None = None) -> Outcome:
+    """Serve the requests; what ``rest`` does between steps takes no time of the run.
 
     Raises:
         HetisError: the run fails, or its warm-up takes longer than it is given.
     """
     case, execution = loaded(subject, load), subject.execution
     given = dataclasses.replace(execution.given, requests=case.requests, log_decisions=False)
-    result = Executor(given, crew_maker(execution.config, given)).run()
+    result = Executor(given, crew_maker(execution.config, given), rest=rest).run()
     recorder = result.recorder
     rows = recorder.requests()
     warm_s = float(rows[rows["request_id"] >= WARMUP_ID]["finish_s"].max())

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.places import devices_of
 from hetis_exec.validate.keep import Kept, Shelf
+from hetis_exec.validate.moments import Moments, plain
 from hetis_exec.validate.pace import PaceKeeper, Seconds, slowdown_of
 from hetis_exec.validate.runs import Outcome, Subject, capacity_rps, measure, simulate
 from hetis_exec.validate.schedule import Run, Watch, count_of
@@ -112,15 +113,18 @@ class Worker:
     def _measured(self, run: Run, load: Load) -> Kept:
         subject, begun_s = self.subjects[run.policy], time.monotonic()
         before = self._pace(subject)
-        outcome = measure(subject, load)
-        pace = self._keeper.slowdowns([before, self._pace(subject)])
+        moments = Moments(lambda: self._pace(subject, glance=True), subject.begin_s)
+        outcome = measure(subject, load, moments if before else None)
+        ends = [before, self._pace(subject)]
+        slowdowns = self._keeper.slowdowns
+        pace = slowdowns([seconds for _, seconds in moments.found] if moments.enough else ends)
         took_s = time.monotonic() - begun_s
         self._watch.took(took_s, load.requests or 0, load.rate_rps)
-        return Kept(run.name, load.rate_rps, load.requests or 0, took_s, pace, outcome=outcome)
+        return Kept(run.name, load.rate_rps, load.requests or 0, took_s, pace, outcome=outcome,
+                    moments=plain(moments.found, slowdowns))
 
-    def _pace(self, subject: Subject) -> Seconds:
-        devices = devices_of(subject.prepared.plan)
-        return self._keeper.seconds(subject.execution, devices)
+    def _pace(self, subject: Subject, glance: bool = False) -> Seconds:
+        return self._keeper.seconds(subject.execution, devices_of(subject.prepared.plan), glance)
 
     # -- in the simulator ------------------------------------------------------------------------------
 

@@ -38,6 +38,7 @@ class Calibration:
         seconds: that the measurement took.
         reference: seconds of a short piece of work by part (``dense``, ``attention``), taken between the
             samples: who measures it again sees how fast the machine is by then. Empty where it was not taken.
+        reference_layers: of the model, in that piece of work on a processor; 0 for all, as in older profiles.
     """
 
     hardware: str
@@ -53,6 +54,7 @@ class Calibration:
     samples: str = ""
     seconds: float = 0.0
     reference: Mapping[str, float] = field(default_factory=dict)
+    reference_layers: int = 0
 
     @classmethod
     def parse(cls, raw: Any, key: str) -> Calibration:
@@ -72,9 +74,11 @@ class Calibration:
         require(isinstance(reference, dict), f"{key}.reference", reference, "an object")
         for part, seconds in reference.items():
             require_finite(f"{key}.reference.{part}", seconds, 0.0, open_low=True)
+        layers = raw.get("reference_layers", 0)
+        require(type(layers) is int and layers >= 0, f"{key}.reference_layers", layers, "0 or more")
         return cls(raw["hardware"], raw["driver"], raw["torch"], raw["python"], raw["date"], raw["dtype"],
                    int(size), tuple(models), throttle, settings, str(raw.get("samples", "")),
-                   float(raw.get("seconds", 0.0)), reference)
+                   float(raw.get("seconds", 0.0)), reference, layers)
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""
