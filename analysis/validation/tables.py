@@ -20,7 +20,8 @@ def page(raw: Mapping[str, Any]) -> str:
     lines = ["# Validation", "", *_state(raw), "", "## Errors", "",
              ERRORS, "", *_errors(cases), "", "## Pace", "", *_pace(cases),
              "", "## Parts of an iteration", "",
-             "Milliseconds: measured, and in brackets what the cost model gives the same steps, less that.",
+             "Milliseconds: measured, and in brackets what the cost model gives the same steps, less that: "
+             "as it is and, where the pace was measured within the run, at that of the moment.",
              "", *_parts(cases), "", "## Ranking", "", *_ranking(raw.get("ranking") or [])]
     return "\n".join(lines) + "\n"
 
@@ -76,9 +77,10 @@ def _parts(cases: Sequence[Case]) -> Iterator[str]:
 def _part(part: Mapping[str, Any] | None) -> str:
     if part is None or not part["measured_s"]:
         return ""
-    same = part.get("same_s")
     text = f"{1e3 * part['measured_s']:.2f}"
-    return text if same is None else f"{text} ({1e3 * (same - part['measured_s']):+.2f})"
+    known = [part[name] for name in ("same_s", "same_paced_s") if part.get(name) is not None]
+    less = ", ".join(f"{1e3 * (seconds - part['measured_s']):+.2f}" for seconds in known)
+    return f"{text} ({less})" if less else text
 
 
 def _ranking(orders: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -3,6 +3,9 @@
 Coefficients make the mean relative error least and are never negative: a linear program. Held out are
 whole groups: all samples of a batch size, of a prompt, of a message size. Every group is predicted once,
 by a fit to the others; what is written was fitted to all.
+
+What is fitted is what things take on average, for latencies are sums of many of them; see
+:func:`hetis_exec.calibrate.samples.means`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import linprog
 
-from hetis_exec.calibrate.samples import GRAPHS, PREFIX, medians
+from hetis_exec.calibrate.samples import GRAPHS, PREFIX, means
 from hetis_exec.calibrate.surface import fit_surface
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
@@ -148,7 +151,7 @@ def held_out_errors(rows: pd.DataFrame, group: Sequence[str], fit: Callable[[pd.
 
 def fit_tables(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
     """Curves by token count for each shape and degree; their errors are those of :func:`curve_errors`."""
-    rows = medians(samples)
+    rows = means(samples)
     tables, errors = [], []
     for _, part in rows.groupby(["model", "tp"]):
         curve = curve_of(part, "tokens", falls=True)
@@ -208,7 +211,7 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
 
     Batches of one request have a line of their own: nothing has to be brought together there.
     """
-    rows = medians(samples)
+    rows = means(samples)
     classes, errors = [], []
     for (head_dim, group), part in _by_class(rows, shapes):
         model = shapes[str(part["model"].iloc[0])]
@@ -274,7 +277,7 @@ def fit_prefill(subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec
 
     The size of a block, and whether a surface of what is left is of use, are tried out.
     """
-    rows = medians(samples)
+    rows = means(samples)
     classes, errors = [], []
     for head_dim in sorted({shapes[name].head_dim for name in rows["model"]}):
         part = rows[rows["model"].map(lambda name, d=head_dim: shapes[name].head_dim == d)]
@@ -331,7 +334,7 @@ def _prefill_model(known: pd.DataFrame, head_dim: int, kv_bytes: int, block: int
 
 def fit_packing(module: str, subject: str, samples: pd.DataFrame) -> Fitted:
     """beta + gamma*d of what a device does with a message or a copy."""
-    rows = medians(samples)
+    rows = means(samples)
     beta, gamma = least_relative(_message_columns(rows), rows["seconds"].to_numpy())
     errors = held_out_errors(rows, ["size_bytes"], lambda known: _linear(known, _message_columns))
     return Fitted(module, subject, {"gamma_s_per_byte": gamma, "beta_s": beta},
@@ -340,7 +343,7 @@ def fit_packing(module: str, subject: str, samples: pd.DataFrame) -> Fitted:
 
 def fit_messages(module: str, samples: pd.DataFrame) -> Fitted:
     """beta + gamma*d of a message, for each link."""
-    rows = medians(samples)
+    rows = means(samples)
     links, errors = {}, []
     for link, part in rows.groupby("subject"):
         beta, gamma = least_relative(_message_columns(part), part["seconds"].to_numpy())
@@ -357,7 +360,7 @@ def _message_columns(rows: pd.DataFrame) -> list[Floats]:
 
 def fit_reduces(samples: pd.DataFrame) -> Fitted:
     """beta + gamma*d as a curve by size, for each link and number of ranks."""
-    rows = medians(samples)
+    rows = means(samples)
     links: dict[str, Any] = {}
     errors = []
     for _, part in rows.groupby(["subject", "ranks"]):
@@ -376,7 +379,7 @@ def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
     ``launches`` are of starting kernels without graphs, where the host has to do that; the sizes of graphs
     are among them.
     """
-    rows = medians(samples)
+    rows = means(samples)
 
     def columns(part: pd.DataFrame) -> list[Floats]:
         return [np.ones(len(part)), part["tokens"].to_numpy(dtype=np.float64)]
@@ -386,7 +389,7 @@ def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
     found = HostOverhead(float(base), float(each))
     sizes = launches["module"].isin(GRAPHS)
     if not sizes.all():
-        starts = medians(launches[~sizes])
+        starts = means(launches[~sizes])
         layer, prompt = least_relative(columns(starts), starts["seconds"].to_numpy())
         found = replace(found, eager_s_per_layer=float(layer), eager_s_per_prompt=float(prompt))
     found = replace(found, graphs=graphs_of(launches[sizes]))
@@ -397,9 +400,9 @@ def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
 def graphs_of(sizes: pd.DataFrame) -> GraphSteps:
     """The steps that an engine has recorded, from points that state a size each."""
     prompts, batches = (sizes[sizes["module"] == module] for module in GRAPHS)
-    sizes_of = [tuple(sorted({int(n) for n in part["tokens"]})) for part in (prompts, batches)]
-    return GraphSteps(max(sizes_of[0], default=0), *sizes_of,
-                      prompts=int(prompts["rows"].max()) if len(prompts) else 0)
+    of_prompts, of_batches = (tuple(sorted({int(n) for n in part["tokens"]})) for part in (prompts, batches))
+    most = int(prompts["rows"].max()) if len(prompts) else 0
+    return GraphSteps(max(of_prompts, default=0), of_prompts, of_batches, most)
 
 
 # -- all of it -------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ class Pace(Protocol):
     """
 
     def long(self) -> dict[str, float]:
-        """Medians over a while."""
+        """Means over a while, as latencies are sums of what steps take."""
 
     def glance(self) -> dict[str, float]:
         """Means of the few steps after a first one, which finds caches cold."""
@@ -58,16 +58,16 @@ class Measure:
         found: list[tuple[float, ...]] = []
         while len(found) < STEPS_MAX and (len(found) < STEPS_MIN or time.perf_counter() < until_s):
             found.append(self._once())
-        return _by_part(found, statistics.median)
+        return _by_part(found)
 
     def glance(self) -> dict[str, float]:
         self._once()
-        return _by_part([self._once() for _ in range(GLANCE_STEPS)], statistics.fmean)
+        return _by_part([self._once() for _ in range(GLANCE_STEPS)])
 
 
-def _by_part(rows: Sequence[tuple[float, ...]],
-             work_out: Callable[[tuple[float, ...]], float]) -> dict[str, float]:
-    return {part: work_out(column) for part, column in zip(PARTS, zip(*rows, strict=True), strict=True)}
+def _by_part(rows: Sequence[tuple[float, ...]]) -> dict[str, float]:
+    columns = zip(*rows, strict=True)
+    return {part: statistics.fmean(column) for part, column in zip(PARTS, columns, strict=True)}
 
 
 @dataclass(frozen=True)

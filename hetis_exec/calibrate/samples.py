@@ -66,6 +66,9 @@ PREFIX = "reference_"
 GRAPH_PROMPT, GRAPH_BATCH = GRAPHS = ("graph_prompt", "graph_batch")
 """Of points that state a size of the steps that are replayed from graphs, and are not measured."""
 
+EXCESS_MAX = 3.0
+"""A sample counts for so many times the median of its point at most: what is more has another cause."""
+
 COLUMNS = tuple(field.name for field in fields(Point))
 
 
@@ -79,6 +82,19 @@ def medians(samples: pd.DataFrame) -> pd.DataFrame:
     """One row for each point: the median of its samples, and how many there are."""
     found = samples.groupby(list(COLUMNS), sort=True)["seconds"].agg(["median", "size"]).reset_index()
     return found.rename(columns={"median": "seconds", "size": "repeats"})
+
+
+def means(samples: pd.DataFrame) -> pd.DataFrame:
+    """The same with what each point takes on average.
+
+    Of a few samples the median is the surer figure, but steps on a machine that others use as well take
+    longer than their median more often than less, and a sum of steps has all of that. So medians are drawn out
+    by what samples exceed theirs by on average, over all points.
+    """
+    keys = samples.groupby(list(COLUMNS), sort=False)["seconds"]
+    excess = (samples["seconds"] / keys.transform("median")).clip(upper=EXCESS_MAX)
+    rows = medians(samples)
+    return rows.assign(seconds=rows["seconds"] * float(excess.mean()))
 
 
 class Store:
@@ -132,7 +148,7 @@ class Store:
 
 
 def references_of(samples: pd.DataFrame, subject: str) -> dict[str, float]:
-    """Median seconds of a device's reference work, by part; empty where none was taken."""
+    """Mean seconds of a device's reference work, by part; empty where none was taken."""
     own = samples[(samples["subject"] == subject) & samples["module"].str.startswith(PREFIX)]
-    return {str(module).removeprefix(PREFIX): float(rows.median())
+    return {str(module).removeprefix(PREFIX): float(rows.mean())
             for module, rows in own.groupby("module")["seconds"]}

@@ -75,13 +75,14 @@ def scaled_steps(steps: pd.DataFrame, moments: Sequence[Moment], kinds: Sequence
     at_s = [moment["at_s"] for moment in moments]
     near: dict[tuple[int, str], Slowdown] = {}
     dense, attention = [], []
-    for row in steps.itertuples(index=False):
-        place, kind = bisect_left(at_s, row.start_s), kinds[row.instance]
+    columns = (steps[name].tolist() for name in ("start_s", "instance", "requests", "prefill_tokens"))
+    for start_s, instance, requests, new_tokens in zip(*columns, strict=True):
+        place, kind = bisect_left(at_s, start_s), kinds[instance]
         if (place, kind) not in near:
             near[place, kind] = _mean_about(moments, place, kind)
-        pace, prompts = near[place, kind], row.prefill_tokens > 0
-        dense.append(pace.of_tokens(int(row.requests + row.prefill_tokens)))
-        attention.append(pace.prompt_attention if prompts and pace.prompt_attention else pace.attention)
+        pace = near[place, kind]
+        dense.append(pace.of_tokens(requests + new_tokens))
+        attention.append(pace.prompt_attention if new_tokens and pace.prompt_attention else pace.attention)
     return steps.assign(dense_s=steps["dense_s"] * np.array(dense),
                         attention_s=steps["attention_s"] * np.array(attention))
 

@@ -121,7 +121,8 @@ def ranking_lines(found: Validation) -> list[str]:
 def _parts_table(cases: Sequence[Compared]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False,
                   title="milliseconds of an iteration: the cost model's for the measured steps, less measured"
-                        " (measured); below, the simulation's less measured")
+                        " (measured); below, the same at the pace of the moment, and the simulation's less"
+                        " measured")
     kinds = [(one, kind) for one in cases for kind in dict.fromkeys(part.kind for part in one.parts)]
     names = list(dict.fromkeys(part.part for one in cases for part in one.parts if part.part != "requests"))
     for header in ("policy", "load", "kind", *names):
@@ -132,8 +133,9 @@ def _parts_table(cases: Sequence[Compared]) -> Table:
         table.add_row(one.policy, f"{one.load:.0%}", kind, *[
             f"{_milliseconds(part.same_s - part.measured_s)} ({1e3 * part.measured_s:.2f})"
             for part in (here[name] for name in names)])
-        table.add_row("", "", "", *[_milliseconds(here[name].simulated_s - here[name].measured_s)
-                                    for name in names])
+        for column in ("same_paced_s", "simulated_s"):
+            table.add_row("", "", "", *[_milliseconds(getattr(here[name], column) - here[name].measured_s)
+                                        for name in names])
     return table
 
 

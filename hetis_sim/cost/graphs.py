@@ -51,7 +51,8 @@ class GraphSteps:
         """Read coefficients, any of which may be missing; :class:`SpecError` names the faulty key."""
         tokens, prompts = (int(positive(raw.get(name, 0), f"{key}.{name}", zero=True))
                            for name in (TOKENS, PROMPTS))
-        return cls(tokens, *(_sizes(raw.get(name, []), f"{key}.{name}") for name in SIZES), prompts)
+        of_prompts, of_batches = (_sizes(raw.get(name, []), f"{key}.{name}") for name in SIZES)
+        return cls(tokens, of_prompts, of_batches, prompts)
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file: what there is."""

@@ -23,7 +23,8 @@ def cases() -> list[dict[str, object]]:
          "noise_low": -0.01 if load < 0.5 else None, "noise_high": 0.03 if load < 0.5 else None,
          "measured": 0.5, "paced": 0.02}
         for metric in ("ttft", "tpot", "e2el") for statistic in ("mean", "p95")],
-        "parts": [{"kind": "decode", "part": "dense", "measured_s": 0.01, "same_s": 0.012}],
+        "parts": [{"kind": "decode", "part": "dense", "measured_s": 0.01, "same_s": 0.012,
+                   "same_paced_s": 0.011}],
         "runs": [{"slowdown": {"core": {"dense": factor}}} for factor in (1.25, 0.8)]} for load in LOADS]
 
 
@@ -92,7 +93,7 @@ def test_the_command_draws_every_figure(tmp_path: Path, capsys: pytest.CaptureFi
     assert "| vllm | 30% | tpot mean | 0.5 | +3.0 % | +0.0 % to +6.0 % | -1.0 % to +3.0 % | +2.0 % |" in text
     assert "| vllm | 90% | tpot mean | 0.5 | +9.0 % | +0.0 % to +18.0 % |  | +2.0 % |" in text
     assert "| vllm | 30% | core | dense | 0.80 to 1.25 |" in text
-    assert "10.00 (+2.00)" in text
+    assert "10.00 (+2.00, +1.00)" in text
     assert "0 of 1 pairs of policies rank as measured" in text
     assert "| tpot | 30% | vllm | hetis | +10.0 % | 2.0 % | -10.0 % |  | other |" in text
     before = [path.read_bytes() for path in files]

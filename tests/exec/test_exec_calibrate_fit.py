@@ -22,7 +22,7 @@ from hetis_exec.calibrate.fit import (
     least_relative,
     rising,
 )
-from hetis_exec.calibrate.samples import Point, Sample, Store, frame_of, medians
+from hetis_exec.calibrate.samples import Point, Sample, Store, frame_of, means, medians
 from hetis_exec.calibrate.write import profile_of, subjects_of, write_profile
 from hetis_exec.measure_config import LIMITS, CalibrateConfig
 from hetis_sim.cost import load_cost_model
@@ -161,6 +161,19 @@ def test_sizes_of_graphs_are_part_of_the_profile(tmp_path: Path) -> None:
     assert graphs == GraphSteps(512, (16, 64, 512), (1, 2, 4), 16)
     assert [graphs.prompt_rows(n) for n in (1, 16, 17, 512, 600)] == [16, 16, 64, 512, 600]
     assert [graphs.takes(512, 16), graphs.takes(513, 1), graphs.takes(9, 17)] == [True, False, False]
+
+
+def test_fits_are_of_what_things_take_on_average(tmp_path: Path) -> None:
+    """Where every fourth sample takes twice as long, a median does not see it; sums of steps do."""
+    once, slow = samples(), [replace(sample, seconds=2.0 * sample.seconds) for sample in samples()]
+    rows = means(frame_of([*once, *once, *once, *slow]).query("module == 'dense_layer'"))
+    assert rows.query("tokens == 16")["seconds"].iloc[0] == pytest.approx(1.25 * dense_s(16))
+    cost = cost_of(fit_all(frame_of([*once, *once, *once, *slow]), SHAPES, CalibrateConfig().limit), tmp_path)
+    assert cost.dense_layer_s(CORE, MODEL, 24, 1) == pytest.approx(1.25 * dense_s(24), rel=1e-3)
+    assert cost.host_overhead_s(7) == pytest.approx(1.25 * (HOST + 7 * EACH), rel=1e-3)
+    stalled = [replace(sample, seconds=100.0 * sample.seconds) for sample in samples()]
+    rows = means(frame_of([*once, *once, *once, *stalled]).query("module == 'dense_layer'"))
+    assert rows.query("tokens == 16")["seconds"].iloc[0] == pytest.approx(1.5 * dense_s(16))
 
 
 def test_noise_is_averaged_out_and_reported(tmp_path: Path) -> None:

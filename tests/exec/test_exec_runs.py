@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from exec_scenarios import ONE, SCENARIOS, SHORT, TWO, Scenario, has_happened
-from exec_toys import Fixed, expected_tokens, given, run
+from exec_toys import Fixed, expected_tokens, given, run, threads, workload
 
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
@@ -52,6 +53,43 @@ def physical_units(keeper: CacheKeeper) -> int:
     assert len(np.unique(units)) == len(units)
     assert all(0 <= unit < keeper.pool.capacity_units for unit in units)
     return len(units)
+
+
+def test_what_is_done_between_steps_takes_no_time_of_the_run() -> None:
+    """The clock stands still, no step is under way, and arrivals wait as long."""
+    moments: list[float] = []
+    computing: list[bool] = []
+
+    def rest(now_s: float) -> None:
+        moments.append(now_s)
+        computing.append(executor.crew.endpoint.receive(0.0) is not None)
+        time.sleep(0.05)
+
+    what = given(ONE, Fixed(), workload(6, gap_s=0.03))
+    executor = Executor(what, threads(), rest=rest)
+    begun_s = time.perf_counter()
+    result = executor.run()
+    took_s = time.perf_counter() - begun_s
+    steps = result.recorder.steps()
+    assert result.tokens == expected_tokens(what)
+    assert len(moments) == len(steps) > 10
+    assert moments == sorted(moments)
+    assert took_s > 0.05 * len(moments)
+    assert steps["end_s"].max() < took_s - 0.05 * len(moments) + 0.02
+    assert (steps["end_s"] - steps["start_s"]).max() < 0.05
+    requests = result.recorder.requests()
+    assert (requests["first_scheduled_s"] >= requests["arrival_s"]).all()
+    assert not any(computing)
+
+
+def test_nothing_is_done_between_steps_that_overlap() -> None:
+    """Two stages compute at once: only when the last report has come is there time."""
+    idle: list[bool] = []
+    what = given(pipeline([[0], [1]], [2, 2]), Fixed(), workload(8, output=(6, 10)))
+    executor = Executor(what, threads(), rest=lambda _: idle.append(executor._fleet.computing))
+    result = executor.run()
+    assert result.tokens == expected_tokens(what)
+    assert len(idle) < 2 * len(result.recorder.steps())
 
 
 def gaps(recorder: Recorder) -> list[tuple[float, int]]:

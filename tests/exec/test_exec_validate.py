@@ -25,6 +25,7 @@ from hetis_exec.validate.case import noise_or
 from hetis_exec.validate.command import recalibrated, run_command
 from hetis_exec.validate.compare import Error, latency_errors, paired, part_errors, parts_of, rate_errors
 from hetis_exec.validate.keep import Kept, Shelf, key_of
+from hetis_exec.validate.moments import Moments, scaled_steps
 from hetis_exec.validate.pace import PaceKeeper
 from hetis_exec.validate.profiles import check_profiles, hashes_of
 from hetis_exec.validate.ranking import Figure, orders_of
@@ -156,6 +157,41 @@ def test_parts_are_per_iteration() -> None:
     assert (dense.low_s, dense.high_s) == pytest.approx((0.02, 0.04))
 
 
+def moment(at_s: float, pace: float) -> dict[str, Any]:
+    """The pace at a moment: dense modules at this, everything else at its square."""
+    return {"at_s": at_s, "slowdown": {"cpu-core": {"dense": pace, "attention": pace**2, "prompt": pace**2,
+                                                    "prompt_attention": pace**3}}}
+
+
+def test_steps_are_scaled_by_the_pace_of_their_moment() -> None:
+    """That of the glances about it; prompts have one of their own, and host time none."""
+    frame = pd.DataFrame({"start_s": [0.0, 10.0, 10.0], "instance": 0, "requests": [8, 8, 0],
+                          "prefill_tokens": [0, 0, 64], "dense_s": 1.0, "attention_s": 1.0, "host_s": 1.0})
+    moments = [moment(0.1 * n, 1.0) for n in range(10)] + [moment(9.5 + 0.1 * n, 2.0) for n in range(10)]
+    found = scaled_steps(frame, moments, ["cpu-core"])
+    assert found["dense_s"].tolist() == pytest.approx([1.0, 2.0, 4.0])
+    assert found["attention_s"].tolist() == pytest.approx([1.0, 4.0, 8.0])
+    assert found["host_s"].tolist() == [1.0, 1.0, 1.0]
+    assert scaled_steps(frame, moments[:1], ["cpu-core"])["dense_s"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_glances_take_a_share_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before it counts, not more than a quarter of its time, and a slow one less often."""
+    clock = [0.0]
+
+    def glance() -> dict[str, dict[str, float]]:
+        clock[0] += 0.2
+        return {"cpu-core": {"dense": 1.0}}
+
+    monkeypatch.setattr("hetis_exec.validate.moments.time.perf_counter", lambda: clock[0])
+    moments = Moments(glance, begin_s=4.0)
+    for now_s in np.arange(0.0, 14.0, 0.01):
+        moments(float(now_s))
+    assert moments.found[0][0] == pytest.approx(4.0)
+    assert len(moments.found) == pytest.approx(10.0 / 0.8, abs=1)
+    assert moments.enough
+
+
 # -- the whole of it ---------------------------------------------------------------------------------------
 
 
@@ -198,6 +234,8 @@ def test_a_validation_writes_what_it_says(words: list[str], tmp_path: Path,
     assert raw["complete"]
     assert [run["turn"] for run in case["runs"]] == [0, 1, 0]
     assert all(run["slowdown"]["cpu-core"]["dense"] > 0 for run in case["runs"])
+    assert all(moment["slowdown"]["cpu-core"]["dense"] > 0 for run in case["runs"]
+               for moment in run["moments"])
     assert [len(entry["measured_rps"]) for entry in raw["capacities"]] == [2]
     assert {part["part"] for part in case["parts"]} >= {"host", "dense", "attention", "all"}
     requests = pd.read_parquet(tmp_path / "run" / "requests.parquet")
