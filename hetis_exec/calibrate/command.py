@@ -14,9 +14,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hetis_exec.calibrate.fit import LINK_MODULES, Fits, Fitted, fit_all
+from hetis_exec.calibrate.fit import LINK_MODULES, Fits, fit_all
 from hetis_exec.calibrate.machine import Machine, machine_at
 from hetis_exec.calibrate.reference import LAYERS_MAX
+from hetis_exec.calibrate.regression import Fitted
 from hetis_exec.calibrate.samples import Store, frame_of, references_of
 from hetis_exec.calibrate.tasks import Plan, Work, plan_of
 from hetis_exec.calibrate.write import Written, profile_of, subjects_of, write_profile

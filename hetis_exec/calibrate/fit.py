@@ -16,10 +16,17 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
-from scipy.optimize import linprog
 
+from hetis_exec.calibrate.regression import (
+    POINTS_MIN,
+    Fitted,
+    Floats,
+    Predict,
+    ends_of,
+    held_out_errors,
+    least_relative,
+)
 from hetis_exec.calibrate.samples import GRAPHS, PREFIX, means
 from hetis_exec.calibrate.surface import fit_surface
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
@@ -27,15 +34,9 @@ from hetis_sim.cost.curve import Curve
 from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.model import AttentionCost
-from hetis_sim.cost.profile import MODELS
 from hetis_sim.cost.tables import TokenTables
 from hetis_sim.spec.model import ModelSpec
 
-Floats = npt.NDArray[np.float64]
-Predict = Callable[[pd.DataFrame], Floats]
-
-FOLDS = 4
-POINTS_MIN = 4
 LONE_MIN = 3
 """Batches of one request, by length, that are enough for a line of their own."""
 
@@ -51,99 +52,11 @@ DECODE_POWER = 0.5
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """One module of one device, link or host.
-
-    Attributes:
-        coefficients: the form for a profile.
-        ranges: of the points it was fitted to.
-        errors: relative, of every held-out point; with its sign, predicted over measured.
-        points, samples: how many it was fitted to.
-    """
-
-    module: str
-    subject: str
-    coefficients: dict[str, Any]
-    ranges: dict[str, tuple[float, float]]
-    errors: Floats
-    points: int
-    samples: int
-    note: str = ""
-
-    @property
-    def median(self) -> float:
-        """Median absolute error; nan where nothing could be held out."""
-        return float(np.median(np.abs(self.errors))) if len(self.errors) else float("nan")
-
-    @property
-    def p95(self) -> float:
-        """Its 95th percentile."""
-        return float(np.quantile(np.abs(self.errors), 0.95)) if len(self.errors) else float("nan")
-
-    def body(self, source: str) -> dict[str, Any]:
-        """The form for a profile file."""
-        held_out = {"n": len(self.errors), "median": _short(self.median), "p95": _short(self.p95),
-                    "rows": f"each of {FOLDS} parts of the groups, by a fit to the others"}
-        return {"model": MODELS[self.module], "status": "measured", "coefficients": self.coefficients,
-                "range": {key: list(ends) for key, ends in self.ranges.items()},
-                "held_out": held_out if len(self.errors) else None, "sources": [{"text": source}],
-                "note": self.note}
-
-
-@dataclass(frozen=True)
 class Fits:
     """What could be fitted, and what could not: (module, subject, reason)."""
 
     found: list[Fitted] = field(default_factory=list)
     refused: list[tuple[str, str, str]] = field(default_factory=list)
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
-def _ends(values: Any) -> tuple[float, float]:
-    return float(np.min(values)), float(np.max(values))
-
-
-# -- the machinery ---------------------------------------------------------------------------------------
-
-
-def least_relative(columns: Sequence[Floats], seconds: Floats, power: float = 0.0) -> Floats:
-    """Coefficients >= 0 of the columns for which the mean of |predicted / measured - 1| is least.
-
-    Errors count in proportion to this power of the time: with 0 all alike, with 1 by what they cost.
-    """
-    weights = (seconds / seconds.mean()) ** power
-    design = np.column_stack(columns) / seconds[:, None]
-    scale = np.maximum(np.abs(design).max(axis=0), 1e-300)
-    count, width = len(seconds), len(columns)
-    identity = np.eye(count)
-    found = linprog(
-        np.concatenate([np.zeros(width), weights]),
-        A_ub=np.block([[design / scale, -identity], [-design / scale, -identity]]),
-        b_ub=np.concatenate([np.ones(count), -np.ones(count)]), bounds=[(0, None)] * (width + count),
-        method="highs")
-    coefficients: Floats = np.asarray(found.x[:width]) / scale
-    return coefficients
-
-
-def held_out_errors(rows: pd.DataFrame, group: Sequence[str], fit: Callable[[pd.DataFrame], Predict],
-                    least: int = POINTS_MIN - 1) -> Floats:
-    """Signed relative error of every row, predicted by a fit to the other parts of the groups.
-
-    Of at least so many rows.
-    """
-    keys = rows[list(group)].apply(tuple, axis=1)
-    groups = sorted(set(keys))
-    parts = {key: n % min(FOLDS, len(groups)) for n, key in enumerate(groups)}
-    part = keys.map(parts).to_numpy()
-    errors: list[Floats] = []
-    for number in sorted(set(parts.values())):
-        known, unseen = rows[part != number], rows[part == number]
-        if len(known) >= least:
-            errors.append(fit(known)(unseen) / unseen["seconds"].to_numpy() - 1.0)
-    return np.concatenate(errors) if errors else np.empty(0)
 
 
 # -- token tables ----------------------------------------------------------------------------------------
@@ -160,7 +73,7 @@ def fit_tables(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
         own = samples[(samples["model"] == name) & (samples["tp"] == tp)]
         errors.append(curve_errors(part, own, "tokens"))
     return Fitted(module, subject, {"tables": tables},
-                  {"tokens": _ends(rows["tokens"]), "tp": _ends(rows["tp"])}, np.concatenate(errors),
+                  {"tokens": ends_of(rows["tokens"]), "tp": ends_of(rows["tp"])}, np.concatenate(errors),
                   len(rows), len(samples))
 
 
@@ -228,9 +141,9 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
         classes.append(DecodeClass(head_dim, group, cost).dump())
     per_row = rows["row_tokens"] / rows["rows"]
     models = [shapes[str(name)] for name in rows["model"].unique()]
-    ranges = {"rows": _ends(rows["rows"]), "tokens_per_row": _ends(per_row),
-              "heads_per_group": _ends([model.heads_per_group for model in models]),
-              "head_dim": _ends([model.head_dim for model in models])}
+    ranges = {"rows": ends_of(rows["rows"]), "tokens_per_row": ends_of(per_row),
+              "heads_per_group": ends_of([model.heads_per_group for model in models]),
+              "head_dim": ends_of([model.head_dim for model in models])}
     return Fitted(module, subject, {"classes": classes}, ranges, np.concatenate(errors),
                   len(rows), len(samples))
 
@@ -289,7 +202,7 @@ def fit_prefill(subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec
         errors.append(tries[best])
     keys = rows["new_tokens"] + rows["context_tokens"]
     return Fitted("prefill_attention", subject, {"classes": classes},
-                  {"keys": _ends(keys), "new_tokens": _ends(rows["new_tokens"])}, np.concatenate(errors),
+                  {"keys": ends_of(keys), "new_tokens": ends_of(rows["new_tokens"])}, np.concatenate(errors),
                   len(rows), len(samples))
 
 
@@ -338,7 +251,7 @@ def fit_packing(module: str, subject: str, samples: pd.DataFrame) -> Fitted:
     beta, gamma = least_relative(_message_columns(rows), rows["seconds"].to_numpy())
     errors = held_out_errors(rows, ["size_bytes"], lambda known: _linear(known, _message_columns))
     return Fitted(module, subject, {"gamma_s_per_byte": gamma, "beta_s": beta},
-                  {"bytes": _ends(rows["size_bytes"])}, errors, len(rows), len(samples))
+                  {"bytes": ends_of(rows["size_bytes"])}, errors, len(rows), len(samples))
 
 
 def fit_messages(module: str, samples: pd.DataFrame) -> Fitted:
@@ -350,7 +263,7 @@ def fit_messages(module: str, samples: pd.DataFrame) -> Fitted:
         links[str(link)] = {"gamma_s_per_byte": max(float(gamma), 1e-15), "beta_s": float(beta)}
         errors.append(held_out_errors(part, ["size_bytes", "messages"],
                                       lambda known: _linear(known, _message_columns)))
-    return Fitted(module, "links", links, {"bytes": _ends(rows["size_bytes"])}, np.concatenate(errors),
+    return Fitted(module, "links", links, {"bytes": ends_of(rows["size_bytes"])}, np.concatenate(errors),
                   len(rows), len(samples))
 
 
@@ -369,8 +282,8 @@ def fit_reduces(samples: pd.DataFrame) -> Fitted:
         smooth = part.assign(seconds=line(part))
         links.setdefault(link, {})[str(ranks)] = curve_of(smooth, "size_bytes").dump()
         errors.append(held_out_errors(part, ["size_bytes"], lambda known: _linear(known, _message_columns)))
-    return Fitted("all_reduce", "links", links, {"bytes": _ends(rows["size_bytes"])}, np.concatenate(errors),
-                  len(rows), len(samples))
+    return Fitted("all_reduce", "links", links, {"bytes": ends_of(rows["size_bytes"])},
+                  np.concatenate(errors), len(rows), len(samples))
 
 
 def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
@@ -394,7 +307,7 @@ def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
         found = replace(found, eager_s_per_layer=float(layer), eager_s_per_prompt=float(prompt))
     found = replace(found, graphs=graphs_of(launches[sizes]))
     return Fitted("host_overhead", "host", found.dump(),
-                  {"sequences": _ends(rows["tokens"])}, errors, len(rows), len(samples))
+                  {"sequences": ends_of(rows["tokens"])}, errors, len(rows), len(samples))
 
 
 def graphs_of(sizes: pd.DataFrame) -> GraphSteps:

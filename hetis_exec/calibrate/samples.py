@@ -88,8 +88,8 @@ def means(samples: pd.DataFrame) -> pd.DataFrame:
     """The same with what each point takes on average.
 
     Of a few samples the median is the surer figure, but steps on a machine that others use as well take
-    longer than their median more often than less, and a sum of steps has all of that. So medians are drawn out
-    by what samples exceed theirs by on average, over all points.
+    longer than their median more often than less, and a sum of steps has all of that. So medians are drawn
+    out by what samples exceed theirs by on average, over all points.
     """
     keys = samples.groupby(list(COLUMNS), sort=False)["seconds"]
     excess = (samples["seconds"] / keys.transform("median")).clip(upper=EXCESS_MAX)

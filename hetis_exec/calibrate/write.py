@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from hetis_exec.calibrate.fit import Fitted
+from hetis_exec.calibrate.regression import Fitted
 from hetis_sim.cost.calibration import FINGERPRINT, KEY, Calibration, fingerprint
 from hetis_sim.cost.profile import HOST_DEVICE, LINKS_DEVICE, SCHEMA, parse_profile
 from hetis_sim.metrics.strictjson import plain

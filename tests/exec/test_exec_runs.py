@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 from exec_scenarios import ONE, SCENARIOS, SHORT, TWO, Scenario, has_happened
-from exec_toys import Fixed, expected_tokens, given, run, threads, workload
+from exec_toys import Fixed, expected_tokens, given, pipeline, run, threads, workload
 
 from hetis_exec.cachekeeper import CacheKeeper
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput

@@ -25,7 +25,6 @@ from hetis_exec.validate.case import noise_or
 from hetis_exec.validate.command import recalibrated, run_command
 from hetis_exec.validate.compare import Error, latency_errors, paired, part_errors, parts_of, rate_errors
 from hetis_exec.validate.keep import Kept, Shelf, key_of
-from hetis_exec.validate.moments import Moments, scaled_steps
 from hetis_exec.validate.pace import PaceKeeper
 from hetis_exec.validate.profiles import check_profiles, hashes_of
 from hetis_exec.validate.ranking import Figure, orders_of
@@ -155,41 +154,6 @@ def test_parts_are_per_iteration() -> None:
     (dense,) = [part for part in part_errors(real, [steps(0.03, 7)]) if part.part == "dense"]
     assert (dense.measured_s, dense.simulated_s) == pytest.approx((0.03, 0.03))
     assert (dense.low_s, dense.high_s) == pytest.approx((0.02, 0.04))
-
-
-def moment(at_s: float, pace: float) -> dict[str, Any]:
-    """The pace at a moment: dense modules at this, everything else at its square."""
-    return {"at_s": at_s, "slowdown": {"cpu-core": {"dense": pace, "attention": pace**2, "prompt": pace**2,
-                                                    "prompt_attention": pace**3}}}
-
-
-def test_steps_are_scaled_by_the_pace_of_their_moment() -> None:
-    """That of the glances about it; prompts have one of their own, and host time none."""
-    frame = pd.DataFrame({"start_s": [0.0, 10.0, 10.0], "instance": 0, "requests": [8, 8, 0],
-                          "prefill_tokens": [0, 0, 64], "dense_s": 1.0, "attention_s": 1.0, "host_s": 1.0})
-    moments = [moment(0.1 * n, 1.0) for n in range(10)] + [moment(9.5 + 0.1 * n, 2.0) for n in range(10)]
-    found = scaled_steps(frame, moments, ["cpu-core"])
-    assert found["dense_s"].tolist() == pytest.approx([1.0, 2.0, 4.0])
-    assert found["attention_s"].tolist() == pytest.approx([1.0, 4.0, 8.0])
-    assert found["host_s"].tolist() == [1.0, 1.0, 1.0]
-    assert scaled_steps(frame, moments[:1], ["cpu-core"])["dense_s"].tolist() == [1.0, 1.0, 1.0]
-
-
-def test_glances_take_a_share_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not before it counts, not more than a quarter of its time, and a slow one less often."""
-    clock = [0.0]
-
-    def glance() -> dict[str, dict[str, float]]:
-        clock[0] += 0.2
-        return {"cpu-core": {"dense": 1.0}}
-
-    monkeypatch.setattr("hetis_exec.validate.moments.time.perf_counter", lambda: clock[0])
-    moments = Moments(glance, begin_s=4.0)
-    for now_s in np.arange(0.0, 14.0, 0.01):
-        moments(float(now_s))
-    assert moments.found[0][0] == pytest.approx(4.0)
-    assert len(moments.found) == pytest.approx(10.0 / 0.8, abs=1)
-    assert moments.enough
 
 
 # -- the whole of it ---------------------------------------------------------------------------------------
@@ -338,11 +302,11 @@ def test_a_validation_goes_on_where_it_was_cut_short(words: list[str], tmp_path:
     config, folder = compose_execution(*words, "validate.seeds=1"), tmp_path / "out"
     served: list[int] = []
 
-    def counting(subject: Any, load: Load) -> Any:
+    def counting(subject: Any, load: Load, rest: Any = None) -> Any:
         served.append(load.seed)
         if len(served) == 2:
             raise KeyboardInterrupt
-        return measure(subject, load)
+        return measure(subject, load, rest)
 
     monkeypatch.setattr(work, "measure", counting)
     config = replace(config, validate=replace(config.validate, out=str(folder)))
@@ -366,10 +330,10 @@ def test_a_validation_goes_on_where_it_was_cut_short(words: list[str], tmp_path:
 def test_a_run_that_fails_ends_no_other(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     """It is named with its reason, and the exit status tells."""
-    def failing(subject: Any, load: Load) -> Any:
+    def failing(subject: Any, load: Load, rest: Any = None) -> Any:
         if load.seed == 0:
             raise HetisError("the moon is in the way")
-        return measure(subject, load)
+        return measure(subject, load, rest)
 
     monkeypatch.setattr(work, "measure", failing)
     assert main(["validate", *words, f"hydra.run.dir={tmp_path / 'run'}"]) == 1
@@ -457,14 +421,6 @@ def test_a_slower_machine_is_simulated_slower(words: list[str]) -> None:
     assert apart["decode", "dense"] == pytest.approx(slow["decode", "dense"])
     assert apart["prefill", "attention"] == pytest.approx(5 * plain["prefill", "attention"], rel=0.05)
     assert apart["prefill", "dense"] > 1.1 * slow["prefill", "dense"]
-
-
-def test_products_slow_down_between_few_tokens_and_a_prompt() -> None:
-    """At the sizes that were measured as measured, and evenly in between."""
-    slow = Slowdown(2.0, 1.0, 8.0)
-    assert [slow.of_tokens(tokens) for tokens in (1, 8, 64, 1000)] == pytest.approx([2.0, 2.0, 8.0, 8.0])
-    assert 2.0 < slow.of_tokens(12) < slow.of_tokens(40) < 8.0
-    assert Slowdown(2.0).of_tokens(64) == 2.0
 
 
 def test_noise_that_was_not_measured_is_the_largest_elsewhere() -> None:
