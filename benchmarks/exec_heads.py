@@ -1,6 +1,7 @@
 """What it costs to distribute heads, over the sum of the parts by themselves.
 
-    python benchmarks/exec_heads.py path/to/model [--batch 3 6 12 24] [--context 256] [--links pipes frames]
+    python benchmarks/exec_heads.py path/to/model [--batch 3 6 12 24] [--context 256]
+        [--links rings pipes frames]
 
 A primary and an attention worker, each a process on a core of its own, decode batches of which one or two in
 three KV groups live with the worker. Beside that, in turns, the parts are measured by themselves on the same
@@ -35,7 +36,8 @@ from hetis_exec.distributed import DistributedCrew
 from hetis_exec.joining import NetSettings
 from hetis_exec.messages import Beat, Control, Drop, Failed, Op, Open, Row, StageDone, Task
 from hetis_exec.models.architecture import read_architecture
-from hetis_exec.processes import PipeEndpoint, ProcessCrew
+from hetis_exec.pipes import PipeEndpoint, pair_region
+from hetis_exec.processes import SPIN_S, ProcessCrew
 from hetis_exec.torch_backend import TorchBackend
 from hetis_exec.transport import Endpoint
 from hetis_sim.policies.plan import InstancePlan, StagePlan
@@ -81,7 +83,8 @@ class Pair:
         specs = [WorkerSpec(device, plan, stage, 0, CAPACITY_UNITS, BLOCK, backend, TIMEOUT_S,
                             core=cores[device % len(cores)])
                  for device, stage in ((PRIMARY, 0), (WORKER, -1))]
-        self.crew = ProcessCrew(specs) if links == "pipes" else DistributedCrew(specs, NetSettings())
+        self.crew = (DistributedCrew(specs, NetSettings()) if links == "frames" else
+                     ProcessCrew(specs, rings=links == "rings"))
         self.crew.start()
         self._seq = 0
         self._next = 0
@@ -146,17 +149,20 @@ def interval(values: Series, resamplings: int = 1000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def idle_link(cores: Sequence[int]) -> Endpoint:
-    """A pipe to a process that answers at once, on the primary's core: the driver is on the worker's.
+def idle_link(links: str, cores: Sequence[int]) -> Endpoint:
+    """A link to a process that answers at once, on the primary's core: the driver is on the worker's.
 
     Who is woken on another core takes longer to come than on the same, and so it is in a step.
     """
     context = multiprocessing.get_context("forkserver")
     here, there = context.Pipe()
-    process = context.Process(target=echo_pipe, args=(there,), daemon=True)
+    spin_s = SPIN_S if links == "rings" else 0.0
+    regions = pair_region() if links == "rings" else None
+    process = context.Process(target=echo_pipe, args=(there, regions, spin_s), daemon=True)
     process.start()
     os.sched_setaffinity(process.pid or 0, {cores[PRIMARY]})
-    return PipeEndpoint(PRIMARY, {WORKER: here})
+    return PipeEndpoint(PRIMARY, {WORKER: here}, regions={WORKER: regions} if regions is not None else None,
+                        spin_s=spin_s)
 
 
 def measure(pair: Pair, link: Endpoint, batch: int, context: int, remote: int, steps: int) -> str:
@@ -193,14 +199,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--batch", type=int, nargs="+", default=[3, 6, 12, 24])
     parser.add_argument("--context", type=int, nargs="+", default=[256])
-    parser.add_argument("--links", nargs="+", default=["pipes"], choices=["pipes", "frames"])
+    parser.add_argument("--links", nargs="+", default=["rings"],
+                        choices=["rings", "pipes", "frames"])
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
     architecture = read_architecture(options.model)
     if any(batch % architecture.spec.kv_heads for batch in options.batch):
         parser.error(f"--batch must be multiples of the {architecture.spec.kv_heads} KV groups of the model")
     cores = sorted(os.sched_getaffinity(0))[:2]
-    link = idle_link(cores)
+    idle = {links: idle_link(links, cores) for links in options.links}
     os.sched_setaffinity(0, {cores[WORKER % len(cores)]})
     backend = TorchBackend(architecture, options.model)
     print("links  context batch remote    over [interval]  with packing | medians, ms: step, predicted;\n"
@@ -212,7 +219,7 @@ def main() -> None:
             for context in options.context:
                 for batch in options.batch:
                     for remote in (1, 2):
-                        line = measure(pair, link, batch, context, remote, options.steps)
+                        line = measure(pair, idle[links], batch, context, remote, options.steps)
                         print(f"{links:6} {context:7} {line}", flush=True)
         finally:
             pair.crew.stop(at_once=True)

@@ -4,8 +4,9 @@
 
 One process sends the queries, keys and values of some rows of decode attention in one layer (float32, three
 query heads of 64 for each KV head, as SmolLM2-135M has them), another one answers at once with an output of
-the queries' shape. Pipes, frames and gloo take turns, so that other work on the machine disturbs all alike;
-printed are the median and the tenth percentile of the time from sending to having the answer.
+the queries' shape. Rings (of processes that look for messages before they sleep), pipes, frames and gloo take
+turns, so that other work on the machine disturbs all alike; printed are the median and the tenth percentile
+of the time from sending to having the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from hetis_exec.messages import AttentionRequest, AttentionResult, Stop
 from hetis_exec.net.endpoint import NetworkEndpoint
 from hetis_exec.net.handshake import new_token
 from hetis_exec.net.meeting import Meeting, MeetingPlace, host_meeting, join_meeting
-from hetis_exec.processes import PipeEndpoint
+from hetis_exec.net.rings import Region
+from hetis_exec.pipes import PipeEndpoint, pair_region
+from hetis_exec.processes import SPIN_S
 from hetis_exec.transport import Endpoint
 
 HEADS, HEAD_DIM = 3, 64
@@ -47,9 +50,10 @@ def network(device: int, place: MeetingPlace, name: str, token: bytes, eager_byt
     return endpoint
 
 
-def echo_pipe(pipe: object) -> None:
-    """Life of the other process, on a pipe."""
-    echo(PipeEndpoint(1, {0: pipe}))  # type: ignore[dict-item]
+def echo_pipe(pipe: object, region: Region | None = None, spin_s: float = 0.0) -> None:
+    """Life of the other process, on a pipe, and rings if there is memory for them."""
+    regions = {0: region} if region is not None else None
+    echo(PipeEndpoint(1, {0: pipe}, regions=regions, spin_s=spin_s))  # type: ignore[dict-item]
 
 
 def echo_network(place: MeetingPlace, name: str, token: bytes, eager_bytes: int) -> None:
@@ -62,9 +66,12 @@ def echo_network(place: MeetingPlace, name: str, token: bytes, eager_bytes: int)
 def ends(meeting: Meeting) -> dict[str, Endpoint]:
     """The end of each kind of link that is here; the others answer in processes of their own."""
     context = multiprocessing.get_context("forkserver")
-    here, there = context.Pipe()
-    context.Process(target=echo_pipe, args=(there,), daemon=True).start()
-    made: dict[str, Endpoint] = {"pipes": PipeEndpoint(0, {1: here})}
+    made: dict[str, Endpoint] = {}
+    for name, region, spin_s in (("rings", pair_region(), SPIN_S), ("pipes", None, 0.0)):
+        here, there = context.Pipe()
+        context.Process(target=echo_pipe, args=(there, region, spin_s), daemon=True).start()
+        regions = {1: region} if region is not None else None
+        made[name] = PipeEndpoint(0, {1: here}, regions=regions, spin_s=spin_s)
     for name, eager_bytes in (("frames", EVERYTHING_BYTES), ("gloo", 0)):
         token = new_token()
         process = context.Process(target=echo_network, args=(meeting.place, name, token, eager_bytes),

@@ -330,7 +330,7 @@ class AttentionRequest(NamedTuple):
     each there is a part of the tokens here, the newest of those with a position, which come first.
 
     Shapes: queries (groups, heads per group, head_dim), keys and values (groups, head_dim), of the new
-    tokens that are stored here.
+    tokens that are stored here. Where all items have as many groups the first axis may be two: items, groups.
     """
 
     after: int

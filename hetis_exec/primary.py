@@ -301,7 +301,8 @@ class PrimaryWorker(Worker):
         lap(DENSE)
         for device, share in batch.remote.items():
             items, shared = (tuple(share.items), tuple(share.parts)) if layer == 0 else (None, ())
-            sent_q, sent_k, sent_v = self.packed(device, [share.queries(q), share.new(k), share.new(v)])
+            sent_q, sent_k, sent_v = self.packed(device, [share.sent_queries(q), share.sent_new(k),
+                                                          share.sent_new(v)])
             self.send(device, AttentionRequest(batch.seq, self.device, self.place.stage, layer, items,
                                                sent_q, sent_k, sent_v, shared))
         if batch.remote:

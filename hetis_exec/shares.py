@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 from hetis_exec.backend import Kernels, Tensor
 from hetis_exec.messages import AttentionItem, Row
@@ -33,6 +34,8 @@ class Share:
         at, at_plain, at_fresh: the places of all rows, and of these, as an index.
         joined: the rows of the batch's joined parts that those of ``parts`` belong to, as an index.
         whole: the rows are those of the batch, in order, and none is a part.
+        block: consecutive rows and columns of the batch that they all are, where none is a part and they are
+            not the whole batch: a view takes less time than places that are picked one by one.
     """
 
     items: list[AttentionItem] = field(default_factory=list)
@@ -44,22 +47,43 @@ class Share:
     at_fresh: tuple[Tensor, ...] = ()
     joined: tuple[Tensor, ...] = ()
     whole: bool = False
+    block: tuple[slice, slice] | None = None
 
     def queries(self, values: Tensor) -> Tensor:
         """Its part of values of all rows and columns, shape (its rows, ...)."""
-        return values.reshape(-1, *values.shape[2:]) if self.whole else values[self.at]
+        return in_rows(self.sent_queries(values), values.ndim - 2)
 
     def new(self, values: Tensor) -> Tensor:
         """The same for its rows with a new token."""
-        return values.reshape(-1, *values.shape[2:]) if self.whole else values[self.at_fresh]
+        return in_rows(self.sent_new(values), values.ndim - 2)
+
+    def sent_queries(self, values: Tensor) -> Tensor:
+        """The same as :meth:`queries`, but a view (requests, groups of each, ...) where that is possible."""
+        if self.block is not None:
+            return values[self.block]
+        return values if self.whole else values[self.at]
+
+    def sent_new(self, values: Tensor) -> Tensor:
+        """The same as :meth:`new`, but a view where that is possible."""
+        if self.block is not None:
+            return values[self.block]
+        return values if self.whole else values[self.at_fresh]
 
     def put(self, attended: Tensor, found: Tensor) -> Tensor:
         """All that has been attended, with what was found for whole contexts."""
         if self.whole:
             return found.reshape(attended.shape)
-        if self.items:
+        if self.block is not None:
+            place = attended[self.block]
+            place[...] = found.reshape(place.shape)
+        elif self.items:
             attended[self.at_plain] = found
         return attended
+
+
+def in_rows(values: Tensor, axes: int) -> Tensor:
+    """Values of rows on one axis: what comes before so many last axes is a row's place."""
+    return values if values.ndim == axes + 1 else values.reshape(-1, *values.shape[values.ndim - axes:])
 
 
 @dataclass(slots=True)
@@ -152,12 +176,26 @@ def _share(drafts: tuple[_Draft, _Draft, _Draft], all_rows: int, kernels: Kernel
     share = Share(whole.items, tail.items + still.items, plain, fresh, whole=plain == all_rows)
     if share.whole:
         return share
+    share.block = _block(places) if not share.parts else None
+    if share.block is not None:
+        return share
     share.at = _index(places, kernels)
     share.at_plain = share.at if plain == len(places) else _index(places[:plain], kernels)
     share.at_fresh = share.at if fresh == len(places) else _index(places[:fresh], kernels)
     if share.parts:
         share.joined = kernels.index(tail.joined + still.joined)
     return share
+
+
+def _block(places: Sequence[Place]) -> tuple[slice, slice] | None:
+    """The rows and columns that places one after the other fill, if they do so."""
+    (first, begin), (last, end) = places[0], places[-1]
+    rows, columns = range(first, last + 1), range(begin, end + 1)
+    if len(places) != len(rows) * len(columns):
+        return None
+    if any(place != filled for place, filled in zip(places, product(rows, columns), strict=True)):
+        return None
+    return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
 
 
 def _index(places: Sequence[Place], kernels: Kernels) -> tuple[Tensor, ...]:

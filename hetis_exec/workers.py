@@ -37,6 +37,7 @@ from hetis_exec.messages import (
     Message,
     Stop,
 )
+from hetis_exec.shares import in_rows
 from hetis_exec.throttle import NONE, Throttle
 from hetis_exec.transport import Endpoint
 
@@ -213,7 +214,8 @@ class AttentionWorker(Worker):
     def _answer(self, request: AttentionRequest) -> None:
         begun_s = time.perf_counter()
         kernels, batch = self.cache.pool.kernels, self._batch(request)
-        q, k, v = (kernels.from_wire(array) for array in (request.queries, request.keys, request.values))
+        q = in_rows(kernels.from_wire(request.queries), 2)
+        k, v = (in_rows(kernels.from_wire(array), 1) for array in (request.keys, request.values))
         rows, whole, parts = batch.rows, None, None
         if batch.items:
             whole = self.cache.decode_attention(batch.plan, request.layer, q[:rows], k[:rows], v[:rows])

@@ -16,7 +16,8 @@ from hetis_exec.crew import Crew, ThreadCrew, WorkerSpec
 from hetis_exec.crews import crew_maker
 from hetis_exec.driver import Executor
 from hetis_exec.messages import DRIVER, Beat, CacheData, Hidden
-from hetis_exec.processes import PipeEndpoint, ProcessCrew
+from hetis_exec.pipes import PipeEndpoint
+from hetis_exec.processes import ProcessCrew
 from hetis_exec.shaping import HEAD_BYTES, LinkShape, NetworkConfig, Shaper, Shapes
 from hetis_exec.transport import InProcessTransport
 from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
