@@ -75,6 +75,7 @@ class CostConfig:
             name, which go before the shipped ones.
         host_base_s, host_per_sequence_s: host time of one iteration; an assumption of ours, which a profile
             with measured host time replaces.
+        host_prompt_step_s, host_per_prompt_s: what an iteration with prompts takes more, and each of them.
         host_launch_s_per_layer: host time to queue the kernels of a layer, which runs ahead of the devices;
             0 with CUDA graphs.
         host_overlap: the host schedules an iteration while the one before it computes.
@@ -90,6 +91,8 @@ class CostConfig:
     profiles: list[str] = field(default_factory=list)
     host_base_s: float = 2e-3
     host_per_sequence_s: float = 2e-5
+    host_prompt_step_s: float = 0.0
+    host_per_prompt_s: float = 0.0
     host_launch_s_per_layer: float = 0.0
     host_overlap: bool = False
     cache_copies: float = 0.0
@@ -100,7 +103,8 @@ class CostConfig:
     def host(self) -> HostOverhead:
         """The checked host time."""
         return HostOverhead(self.host_base_s, self.host_per_sequence_s, self.host_launch_s_per_layer,
-                            self.host_overlap)
+                            self.host_overlap, prompt_step_s=self.host_prompt_step_s,
+                            per_prompt_s=self.host_per_prompt_s)
 
 
 @dataclass

@@ -66,7 +66,7 @@ class ConstantCost(CostModel):
     def all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
         return self.reduce_s if ranks > 1 else 0.0
 
-    def host_overhead_s(self, sequences: int) -> float:
+    def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
         return self.host_s
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
@@ -102,8 +102,8 @@ class ScaledCost(CostModel):
     def all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
         return self.factor * self.inner.all_reduce_s(gpu, link, size_bytes, ranks)
 
-    def host_overhead_s(self, sequences: int) -> float:
-        return self.factor * self.inner.host_overhead_s(sequences)
+    def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
+        return self.factor * self.inner.host_overhead_s(sequences, prompts)
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:

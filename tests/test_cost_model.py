@@ -19,6 +19,7 @@ from hetis_sim.cost.floor import (
     prefill_attention_floor_s,
 )
 from hetis_sim.cost.model import AttentionCost, CostModel, TransferCost
+from hetis_sim.run import simulate
 from hetis_sim.spec.architectures import MODELS
 from hetis_sim.spec.errors import SpecError
 from hetis_sim.spec.gpus import GPUS
@@ -220,6 +221,29 @@ def test_host_overhead_is_a_setting_of_its_own() -> None:
     assert slow.dense_layer_s(A100, LLAMA, 5, 1) == fast.dense_layer_s(A100, LLAMA, 5, 1)
     with pytest.raises(SpecError, match="host_overhead"):
         HostOverhead(-1.0)
+    with pytest.raises(SpecError, match="per_prompt_s"):
+        HostOverhead(per_prompt_s=-1.0)
+
+
+def test_prompts_cost_the_host_more() -> None:
+    """Iterations with prompts and each of them; none of it is in iterations without, and files keep it."""
+    host = HostOverhead(0.05, 1e-4, prompt_step_s=0.002, per_prompt_s=3e-4)
+    cost = load_cost_model(host=host)
+    assert cost.host_overhead_s(10) == pytest.approx(0.051)
+    assert cost.host_overhead_s(10, 4) == pytest.approx(0.051 + 0.0032)
+    assert HostOverhead.parse(host.dump(), "host") == host
+    beside = replace(host, overlap=True)
+    assert beside.waited_s(10, 4) == 0.0
+    assert beside.beside_s(10, 32, True, 4) == pytest.approx(host.seconds(10, 4))
+
+
+def test_a_prompt_waits_for_its_hosts_time() -> None:
+    """A request alone gets its first token later by it, and the others at the same pace."""
+    words = ("policy=vllm", "cluster=single-a100", "model=llama3-8b", "rate=0.01", "requests=3")
+    plain, slow = (simulate(*words, *more).requests for more in (
+        (), ("cost.host_prompt_step_s=0.1", "cost.host_per_prompt_s=0.05")))
+    assert (slow["ttft_s"] - plain["ttft_s"]).tolist() == pytest.approx([0.15] * 3)
+    assert slow["tpot_s"].tolist() == pytest.approx(plain["tpot_s"].tolist())
 
 
 @both

@@ -287,23 +287,24 @@ def fit_reduces(samples: pd.DataFrame) -> Fitted:
 
 
 def fit_host(samples: pd.DataFrame, launches: pd.DataFrame) -> Fitted:
-    """Time of an iteration besides what workers account for: a base, and something for each sequence.
+    """Time of an iteration besides what workers account for.
 
-    ``launches`` are of starting kernels without graphs, where the host has to do that; the sizes of graphs
-    are among them.
+    A base and something for each sequence; where there are prompts, something more for the iteration and for
+    each of them. ``launches`` are of starting kernels without graphs, where the host has to do that; the
+    sizes of graphs are among them.
     """
     rows = means(samples)
-
-    def columns(part: pd.DataFrame) -> list[Floats]:
-        return [np.ones(len(part)), part["tokens"].to_numpy(dtype=np.float64)]
-
-    base, each = least_relative(columns(rows), rows["seconds"].to_numpy())
-    errors = held_out_errors(rows, ["tokens"], lambda known: _linear(known, columns))
+    plain = rows["prompts"] == 0
+    base, each = least_relative(_per_token(rows[plain]), rows[plain]["seconds"].to_numpy())
+    errors = held_out_errors(rows[plain], ["tokens"], lambda known: _linear(known, _per_token))
     found = HostOverhead(float(base), float(each))
+    if (~plain).any():
+        step, prompt = _of_prompts(rows[~plain], found)
+        found = replace(found, prompt_step_s=step, per_prompt_s=prompt)
     sizes = launches["module"].isin(GRAPHS)
     if not sizes.all():
         starts = means(launches[~sizes])
-        layer, prompt = least_relative(columns(starts), starts["seconds"].to_numpy())
+        layer, prompt = least_relative(_per_token(starts), starts["seconds"].to_numpy())
         found = replace(found, eager_s_per_layer=float(layer), eager_s_per_prompt=float(prompt))
     found = replace(found, graphs=graphs_of(launches[sizes]))
     return Fitted("host_overhead", "host", found.dump(),
@@ -316,6 +317,18 @@ def graphs_of(sizes: pd.DataFrame) -> GraphSteps:
     of_prompts, of_batches = (tuple(sorted({int(n) for n in part["tokens"]})) for part in (prompts, batches))
     most = int(prompts["rows"].max()) if len(prompts) else 0
     return GraphSteps(max(of_prompts, default=0), of_prompts, of_batches, most)
+
+
+def _per_token(rows: pd.DataFrame) -> list[Floats]:
+    return [np.ones(len(rows)), rows["tokens"].to_numpy(dtype=np.float64)]
+
+
+def _of_prompts(rows: pd.DataFrame, plain: HostOverhead) -> tuple[float, float]:
+    """What an iteration with prompts takes more than one of as many sequences, and each of its prompts."""
+    usual = np.array([plain.seconds(int(n)) for n in rows["tokens"]])
+    columns = [np.ones(len(rows)), rows["prompts"].to_numpy(dtype=np.float64)]
+    step, prompt = least_relative(columns, rows["seconds"].to_numpy(), known=usual)
+    return float(step), float(prompt)
 
 
 # -- all of it -------------------------------------------------------------------------------------------

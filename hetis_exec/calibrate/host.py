@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
+
+import pandas as pd
 
 from hetis_exec.calibrate.samples import Point, Sample, Samples
 from hetis_exec.crew import Crew, WorkerSpec
@@ -15,11 +18,22 @@ QUICK_BATCH_MAX = 16
 STEPS_EACH = 3
 QUICK_STEPS_EACH = 2
 PROMPT_TOKENS = 16
+TOGETHER = (1, 2, 4)
+"""Requests that end in the same iteration, so that as many prompts begin together."""
 
 
 def requests_for(batch: int, steps_each: int, prompt_tokens: int) -> list[Request]:
-    """Requests that come at once and end one after the other: every size of batch occurs."""
-    return [Request(n, 0.0, prompt_tokens, 1 + steps_each * (n + 1)) for n in range(batch)]
+    """Twice as many requests as a batch holds, all there from the first.
+
+    Those of the first half end some at a time, and let in as many prompts of the second, while the others go
+    on: so it is in service. Then the batch empties one by one, so that every size of it occurs.
+    """
+    sizes = cycle(TOGETHER)
+    first: list[int] = []
+    while len(first) < batch:
+        first += [1 + steps_each * (len(first) + 1)] * min(next(sizes), batch - len(first))
+    outputs = first + [1 + steps_each * (n + 1) for n in range(batch)]
+    return [Request(n, 0.0, prompt_tokens, output) for n, output in enumerate(outputs)]
 
 
 def measure_host(given: ExecutorInput, make_crew: Callable[[Sequence[WorkerSpec]], Crew], batch_max: int,
@@ -34,9 +48,19 @@ def measure_host(given: ExecutorInput, make_crew: Callable[[Sequence[WorkerSpec]
     longest = given.model.context_limit_tokens
     prompt = max(1, min(PROMPT_TOKENS, longest - each * batch - 1))
     batch = max(1, min(batch, (longest - prompt - 1) // each))
-    run = Executor(replace(given, requests=requests_for(batch, each, prompt), log_decisions=False), make_crew)
-    steps = run.run().recorder.steps()
-    pure = steps[(steps["kind"] == "decode") & (steps["requests"] > 0)]
-    pairs = zip(pure["requests"].tolist(), pure["host_s"].tolist(), strict=True)
-    return [Sample(Point("host_overhead", "host", tokens=sequences), max(1e-9, host_s))
-            for sequences, host_s in pairs]
+    limits = replace(given.settings.limits, max_batch_requests=batch)
+    settings = replace(given.settings, limits=limits, chunked_prefill=False)
+    run = Executor(replace(given, requests=requests_for(batch, each, prompt), settings=settings,
+                           log_decisions=False), make_crew)
+    return samples_of(run.run().recorder.steps())
+
+
+def samples_of(steps: pd.DataFrame) -> Samples:
+    """Of iterations that only decode, and of those that only compute prompts."""
+    made: Samples = []
+    for kind, prompts in (("decode", False), ("prefill", True)):
+        rows = steps[(steps["kind"] == kind) & (steps["requests"] > 0)]
+        made += [Sample(Point("host_overhead", "host", tokens=requests, prompts=requests if prompts else 0),
+                        max(1e-9, host_s))
+                 for requests, host_s in zip(rows["requests"].tolist(), rows["host_s"].tolist(), strict=True)]
+    return made

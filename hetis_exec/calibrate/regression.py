@@ -69,20 +69,24 @@ def ends_of(values: Any) -> tuple[float, float]:
     return float(np.min(values)), float(np.max(values))
 
 
-def least_relative(columns: Sequence[Floats], seconds: Floats, power: float = 0.0) -> Floats:
+def least_relative(columns: Sequence[Floats], seconds: Floats, power: float = 0.0,
+                   known: Floats | float = 0.0) -> Floats:
     """Coefficients >= 0 of the columns for which the mean of |predicted / measured - 1| is least.
 
-    Errors count in proportion to this power of the time: with 0 all alike, with 1 by what they cost.
+    Args:
+        power: errors count in proportion to this power of the time: with 0 all alike, with 1 by what they
+            cost.
+        known: the part of the prediction that is not fitted.
     """
     weights = (seconds / seconds.mean()) ** power
     design = np.column_stack(columns) / seconds[:, None]
     scale = np.maximum(np.abs(design).max(axis=0), 1e-300)
     count, width = len(seconds), len(columns)
-    identity = np.eye(count)
+    identity, rest = np.eye(count), np.ones(count) - known / seconds
     found = linprog(
         np.concatenate([np.zeros(width), weights]),
         A_ub=np.block([[design / scale, -identity], [-design / scale, -identity]]),
-        b_ub=np.concatenate([np.ones(count), -np.ones(count)]), bounds=[(0, None)] * (width + count),
+        b_ub=np.concatenate([rest, -rest]), bounds=[(0, None)] * (width + count),
         method="highs")
     coefficients: Floats = np.asarray(found.x[:width]) / scale
     return coefficients

@@ -31,6 +31,7 @@ class Point:
         messages: that the time is of.
         ranks: of a collective.
         mixed: contexts of different length.
+        prompts: of an iteration, for host time.
     """
 
     module: str
@@ -48,6 +49,7 @@ class Point:
     messages: int = 0
     ranks: int = 0
     mixed: bool = False
+    prompts: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,7 +153,7 @@ class InstanceTimer:
         self._model = model
         self._cost = cost
         self._stages = tuple(self._stage_facts(s) for s in range(len(plan.stages)))
-        self._fixed: dict[tuple[int, int, int | None, int], FixedParts] = {}
+        self._fixed: dict[tuple[int, int, int, bool, int], FixedParts] = {}
         self._graphs = cost.graph_steps()
         self._alone = len(self._stages) == 1 and self._stages[0].tp == 1
         self._decodes: dict[int, tuple[int, StepTiming]] = {}
@@ -194,28 +194,28 @@ class InstanceTimer:
         cost = self.costs[p.index]
         return p.index, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s
 
-    def fixed_parts(self, tokens: int, sequences: int, prompts: int | None = None,
+    def fixed_parts(self, tokens: int, sequences: int, prompts: int = 0, eager: bool = False,
                     sampled: int = 0) -> FixedParts:
         """Host, dense, collectives and hops for ``tokens``, of which ``sequences`` are sampled.
 
-        ``prompts``: see :meth:`CostModel.host_beside_s`. The LM head computes ``sampled`` rows
+        ``prompts`` and ``eager``: see :meth:`CostModel.host_beside_s`. The LM head computes ``sampled`` rows
         if those are more.
         """
-        key = (tokens, sequences, prompts, sampled)
+        key = (tokens, sequences, prompts, eager, sampled)
         found = self._fixed.get(key)
         if found is None:
-            parts = [self._stage_parts(s, tokens, sequences, max(sampled, sequences))
+            parts = [self._stage_parts(s, tokens, sequences, prompts, max(sampled, sequences))
                      for s in range(len(self.plan.stages))]
             host, dense, collective, hop = (tuple(column) for column in zip(*parts, strict=True))
             busy = tuple(sum(part[:3]) for part in parts)
-            least = tuple(self._cost.host_beside_s(sequences, stage.layers, s == 0, prompts)
+            least = tuple(self._cost.host_beside_s(sequences, stage.layers, s == 0, prompts, eager)
                           for s, stage in enumerate(self._stages))
             found = FixedParts(busy, hop, least, sum(host), sum(dense), sum(collective), sum(hop))
             self._fixed[key] = found
         return found
 
     def _stage_parts(self, s: int, tokens: int, sequences: int,
-                     sampled: int) -> tuple[float, float, float, float]:
+                     prompts: int, sampled: int) -> tuple[float, float, float, float]:
         """Host, dense, collective and hop seconds of one stage."""
         stage, cost, model = self._stages[s], self._cost, self._model
         message = tokens * model.hidden * model.activation_bytes
@@ -227,7 +227,7 @@ class InstanceTimer:
                 cost.all_reduce_s(gpu, stage.ring, message, stage.tp) for gpu, _ in stage.dense])
         if stage.hop is None:
             dense += max([cost.head_s(gpu, model, sampled, stage.tp) for gpu, _ in stage.dense])
-        return (cost.host_overhead_s(sequences) if s == 0 else 0.0, dense, collective,
+        return (cost.host_overhead_s(sequences, prompts) if s == 0 else 0.0, dense, collective,
                 stage.hop.seconds(message) if stage.hop is not None else 0.0)
 
     def _stage_facts(self, s: int) -> _StageFacts:
@@ -251,11 +251,12 @@ class InstanceTimer:
         # Groups that go elsewhere leave layer by layer.
         whole = (self._alone and not step.decoding and not step.transfers
                  and self._graphs.takes(tokens, len(step.chunks)))
+        prompts = len(step.chunks)
         if whole:
             rows, head_rows = self._graphs.prompt_rows(tokens), self._graphs.prompts
-            fixed = self.fixed_parts(rows, max(1, sampled), None, head_rows)
+            fixed = self.fixed_parts(rows, max(1, sampled), prompts, False, head_rows)
         else:
-            fixed = self.fixed_parts(tokens, max(1, sampled), len(step.chunks))
+            fixed = self.fixed_parts(tokens, max(1, sampled), prompts, True)
         attention = [self._prefill_attention_s(stage, step.chunks) for stage in self._stages]
         idle = DecodeLines((NO_LINES,) * len(attention), ())
         lines = self._mixed_lines(lane, loads) if step.decoding else idle
@@ -271,7 +272,7 @@ class InstanceTimer:
             lines = self.lines(lane, loads)
             whole = self._alone and not lines.workers
             rows = self._graphs.batch_rows(batch) if whole else batch
-            fixed = self.fixed_parts(rows, batch, None if whole else 0, rows)
+            fixed = self.fixed_parts(rows, batch, 0, not whole, rows)
             stages = tuple([(busy, stage.both, hop) for busy, stage, hop
                             in zip(fixed.busy_s, lines.stages, fixed.hop_s, strict=True)])
             timing = self._held(StepTiming(fixed, 0.0, lines, stages))

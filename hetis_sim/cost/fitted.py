@@ -83,11 +83,12 @@ class ProfileCost(MemoisedCost):
     def warnings(self) -> tuple[str, ...]:
         return tuple(self._warnings)
 
-    def host_overhead_s(self, sequences: int) -> float:
-        return self._host.waited_s(sequences)
+    def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
+        return self._host.waited_s(sequences, prompts)
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
-        return self._host.beside_s(sequences, layers, leads, prompts)
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int = 0,
+                      eager: bool = False) -> float:
+        return self._host.beside_s(sequences, layers, leads, prompts, eager)
 
     def graph_steps(self) -> GraphSteps:
         return self._host.graphs
@@ -100,6 +101,7 @@ class ProfileCost(MemoisedCost):
             return given
         measured = profile.host_overhead
         return replace(given, base_s=measured.base_s, per_sequence_s=measured.per_sequence_s,
+                       prompt_step_s=measured.prompt_step_s, per_prompt_s=measured.per_prompt_s,
                        eager_s_per_layer=measured.eager_s_per_layer,
                        eager_s_per_prompt=measured.eager_s_per_prompt,
                        graphs=measured.graphs)

@@ -121,8 +121,8 @@ class MisjudgedCost(MemoisedCost):
         seconds = self.truth.all_reduce_s(gpu, link, size_bytes, ranks)
         return self._judged.factor("all_reduce", gpu.name, link.name) * seconds
 
-    def host_overhead_s(self, sequences: int) -> float:
-        return self.truth.host_overhead_s(sequences)
+    def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
+        return self.truth.host_overhead_s(sequences, prompts)
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         return self.truth.head_packing(gpu)
@@ -130,8 +130,9 @@ class MisjudgedCost(MemoisedCost):
     def host_copy(self, gpu: GpuSpec) -> TransferCost:
         return self.truth.host_copy(gpu)
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
-        return self.truth.host_beside_s(sequences, layers, leads, prompts)
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int = 0,
+                      eager: bool = False) -> float:
+        return self.truth.host_beside_s(sequences, layers, leads, prompts, eager)
 
     def graph_steps(self) -> GraphSteps:
         return self.truth.graph_steps()

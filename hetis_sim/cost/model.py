@@ -157,8 +157,13 @@ class CostModel(ABC):
         """All-reduce of ``size_bytes`` per rank over ``ranks`` cards joined by ``link``; 0 for one rank."""
 
     @abstractmethod
-    def host_overhead_s(self, sequences: int) -> float:
-        """Host time of one engine iteration that the devices wait for (scheduling, input, output)."""
+    def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
+        """Host time of one engine iteration that the devices wait for (scheduling, input, output).
+
+        Args:
+            sequences: that get a token in it.
+            prompts: or pieces of such, in it.
+        """
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         """Processor time of a rank on ``gpu`` to address one attention worker in one layer.
@@ -180,13 +185,13 @@ class CostModel(ABC):
         """What the durations of a module were fitted on: ends by quantity; empty where nothing was fitted."""
         return {}
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int = 0,
+                      eager: bool = False) -> float:
         """Host time that runs beside the devices; an iteration of a stage takes the longer of the two.
 
         ``layers`` are those of the stage, and ``leads`` says whether the host schedules the iteration there.
-        ``prompts`` are those of an iteration that no graph of kernels can stand for, because it has prompts
-        or is spread over several devices; None for plain decoding on one, and for prompts there that
-        :meth:`graph_steps` lets in.
+        ``eager`` are iterations that no graph of kernels can stand for: those that are spread over several
+        devices, and those with prompts that :meth:`graph_steps` does not let in.
         """
         return 0.0
 

@@ -93,8 +93,8 @@ class PacedCost(MemoisedCost):
     def _all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
         return self._whole.all_reduce_s(gpu, link, size_bytes, ranks)
 
-    def host_overhead_s(self, sequences: int) -> float:
-        return self._whole.host_overhead_s(sequences)
+    def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
+        return self._whole.host_overhead_s(sequences, prompts)
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         return self._whole.head_packing(gpu)
@@ -105,8 +105,9 @@ class PacedCost(MemoisedCost):
     def ranges(self, gpu: GpuSpec, module: str) -> Mapping[str, tuple[float, float]]:
         return self._whole.ranges(gpu, module)
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
-        return self._whole.host_beside_s(sequences, layers, leads, prompts)
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int = 0,
+                      eager: bool = False) -> float:
+        return self._whole.host_beside_s(sequences, layers, leads, prompts, eager)
 
     def graph_steps(self) -> GraphSteps:
         return self._whole.graph_steps()

@@ -69,11 +69,12 @@ class RooflineCost(MemoisedCost):
         """Seconds of one elementwise kernel that moves ``size_bytes``."""
         return self.stream_s(gpu, size_bytes) + self.settings.kernel_s
 
-    def host_overhead_s(self, sequences: int) -> float:
-        return self.host.waited_s(sequences)
+    def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
+        return self.host.waited_s(sequences, prompts)
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
-        return self.host.beside_s(sequences, layers, leads, prompts)
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int = 0,
+                      eager: bool = False) -> float:
+        return self.host.beside_s(sequences, layers, leads, prompts, eager)
 
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:

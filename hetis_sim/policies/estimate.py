@@ -213,10 +213,10 @@ class Estimator:
         together, share = self._prompts_together(batch)
         return share / (1.0 - share) * float(self.prompts_layer_s(stage, together).mean())
 
-    def _stage_fixed_s(self, shape: InstanceShape, s: int, batch: int) -> float:
+    def _stage_fixed_s(self, shape: InstanceShape, s: int, batch: int, prompts: int = 0) -> float:
         """Time of a stage in an iteration that does not depend on its layers: the host's, and the LM head."""
         cost, model, stage = self.problem.cost, self.problem.model, shape.stages[s]
-        fixed = cost.host_overhead_s(batch) if s == 0 else 0.0
+        fixed = cost.host_overhead_s(batch, prompts) if s == 0 else 0.0
         if s == len(shape.stages) - 1:
             fixed += cost.head_s(stage.gpu, model, batch, stage.tp)
         return fixed
@@ -227,11 +227,11 @@ class Estimator:
         hops = prefill = 0.0
         for s, stage in enumerate(shape.stages):
             busy = layers[s] * (self.decode_layer_s(stage, batch) + attention[s])
-            prompt = layers[s] * self.prefill_layer_s(stage) + self._stage_fixed_s(shape, s, 1)
+            prompt = layers[s] * self.prefill_layer_s(stage) + self._stage_fixed_s(shape, s, 1, 1)
             decode.append(busy + self._stage_fixed_s(shape, s, batch))
             if self.ideal_pipeline:
                 together, share = self._prompts_together(batch)
-                fixed = self._stage_fixed_s(shape, s, round(together))
+                fixed = self._stage_fixed_s(shape, s, round(together), round(together))
                 decode[s] += layers[s] * self._whole_layer_s(stage, batch) + share / (1.0 - share) * fixed
             hops += self._hop_s(stage, batch)
             prefill += prompt + self._hop_s(stage, self.prompt)
@@ -249,7 +249,8 @@ class Estimator:
         if self.problem.chunk_tokens:
             return self._mixed_turn_s(shape, layers, decode_s, hops_s, batch)
         together, share = self._prompts_together(batch)
-        prompts = [n * self.prompts_layer_s(stage, together) + self._stage_fixed_s(shape, s, round(together))
+        number = round(together)
+        prompts = [n * self.prompts_layer_s(stage, together) + self._stage_fixed_s(shape, s, number, number)
                    for s, (stage, n) in enumerate(zip(shape.stages, layers, strict=True))]
         hops = sum(self._hop_s(stage, round(together * self.prompt)) for stage in shape.stages)
         shares = np.full(len(self.parts), share / len(self.parts))

@@ -94,7 +94,7 @@ class PrefillEstimator(Estimator):
         return self.prompt / max(self._stage_times(shape, 1, layers))
 
     def _stage_times(self, shape: InstanceShape, batch: int, layers: Sequence[int]) -> list[float]:
-        return [n * self._batch_layer_s(stage, batch) + self._stage_fixed_s(shape, s, batch)
+        return [n * self._batch_layer_s(stage, batch) + self._stage_fixed_s(shape, s, batch, batch)
                 for s, (stage, n) in enumerate(zip(shape.stages, layers, strict=True))]
 
     def _batch_load(self, shape: InstanceShape, s: int, batch: int, held: int) -> StageLoad:
@@ -102,8 +102,8 @@ class PrefillEstimator(Estimator):
         cache = [self.group_bytes * owned * held for owned in stage.owned]
         rows = zip(ranks(stage), cache, strict=True)
         local = min(room / (weights + kept) for (room, weights, _), kept in rows)
-        return StageLoad(self._stage_fixed_s(shape, s, batch), self._batch_layer_s(stage, batch), 0.0, local,
-                         local, sum(stage.layer_bytes) + sum(cache))
+        return StageLoad(self._stage_fixed_s(shape, s, batch, batch), self._batch_layer_s(stage, batch), 0.0,
+                         local, local, sum(stage.layer_bytes) + sum(cache))
 
     def _fits(self, shape: InstanceShape, layers: Sequence[int], held: int) -> bool:
         return all(room >= n * (weights + self.group_bytes * owned * held)

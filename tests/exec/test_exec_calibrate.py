@@ -13,10 +13,12 @@ import pytest
 
 pytest.importorskip("torch", reason="calibration needs the extra exec")
 
+import exec_toys
 from calibrated import TINY_CONFIG
 
 from hetis_exec.calibrate import command
 from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, owned_groups, tables_of
+from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
 from hetis_exec.calibrate.steps import Sizes, jobs_for
@@ -45,6 +47,16 @@ def words(tmp_path: Path) -> list[str]:
     """The command line of a calibration that takes a second or two."""
     (tmp_path / "config.json").write_text(json.dumps(TINY_CONFIG))
     return [f"model.config={tmp_path}", f"calibrate.out={tmp_path / 'out'}", *WORDS]
+
+
+def test_host_time_is_measured_with_and_without_prompts() -> None:
+    """Of every size of batch that only decodes, and of several numbers of prompts."""
+    what = exec_toys.given(exec_toys.pipeline([[0]], [2]), exec_toys.Fixed((exec_toys.MODEL.kv_heads,)), [])
+    found = measure_host(what, exec_toys.threads(), 8, quick=True)
+    assert {sample.point.tokens for sample in found if not sample.point.prompts} == set(range(1, 9))
+    together = {sample.point.prompts for sample in found if sample.point.prompts}
+    assert together >= {1, 2, 4}
+    assert all(sample.seconds > 0 for sample in found)
 
 
 def config_of(words: list[str], *more: str) -> ExecutionConfig:

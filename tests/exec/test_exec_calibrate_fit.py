@@ -138,17 +138,29 @@ def test_known_coefficients_come_back(tmp_path: Path) -> None:
     assert cost.all_reduce_s(CORE, PIPE, 200_000, 2) == pytest.approx(3 * (BETA + GAMMA * 200_000), rel=0.01)
 
 
+def test_prompts_are_part_of_the_hosts_time(tmp_path: Path) -> None:
+    """Where iterations with prompts were measured, time for such an iteration and for each of its prompts."""
+    plain = cost_of(fitted(), tmp_path / "plain")
+    assert plain.host_overhead_s(4, 4) == plain.host_overhead_s(4)
+    prompts = [Sample(Point("host_overhead", "host", tokens=n, prompts=n), HOST + EACH * n + 9e-4 + 2e-4 * n)
+               for n in (1, 2, 4, 16)]
+    fits = fit_all(frame_of([*samples(), *prompts]), SHAPES, CalibrateConfig().limit)
+    cost = cost_of(fits, tmp_path / "prompts")
+    assert cost.host_overhead_s(7) == pytest.approx(plain.host_overhead_s(7), rel=1e-3)
+    assert cost.host_overhead_s(5, 3) == pytest.approx(HOST + 5 * EACH + 9e-4 + 6e-4, rel=1e-3)
+
+
 def test_starting_kernels_is_part_of_the_hosts_time(tmp_path: Path) -> None:
     """Where it was measured, time for a layer and each prompt in it; plain decoding knows nothing of it."""
     launches = [Sample(Point("host_launch", "host", tokens=n), 6e-4 + 5e-5 * n) for n in (1, 2, 4, 8)]
     fits = fit_all(frame_of([*samples(), *launches]), SHAPES, CalibrateConfig().limit)
     assert {made.module for made in fits.found} == set(LIMITS)
     cost = cost_of(fits, tmp_path)
-    assert cost.host_beside_s(1, 30, True, prompts=2) == pytest.approx(30 * 7e-4, rel=1e-3)
-    assert cost.host_beside_s(1, 30, True, prompts=0) == pytest.approx(30 * 6e-4, rel=1e-3)
+    assert cost.host_beside_s(1, 30, True, prompts=2, eager=True) == pytest.approx(30 * 7e-4, rel=1e-3)
+    assert cost.host_beside_s(1, 30, True, eager=True) == pytest.approx(30 * 6e-4, rel=1e-3)
     assert cost.host_beside_s(1, 30, True) == 0.0
     assert cost.graph_steps() == GraphSteps()
-    assert cost_of(fitted(), tmp_path / "plain").host_beside_s(1, 30, True, prompts=2) == 0.0
+    assert cost_of(fitted(), tmp_path / "plain").host_beside_s(1, 30, True, prompts=2, eager=True) == 0.0
 
 
 def test_sizes_of_graphs_are_part_of_the_profile(tmp_path: Path) -> None:

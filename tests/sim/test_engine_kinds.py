@@ -61,8 +61,9 @@ class BusyHost(ConstantCost):
     batch_sizes: tuple[int, ...] = ()
     prompts: int = 0
 
-    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int | None = None) -> float:
-        return 0.0 if prompts is None and self.graph_tokens else self.beside_s
+    def host_beside_s(self, sequences: int, layers: int, leads: bool, prompts: int = 0,
+                      eager: bool = False) -> float:
+        return 0.0 if not eager and self.graph_tokens else self.beside_s
 
     def graph_steps(self) -> GraphSteps:
         return GraphSteps(self.graph_tokens, self.prompt_sizes, self.batch_sizes, self.prompts)

@@ -71,8 +71,9 @@ class NodeTimer:
                                            self._decode_s(segment.tokens, segment.context_tokens))
         if self._last:
             dense += self._head_s(len(step.walks))
-        host = self._cost.host_overhead_s(len(step.walks))
-        beside = self._cost.host_beside_s(len(step.walks), self.node.layers, True)
+        prompts = len(step.walks) if prefill else 0
+        host = self._cost.host_overhead_s(len(step.walks), prompts)
+        beside = self._cost.host_beside_s(len(step.walks), self.node.layers, True, prompts)
         return NodeParts(host + max(0.0, beside - dense - collective - attention), dense, collective,
                          attention)
 

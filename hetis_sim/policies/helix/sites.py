@@ -168,7 +168,7 @@ class _Rater:
         prompts = batch / estimator.output
         layer = estimator.decode_layer_s(shape, batch) + shape.home.seconds(home, home * estimator.context)
         layer += prompts * estimator.prefill_layer_s(shape)
-        return layers * layer + cost.host_overhead_s(batch) + prompts * cost.host_overhead_s(1)
+        return layers * layer + cost.host_overhead_s(batch) + prompts * cost.host_overhead_s(1, 1)
 
     def _rate(self, n: int, layers: int, batch: int) -> float:
         tokens = batch * (1.0 + self._estimator.prompt / self._estimator.output)

@@ -111,7 +111,10 @@ class SupplyMaker:
     def make(self) -> Supply:
         """Kinds and batches."""
         batches = tuple(batch for k in range(len(self.gpus)) for batch in undominated(self._batches(k)))
-        per_prompt = 0.0 if self.mixed else best_per_token(self.cost.host_overhead_s, self.sequences)
+        per_prompt = 0.0
+        if not self.mixed:
+            # Every prompt gets its first token in the iteration that it is computed in.
+            per_prompt = best_per_token(lambda n: self.cost.host_overhead_s(n, n), self.sequences)
         return Supply(tuple(map(self._kind, self.gpus)), batches, min(batch.held_s for batch in batches),
                       per_prompt, self.mixed)
 
