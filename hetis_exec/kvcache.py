@@ -112,22 +112,22 @@ def _behind(skipped: int, units: NDArray[np.int64]) -> NDArray[np.int64]:
 class KvPool:
     """Keys and values of one device, in units that are allocated one by one.
 
+    Args:
+        growing: tables get places to grow into; see :class:`hetis_exec.units.Allocator`.
+
     Attributes:
         tables: the units of every key.
         version: changes whenever a table is opened or closed.
     """
 
-    def __init__(self, capacity_units: int, block_tokens: int, kernels: Kernels) -> None:
+    def __init__(self, capacity_units: int, block_tokens: int, kernels: Kernels,
+                 growing: bool = True) -> None:
         self.block_tokens = block_tokens
         self.capacity_units = capacity_units
         self.kernels = kernels
         self.tables: dict[TableKey, Table] = {}
         self.version = 0
-        self._units = Allocator(capacity_units)
-
-    def scatter(self, seed: int) -> None:
-        """Hand free units out in an order without order, as those of a pool that has long been crowded."""
-        self._units.scatter(seed)
+        self._units = Allocator(capacity_units, growing)
 
     @property
     def used_units(self) -> int:

@@ -53,11 +53,6 @@ class FreeUnits:
         self.number = end
         self._searched = False
 
-    def scatter(self, seed: int) -> None:
-        """Hand units out in an order without order."""
-        np.random.default_rng(seed).shuffle(self._stack[:self.number])
-        self._searched = True
-
     def _bring_up(self, number: int) -> None:
         """Put the window's units in order, and its first run of so many on top.
 
@@ -75,10 +70,15 @@ class FreeUnits:
 
 
 class Allocator:
-    """Units of tables, shape (layers, blocks), and places that these grow into."""
+    """Units of tables, shape (layers, blocks), and places that these grow into.
 
-    def __init__(self, capacity: int) -> None:
+    Args:
+        growing: tables get such places.
+    """
+
+    def __init__(self, capacity: int, growing: bool = True) -> None:
         self._free = FreeUnits(capacity)
+        self._growing = growing
         self._places: dict[int, Units] = {}
         self._places_units = 0
         self._names = count()
@@ -88,13 +88,9 @@ class Allocator:
         """Units that may be taken, places among them."""
         return self._free.number + self._places_units
 
-    def scatter(self, seed: int) -> None:
-        """Hand units out in an order without order, as those of a pool that has long been crowded."""
-        self._free.scatter(seed)
-
     def take(self, layers: int, blocks: int) -> tuple[Units, int]:
         """Units, no more than are free, and the name of places behind them, if there is room for such."""
-        more = max(PLACES_LEAST, blocks // 2)
+        more = max(PLACES_LEAST, blocks // 2) if self._growing else 0
         if layers * (blocks + more) > self._free.number:
             more = 0
         while layers * blocks > self._free.number:

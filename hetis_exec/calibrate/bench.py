@@ -148,7 +148,7 @@ class StepBench:
     """One rank with its cache; computes steps and says what they took.
 
     Tables are opened once, each for the longest context that its place in a batch will have, with blocks
-    that lie anywhere, and filled: pages that were never written to would be read from a cache.
+    in line as in service, and filled: pages that were never written to would be read from a cache.
 
     Args:
         tables: tokens of each request.
@@ -164,8 +164,8 @@ class StepBench:
         alone = InstancePlan((StagePlan((spec.device,), layers, (spec.model.kv_heads,)),))
         self.groups = spec.owned[0]
         units = sum(-(-tokens // spec.block_tokens) for tokens in tables.values()) * self.groups * layers
-        pool = KvPool(units, spec.block_tokens, spec.backend.kernels(spec.device, units, spec.block_tokens))
-        pool.scatter(spec.device)
+        pool = KvPool(units, spec.block_tokens, spec.backend.kernels(spec.device, units, spec.block_tokens),
+                      growing=False)
         self._worker = PrimaryWorker(spec.device, self._endpoint, pool, TIMEOUT_S, Rank(alone, 0, 0),
                                      self._shard, throttle=spec.throttle)
         self._seq = 0

@@ -140,8 +140,7 @@ class LayerBench:
         units = max(1, blocks * self.owned[0] * self.cache_layers)
         self.kernels: Kernels = backend.kernels(spec.device, units, spec.block_tokens)
         self.shard = backend.shard(spec.device, plan, 0, 0)
-        self.pool = KvPool(units, spec.block_tokens, self.kernels)
-        self.pool.scatter(spec.seed)
+        self.pool = KvPool(units, spec.block_tokens, self.kernels, growing=False)
         self.groups = tuple(range(self.owned[0]))
         for request, tokens in tables.items():
             self._open(request, tokens)

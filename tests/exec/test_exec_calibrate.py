@@ -22,6 +22,7 @@ from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
 from hetis_exec.calibrate.steps import Sizes, jobs_for
+from hetis_exec.kernels.runs import Pieces
 from hetis_exec.calibrate.tasks import degrees_of, plan_of
 from hetis_exec.cli import main
 from hetis_exec.config import ExecutionConfig, compose_execution
@@ -195,6 +196,14 @@ def test_launches_are_timed_by_the_number_of_prompts() -> None:
     assert [sample.point.tokens for sample in found] == [1, 2, 4, 8, 1, 0] * 2
     assert {sample.point.row_tokens for sample in found} == {0}
     assert all(sample.seconds > 0 for sample in found)
+
+
+def test_tables_of_a_bench_lie_as_in_service() -> None:
+    """Each in one piece in every layer, down to the last unit of the pool."""
+    pool = StepBench(bench(), {0: 100, 1: 40, 2: 5}).pool
+    pieces = Pieces()
+    assert all(pieces.begins(table) is not None for table in pool.tables.values())
+    assert pool.used_units == pool.capacity_units
 
 
 def test_ranks_own_groups_as_even_as_can_be() -> None:
