@@ -11,6 +11,7 @@ import torch
 from hetis_exec.backend import Kernels, Shard
 from hetis_exec.backend import WholeSteps as Steps
 from hetis_exec.devices import free_bytes, torch_type
+from hetis_exec.heap import keep_freed_memory
 from hetis_exec.hugepages import use_huge_pages
 from hetis_exec.kernels.cpu import CpuKernels
 from hetis_exec.kernels.cuda import CudaKernels, triton_kernels
@@ -145,6 +146,7 @@ class TorchBackend:
             torch.cuda.set_device(place)
             return CudaKernels(torch.device(place), capacity_units, block_tokens,
                                self.architecture.spec.head_dim, torch_type(self.dtype), self.poison)
+        keep_freed_memory()
         return CpuKernels(capacity_units, block_tokens, self.architecture.spec.head_dim, self.poison,
                           dtype=torch_type(self.dtype))
 
