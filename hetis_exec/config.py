@@ -51,7 +51,8 @@ class ExecutorConfig:
         dtype: of weights, activations and cache: ``auto``, ``float32``, ``bfloat16`` or ``float16``; see
             :func:`hetis_exec.devices.find_type`.
         cuda_graphs: replay steps of models that are whole on one CUDA device from CUDA graphs.
-        warm_up: have CUDA devices do each kind of work once before the first request.
+        warm_up: have CUDA devices do each kind of work once before the first request, and take the first
+            256 MiB of a processor's cache from the system.
         threads: of torch, in each process.
         seed: of prompts, of sampling, and of weights where no folder is given.
         temperature, top_p, top_k: of sampling; temperature 0 takes the likeliest token, ``top_k`` 0 sets no

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from hetis_exec.places import (
     stages_of,
     units_of,
 )
-from hetis_exec.warm_up import WarmUp, warm_up_for
+from hetis_exec.warm_up import warm_up_for
 from hetis_exec.whole_steps import WholeSteps
 from hetis_sim.policies.memory import stage_weight_bytes
 from hetis_sim.policies.plan import InstancePlan
@@ -57,7 +57,8 @@ class TorchBackend:
         places: a torch device for every device of the cluster; none means that all are the CPU.
         dtype: of weights, activations and cache.
         cuda_graphs: replay steps of whole models from CUDA graphs.
-        warm: prepare CUDA devices for all sizes of steps before the first request.
+        warm: prepare CUDA devices for all sizes of steps, and take memory for a processor's cache, before the
+            first request.
     """
 
     architecture: Architecture
@@ -172,10 +173,12 @@ class TorchBackend:
         return WholeSteps(shard, pool)
 
     def warm_up(self, kernels: Kernels, shard: Shard | None, steps: Steps | None, rows_max: int,
-                tokens_max: int) -> WarmUp | None:
-        """What happens only once on a CUDA device."""
+                tokens_max: int) -> Callable[[], None] | None:
+        """What happens only once on a CUDA device, and memory of a processor's cache."""
         if not self.warm:
             return None
+        if isinstance(kernels, CpuKernels):
+            return kernels.touch
         heads = self.architecture.spec.heads_per_group
         return warm_up_for(kernels, shard, steps, heads, rows_max, tokens_max)
 

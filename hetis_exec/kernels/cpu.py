@@ -40,6 +40,11 @@ RUN_BYTES = 512 << 10
 
 Units = NDArray[np.int64]
 
+TOUCHED_BYTES = 256 << 20
+"""Of the pool, so much is taken from the system before the first request."""
+
+PAGE_BYTES = 4096
+
 CPU = torch.device("cpu")
 
 
@@ -82,7 +87,7 @@ class CpuKernels:
 
     Args:
         capacity_units, block_tokens, head_dim: the pool, of shape (units, block_tokens, head_dim) for
-            keys and for values. Its memory is taken as it is written to.
+            keys and for values. Its memory is taken as it is written to, unless :meth:`touch` does so before.
         poison: written over what is freed, so that tests find out who reads it.
         chunk_bytes: keys and values that are gathered at a time.
         dtype: of queries, keys and values.
@@ -142,6 +147,16 @@ class CpuKernels:
 
     def wait(self) -> None:
         """See :meth:`synchronize`."""
+
+    def touch(self) -> None:
+        """Take the memory of the first units from the system; they keep what they hold.
+
+        Those are the first to be handed out. On a virtual machine it may take milliseconds until a page is
+        there that the machine has never used.
+        """
+        for pool in (self._keys, self._values):
+            first = pool.view(torch.uint8).view(-1)[:TOUCHED_BYTES // 2:PAGE_BYTES]
+            first.add_(0)
 
     # -- cache ---------------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -10,7 +12,7 @@ torch = pytest.importorskip("torch", reason="real models need the extra exec")
 from exec_parts import joined_parts  # noqa: E402
 
 from hetis_exec.kernels import cpu  # noqa: E402
-from hetis_exec.kernels.cpu import CpuKernels  # noqa: E402
+from hetis_exec.kernels.cpu import TOUCHED_BYTES, CpuKernels  # noqa: E402
 from hetis_exec.kernels.reference import attention  # noqa: E402
 from hetis_exec.kvcache import KvPool, TableKey  # noqa: E402
 
@@ -198,3 +200,24 @@ def test_messages_share_memory_with_tensors() -> None:
     array = np.zeros(2, dtype=np.float32)
     kernels.from_wire(array)[0] = 7.0
     assert array.tolist() == [7.0, 0.0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+def test_memory_of_the_first_units_is_taken_beforehand() -> None:
+    """It holds what it held, and what lies behind it is left to the system."""
+    kernels = CpuKernels(50_000, BLOCK, D * 16)
+    pools = kernels._keys, kernels._values
+    of_pools = sum(pool.numel() * 4 for pool in pools)
+    assert of_pools > 1.5 * TOUCHED_BYTES
+    pools[0][0], pools[1][7, 0, 3] = 2.0, 3.0
+    before = resident_bytes()
+    kernels.touch()
+    taken = resident_bytes() - before
+    assert 0.9 * TOUCHED_BYTES < taken < 1.1 * TOUCHED_BYTES
+    assert (pools[0][0] == 2.0).all()
+    assert float(pools[1].sum()) == 3.0
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in use."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
