@@ -52,15 +52,14 @@ def measure_host(given: ExecutorInput, make_crew: Callable[[Sequence[WorkerSpec]
     settings = replace(given.settings, limits=limits, chunked_prefill=False)
     run = Executor(replace(given, requests=requests_for(batch, each, prompt), settings=settings,
                            log_decisions=False), make_crew)
-    return samples_of(run.run().recorder.steps())
+    return samples_of(run.run().recorder.steps(), prompt)
 
 
-def samples_of(steps: pd.DataFrame) -> Samples:
-    """Of iterations that only decode, and of those that only compute prompts."""
-    made: Samples = []
-    for kind, prompts in (("decode", False), ("prefill", True)):
-        rows = steps[(steps["kind"] == kind) & (steps["requests"] > 0)]
-        made += [Sample(Point("host_overhead", "host", tokens=requests, prompts=requests if prompts else 0),
-                        max(1e-9, host_s))
-                 for requests, host_s in zip(rows["requests"].tolist(), rows["host_s"].tolist(), strict=True)]
-    return made
+def samples_of(steps: pd.DataFrame, prompt_tokens: int) -> Samples:
+    """Of iterations that only decode, and of those that only compute prompts, whole ones of equal length."""
+    return [Sample(Point("host_overhead", "host", tokens=decoding + prompts, prompts=prompts),
+                   max(1e-9, host_s))
+            for decoding, prompts, host_s in zip(
+                steps["requests"].tolist(), (steps["prefill_tokens"] // prompt_tokens).tolist(),
+                steps["host_s"].tolist(), strict=True)
+            if (decoding > 0) != (prompts > 0)]

@@ -22,11 +22,11 @@ from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
 from hetis_exec.calibrate.steps import Sizes, jobs_for
-from hetis_exec.kernels.runs import Pieces
 from hetis_exec.calibrate.tasks import degrees_of, plan_of
 from hetis_exec.cli import main
 from hetis_exec.config import ExecutionConfig, compose_execution
 from hetis_exec.errors import ExecutorError
+from hetis_exec.kernels.runs import Pieces
 from hetis_exec.measure_config import LIMITS
 from hetis_exec.run import prepare_execution
 from hetis_exec.throttle import NONE, Throttle
@@ -52,11 +52,14 @@ def words(tmp_path: Path) -> list[str]:
 
 def test_host_time_is_measured_with_and_without_prompts() -> None:
     """Of every size of batch that only decodes, and of several numbers of prompts."""
-    what = exec_toys.given(exec_toys.pipeline([[0]], [2]), exec_toys.Fixed((exec_toys.MODEL.kv_heads,)), [])
+    model = exec_toys.MODEL
+    plan = exec_toys.pipeline([[0]], [model.layers])
+    what = exec_toys.given(plan, exec_toys.Fixed((model.kv_heads,)), [])
     found = measure_host(what, exec_toys.threads(), 8, quick=True)
     assert {sample.point.tokens for sample in found if not sample.point.prompts} == set(range(1, 9))
     together = {sample.point.prompts for sample in found if sample.point.prompts}
-    assert together >= {1, 2, 4}
+    assert {1, 4} <= together
+    assert len(together) >= 3
     assert all(sample.seconds > 0 for sample in found)
 
 
