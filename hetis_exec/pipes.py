@@ -10,7 +10,6 @@ message.
 from __future__ import annotations
 
 import math
-import os
 import select
 import time
 from collections import deque
@@ -36,6 +35,13 @@ RING_BYTES = 1 << 20
 
 LOOK_S = 1e-3
 """A receiver that always finds something in its rings looks at its pipes this often."""
+
+INTERRUPTED_S = 5e-4
+"""Looking once takes some microseconds: when it has taken so long, something else has had the core."""
+
+REST_S = 0.5
+"""A receiver whose core something else wants sleeps at once for so long: who sleeps has the core when it is
+woken, who looks all the time may have to wait for it."""
 
 WAKE = b""
 """What wakes a receiver: no message is as short."""
@@ -102,6 +108,7 @@ class PipeEndpoint:
             self._open[peer.pipe.fileno()] = peer
             self._readable.register(peer.pipe, select.POLLIN)
         self._looked_s = 0.0
+        self._rest_until_s = 0.0
         self._spin_max_s = self._spin_s = spin_s if self._laned else 0.0
         self._writer = Thread(target=self._write, name=f"outbox-{address}", daemon=True)
         self._writer.start()
@@ -156,8 +163,8 @@ class PipeEndpoint:
         if message is not None or timeout_s <= 0.0:
             return message or self._look_at_pipes(0.0) or self._at_hand()
         deadline_s = begun_s + timeout_s
-        if self._spin_max_s:
-            message = self._spin(min(deadline_s, begun_s + self._spin_s))
+        if self._spin_max_s and begun_s > self._rest_until_s:
+            message = self._spin(begun_s, min(deadline_s, begun_s + self._spin_s))
         if message is None:
             message = self._sleep(deadline_s)
         # Looking pays where messages come soon; where they do not it is given up step by step.
@@ -187,8 +194,10 @@ class PipeEndpoint:
             self._inbox.put(message, due_s)
             peer.expected += 1
 
-    def _spin(self, until_s: float) -> Message | None:
-        while time.monotonic() < until_s:
+    def _spin(self, now_s: float, until_s: float) -> Message | None:
+        """Look for a message for some time, or until something else has had this core meanwhile."""
+        while now_s < until_s:
+            before_s = now_s
             for _ in range(8):
                 message = self._from_rings()
                 if message is not None:
@@ -196,7 +205,10 @@ class PipeEndpoint:
             message = self._look_at_pipes(0.0) or self._inbox.get(0.0)
             if message is not None:
                 return message
-            os.sched_yield()
+            now_s = time.monotonic()
+            if now_s - before_s > INTERRUPTED_S:
+                self._rest_until_s = now_s + REST_S
+                return None
         return None
 
     def _sleep(self, deadline_s: float) -> Message | None:

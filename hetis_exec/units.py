@@ -47,11 +47,13 @@ class FreeUnits:
         return taken.copy()
 
     def give(self, units: Units) -> None:
-        """Take back units, in an order in which they are to be handed out again."""
+        """Take back units, in an order in which they are to be handed out again; all of them in line."""
         end = self.number + units.size
         self._stack[self.number:end] = units[::-1]
         self.number = end
         self._searched = False
+        if end == len(self._stack):
+            self._stack[:] = np.arange(end - 1, -1, -1, dtype=np.int64)
 
     def _bring_up(self, number: int) -> None:
         """Put the window's units in order, and its first run of so many on top.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -88,3 +89,14 @@ def test_runs_are_found_among_scattered_units() -> None:
     free.give(taken[[1, 5, 9]])
     assert sorted(free.take(3).tolist()) == [1, 5, 9]
     assert free.number == 0
+
+
+def test_an_empty_pool_hands_units_out_in_line_again() -> None:
+    """However its tables came and went."""
+    store = Allocator(1000)
+    held = [Held(*store.take(LAYERS, 3)) for _ in range(8)]
+    for n in (3, 0, 7, 1, 6, 2, 5, 4):
+        store.give(*held[n])
+    firsts = [int(store.take(LAYERS, 3)[0][0, 0]) for _ in range(8)]
+    assert len({b - a for a, b in pairwise(firsts)}) == 1
+    assert firsts[0] < firsts[1]
