@@ -16,18 +16,16 @@ from numpy.typing import NDArray
 from hetis_exec.backend import Joining, Shard, Spots, Tensor, Wanted, WholeSteps
 from hetis_exec.errors import CacheError, ExecutorError
 from hetis_exec.kvcache import KvPool, TableKey
+from hetis_exec.leaving import LeavingCache
 from hetis_exec.messages import (
     DRIVER,
     AttentionRequest,
     AttentionResult,
-    CacheData,
     Control,
     Hidden,
     Message,
-    Onward,
     Partial,
     Row,
-    Span,
     StageDone,
     StageTimes,
     Stop,
@@ -35,7 +33,7 @@ from hetis_exec.messages import (
     Tokens,
 )
 from hetis_exec.places import TeamPlan, stages_of
-from hetis_exec.shares import Share, columns_of, divide
+from hetis_exec.shares import Share, divide
 from hetis_exec.sums import Reducer, sums_for
 from hetis_exec.throttle import NONE, Throttle, throttled
 from hetis_exec.transport import Endpoint
@@ -122,6 +120,7 @@ class PrimaryWorker(Worker):
         self.shard = shard
         self.kernels = pool.kernels
         self._sums = sums_for(self, place.peers, reducer, timeout_s)
+        self._leaving = LeavingCache(self, place.stage, shard.groups)
         self._controls: deque[Control | Stop] = deque()
         self._box: dict[tuple[object, ...], Message] = {}
         self._whole_steps = whole_steps
@@ -311,8 +310,12 @@ class PrimaryWorker(Worker):
             attended = kernels.attend_prompts(batch.prompts, layer, q, k, v)
         joining = kernels.joining(batch.number, q) if batch.divided is not None else None
         attended = self._attend_here(batch, layer, (q, k, v), attended, joining)
-        self._prefill(batch, layer, q, k, v, attended)
+        leaving = self._prefill(batch, layer, q, k, v, attended)
         lap(ATTENTION)
+        for row, keys, values in leaving:
+            self._leaving.send(batch.seq, layer, row, keys, values)
+        if leaving:
+            lap(PACKING)
         for device, share in batch.remote.items():
             key = AttentionResult, batch.seq, layer, device
             result = self.fetch(key, f"heads from device {device}")
@@ -359,12 +362,14 @@ class PrimaryWorker(Worker):
             tables, [begin for _, begin in chosen], [row.new_tokens for row, _ in chosen],
             [row.position for row, _ in chosen], self.shard.heads_per_group)
 
-    def _prefill(self, batch: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor, attended: Tensor) -> None:
+    def _prefill(self, batch: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor,
+                 attended: Tensor) -> list[tuple[Row, Tensor, Tensor]]:
         """Causal attention of the prompts in the batch, over all groups whose weights are here.
 
-        Where it has been computed for all together, groups that live elsewhere are still to be sent.
+        Returns:
+            Prompts some of whose cache is to leave, with their keys and values of all groups.
         """
-        at = 0
+        at, leaving = 0, []
         for row in batch.rows:
             here = slice(at, at + row.new_tokens)
             at = here.stop
@@ -380,10 +385,9 @@ class PrimaryWorker(Worker):
             else:
                 keys, values = self.cache.pool.read(row.request_id, self.place.stage, self.shard.groups,
                                                     layer, 0, row.position + row.new_tokens)
-            if row.push_tag >= 0:
-                self._push(batch.seq, layer, row, keys, values)
-            for onward in row.onward:
-                self._send_onward(onward, layer, row.request_id, keys, values)
+            if row.push_tag >= 0 or row.onward:
+                leaving.append((row, keys, values))
+        return leaving
 
     def _prompt(self, batch: Batch, layer: int, row: Row, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (groups, tokens, d) of a prompt so far; new tokens are stored where they belong.
@@ -418,27 +422,3 @@ class PrimaryWorker(Worker):
             at = self.kernels.index((tokens - first).tolist()) if len(tokens) < row.new_tokens else ()
             found = batch.stored[row.request_id] = Stored(tokens, at, pool.spots_of(keys, tokens))
         return found
-
-    def _push(self, seq: int, layer: int, row: Row, keys: Tensor, values: Tensor) -> None:
-        """Send what of a complete prompt will live elsewhere, as soon as a layer has it."""
-        first = 0
-        for last, holders in (*row.older, Span(row.position + row.new_tokens, row.holders)):
-            for device, columns in columns_of(holders, self.shard.groups) if last > first else ():
-                if device != self.device:
-                    groups = tuple(self.shard.groups[n] for n in columns)
-                    k, v = self.packed(device, [x[columns][None, :, first:last] for x in (keys, values)],
-                                       bulk=True)
-                    self.send(device, CacheData(seq, row.push_tag, row.request_id, self.place.stage,
-                                                (layer,), groups, first, k, v, False))
-            first = last
-
-    def _send_onward(self, onward: Onward, layer: int, request_id: int, keys: Tensor, values: Tensor) -> None:
-        """Send a layer of a complete prompt to the instance that will decode it."""
-        abroad = onward.abroad
-        at = layer - abroad.first
-        if onward.source != self.device or not 0 <= at < abroad.layers:
-            return
-        columns = [self.shard.groups.index(g) for g in onward.groups]
-        k, v = self.packed(onward.target, [x[columns][None] for x in (keys, values)], bulk=True)
-        self.send(onward.target, CacheData(abroad.after, onward.tag, request_id, abroad.stage,
-                                           (abroad.at + at,), onward.groups, 0, k, v, False))

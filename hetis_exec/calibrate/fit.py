@@ -122,7 +122,8 @@ def curve_errors(rows: pd.DataFrame, samples: pd.DataFrame, size: str) -> Floats
 def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec]) -> Fitted:
     """a*h + b*g + c for each head size and number of query heads per KV head.
 
-    Batches of one request have a line of their own: nothing has to be brought together there.
+    Batches of one request have a line of their own: nothing has to be brought together there. Of the others,
+    a surface of what the line leaves over is taken where it predicts better.
     """
     rows = means(samples)
     classes, errors = [], []
@@ -130,10 +131,11 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
         model = shapes[str(part["model"].iloc[0])]
         lone = part["tokens"] == 1
         together = part[~lone] if (~lone).sum() >= POINTS_MIN else part
-        cost = _decode_line(together, model)
-        columns_of = partial(_decode_columns, model=model)
-        errors.append(held_out_errors(together, ["tokens", "mixed"], partial(
-            _linear, columns=columns_of, power=DECODE_POWER)))
+        tries = {corrected: held_out_errors(together, ["tokens", "mixed"], partial(
+            _decode_model, model=model, corrected=corrected)) for corrected in (False, True)}
+        best = min(tries, key=lambda corrected: _mean_error(tries[corrected]))
+        cost = _decode_cost(together, model, best)
+        errors.append(tries[best])
         if len(together) < len(part) and lone.sum() >= LONE_MIN:
             cost = replace(cost, lone=_lone_line(part[lone], model, cost))
             errors.append(held_out_errors(part[lone], ["row_tokens", "rows"], partial(
@@ -151,6 +153,33 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
 def _decode_line(rows: pd.DataFrame, model: ModelSpec) -> AttentionCost:
     a, b, c = least_relative(_decode_columns(rows, model), rows["seconds"].to_numpy(), DECODE_POWER)
     return AttentionCost(a, max(b, LEAST_S_PER_BYTE), c)
+
+
+def _decode_cost(rows: pd.DataFrame, model: ModelSpec, corrected: bool) -> AttentionCost:
+    """The line, and what it leaves over."""
+    line = _decode_line(rows, model)
+    if not corrected:
+        return line
+    heads, moved, _ = _decode_columns(rows, model)
+    left = np.log(rows["seconds"].to_numpy() / _of_line(line, heads, moved))
+    return replace(line, correction=fit_surface((np.log2(heads), np.log2(moved / heads)), left))
+
+
+def _of_line(line: AttentionCost, heads: Floats, moved: Floats) -> Floats:
+    return line.a_s_per_head * heads + line.b_s_per_byte * moved + line.c_s
+
+
+def _decode_model(known: pd.DataFrame, model: ModelSpec, corrected: bool) -> Predict:
+    cost = _decode_cost(known, model, corrected)
+
+    def predict(rows: pd.DataFrame) -> Floats:
+        heads, moved, _ = _decode_columns(rows, model)
+        line_s = _of_line(cost, heads, moved)
+        if cost.correction is None:
+            return line_s
+        corrected_s: Floats = line_s * np.exp(cost.correction.at(np.log2(heads), np.log2(moved / heads)))
+        return corrected_s
+    return predict
 
 
 def _lone_line(rows: pd.DataFrame, model: ModelSpec, together: AttentionCost) -> AttentionCost:
@@ -197,13 +226,17 @@ def fit_prefill(subject: str, samples: pd.DataFrame, shapes: dict[str, ModelSpec
         kv_bytes = shapes[str(part["model"].iloc[0])].kv_bytes
         tries = {(block, corrected): _prefill_errors(part, head_dim, kv_bytes, block, corrected)
                  for block in BLOCKS for corrected in (False, True)}
-        best = min(tries, key=lambda form: float(np.abs(tries[form]).mean()) if len(tries[form]) else 0.0)
+        best = min(tries, key=lambda form: _mean_error(tries[form]))
         classes.append(_prefill_class(part, head_dim, kv_bytes, *best).dump())
         errors.append(tries[best])
     keys = rows["new_tokens"] + rows["context_tokens"]
     return Fitted("prefill_attention", subject, {"classes": classes},
                   {"keys": ends_of(keys), "new_tokens": ends_of(rows["new_tokens"])}, np.concatenate(errors),
                   len(rows), len(samples))
+
+
+def _mean_error(errors: Floats) -> float:
+    return float(np.abs(errors).mean()) if len(errors) else 0.0
 
 
 def _prefill_errors(rows: pd.DataFrame, head_dim: int, kv_bytes: int, block: int,

@@ -97,12 +97,16 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
 
 
 def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Contexts that differ as those of a batch that serves do, by three quarters; the longest first."""
+    """Contexts that differ as those of a batch that serves do, the longest first.
+
+    Lengths of chats are spread about as widely as an exponential distribution is: their standard deviation
+    is that of their mean.
+    """
     if batch == 1:
         return (tokens,)
-    low, high = max(2, tokens // 4), max(2, min(longest, 7 * tokens // 4))
-    drawn: list[int] = np.sort(rng.integers(low, high, size=batch, endpoint=True))[::-1].tolist()
-    return tuple(drawn)
+    drawn = np.clip(rng.exponential(tokens, batch).round().astype(int), 2, longest)
+    ordered: list[int] = np.sort(drawn)[::-1].tolist()
+    return tuple(ordered)
 
 
 def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None],

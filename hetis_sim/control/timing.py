@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from hetis_sim.control.bends import Bend, bend_of
 from hetis_sim.control.envelope import Line
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.loads import Loads
 from hetis_sim.control.ranges import ranged_lines
-from hetis_sim.control.step import Chunk, Step
+from hetis_sim.control.step import Chunk, Step, Transfer
 from hetis_sim.cost.model import CostModel, TransferCost
 from hetis_sim.policies.costs import mixed_cost, position_cost, position_costs
 from hetis_sim.policies.plan import InstancePlan, Position
@@ -79,12 +80,14 @@ class StepTiming(NamedTuple):
         prefill_s: prefill attention, summed over the stages.
         lines: decode attention.
         stages: per stage: (seconds without decode attention, all lines, hop after it).
+        sending_s: what ranks are busy with for cache that leaves layer by layer, summed over the stages.
     """
 
     fixed: FixedParts
     prefill_s: float
     lines: DecodeLines
     stages: tuple[tuple[float, tuple[Line, ...], float], ...]
+    sending_s: float = 0.0
 
     @property
     def host_beside(self) -> bool:
@@ -113,11 +116,12 @@ def dense_share(model: ModelSpec, owned: int, tp: int) -> float:
     return 1.0 + projections * (owned * tp / model.kv_heads - 1.0)
 
 
-_LineFacts = tuple[int, bool, int, float, float, float, float, float, bool]
-"""Position, whether it is remote, layers, costs a, b and c of a group, and those of its wire."""
+_LineFacts = tuple[int, bool, int, float, float, float, float, float, bool, Bend | None]
+"""Position, whether it is remote, layers, costs a, b and c of a group, those of its wire, and what attention
+takes over its line."""
 
-_WorkFacts = tuple[int, int, float, float, float]
-"""Position of an attention worker, layers, and its costs a, b and c of a group."""
+_WorkFacts = tuple[int, int, float, float, float, Bend | None]
+"""Position of an attention worker, layers, its costs a, b and c of a group, and what is over its line."""
 
 
 class InstanceTimer:
@@ -158,21 +162,27 @@ class InstanceTimer:
         self._alone = len(self._stages) == 1 and self._stages[0].tp == 1
         self._decodes: dict[int, tuple[int, StepTiming]] = {}
         self._lines: dict[int, tuple[int, DecodeLines]] = {}
+        self._bends = [bend_of(cost, cluster.devices[p.device].gpu, model, p) for p in plan.positions]
         # Positions of each attention worker, and of each stage with what their lines depend on.
         self._worker_positions = [[p.index for p in plan.positions if p.device == device]
                                   for device in plan.attention_workers]
         self._remote_positions = [p.index for p in plan.positions if p.remote]
         self._worker_facts = [[self._work_facts(plan.positions[p]) for p in worker]
                               for worker in self._worker_positions]
-        self._stage_positions = [[self._line_facts(plan.positions[p]) for p in indices]
-                                 for indices in plan.stage_positions]
+        self._stage_positions = [[self._line_facts(plan.positions[p], self.costs[p], self._bends[p])
+                                  for p in indices] for indices in plan.stage_positions]
         lone = [position_cost(cluster, model, cost, plan, p, lone=True) for p in plan.positions]
+        bends = [bend if own == usual else None
+                 for bend, own, usual in zip(self._bends, lone, self.costs, strict=True)]
         self._lone_positions = None if tuple(lone) == self.costs else [
-            [self._line_facts(plan.positions[p], lone[p]) for p in indices]
+            [self._line_facts(plan.positions[p], lone[p], bends[p]) for p in indices]
             for indices in plan.stage_positions]
         self._mixed_positions = [
-            [self._line_facts(plan.positions[p], self._mixed_cost(plan.positions[p])) for p in indices]
+            [self._line_facts(plan.positions[p], self._mixed_cost(plan.positions[p]),
+                              self._bends[p] if plan.positions[p].remote else None) for p in indices]
             for indices in plan.stage_positions] if joint else None
+        self._packers = {device: (s, stage.layers, cost.head_packing(cluster.devices[device].gpu))
+                         for s, stage in enumerate(plan.stages) for device in stage.devices}
         self._no_waits = [0.0] * len(self.costs)
         heads = model.heads_per_group
         output = heads * model.head_dim * model.activation_bytes
@@ -185,14 +195,16 @@ class InstanceTimer:
         cost = self.costs[p.index]
         return cost if p.remote else mixed_cost(self._cluster, self._model, self._cost, p, cost)
 
-    def _line_facts(self, p: Position, cost: PositionCost | None = None) -> _LineFacts:
-        cost = cost or self.costs[p.index]
+    @staticmethod
+    def _line_facts(p: Position, cost: PositionCost, bend: Bend | None = None) -> _LineFacts:
         return (p.index, p.remote, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s,
-                cost.wire_s_per_group / max(1, cost.wire_sharers), cost.wire_fixed_s, cost.wire_sharers > 0)
+                cost.wire_s_per_group / max(1, cost.wire_sharers), cost.wire_fixed_s, cost.wire_sharers > 0,
+                bend)
 
     def _work_facts(self, p: Position) -> _WorkFacts:
         cost = self.costs[p.index]
-        return p.index, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s
+        return (p.index, p.layers, cost.a_s_per_group, cost.b_s_per_group_token, cost.c_s,
+                self._bends[p.index])
 
     def fixed_parts(self, tokens: int, sequences: int, prompts: int = 0, eager: bool = False,
                     sampled: int = 0) -> FixedParts:
@@ -260,9 +272,24 @@ class InstanceTimer:
         attention = [self._prefill_attention_s(stage, step.chunks) for stage in self._stages]
         idle = DecodeLines((NO_LINES,) * len(attention), ())
         lines = self._mixed_lines(lane, loads) if step.decoding else idle
-        stages = tuple([(busy + own, stage.both, hop) for busy, own, stage, hop
-                        in zip(fixed.busy_s, attention, lines.stages, fixed.hop_s, strict=True)])
-        return self._held(StepTiming(fixed, sum(attention), lines, stages))
+        sending = self._sending_s(step.transfers) if step.transfers else [0.0] * len(attention)
+        stages = tuple([(busy + own + sent, stage.both, hop) for busy, own, sent, stage, hop
+                        in zip(fixed.busy_s, attention, sending, lines.stages, fixed.hop_s, strict=True)])
+        return self._held(StepTiming(fixed, sum(attention), lines, stages, sum(sending)))
+
+    def _sending_s(self, transfers: Sequence[Transfer]) -> list[float]:
+        """Per stage, what the slowest rank is busy with for cache of prompts that will live elsewhere."""
+        busy: dict[int, float] = {}
+        for flow in [flow for transfer in transfers for flow in transfer.flows]:
+            if flow.source in self._packers:
+                _, layers, cost = self._packers[flow.source]
+                busy[flow.source] = (busy.get(flow.source, 0.0) + layers * cost.beta_s
+                                     + cost.gamma_s_per_byte * flow.size_bytes)
+        found = [0.0] * len(self._stages)
+        for device, seconds in busy.items():
+            s, *_ = self._packers[device]
+            found[s] = max(found[s], seconds)
+        return found
 
     def decode(self, lane: Lane, loads: Loads) -> StepTiming:
         """Iterations of the lane's decode batch, until its membership changes."""
@@ -323,14 +350,15 @@ class InstanceTimer:
         for stage in positions or self._positions(lane, groups):
             lines: tuple[dict[Line, None], dict[Line, None]] = ({}, {})
             # What leaves through the stage's network interface, for whichever worker.
-            sent = sum([groups[p] for p, _, _, _, _, _, _, _, shared in stage if shared]) if remote else 0
+            sent = sum([groups[p] for p, *_, shared, _ in stage if shared]) if remote else 0
             packing = self._packing_s(stage, groups) if remote else 0.0
-            for p, is_remote, layers, a, b, c, wire, wire_fixed, shared in stage:
+            for p, is_remote, layers, a, b, c, wire, wire_fixed, shared, bend in stage:
                 g = groups[p]
                 if g:
-                    own = a * g + b * (base[p] + g) + c
+                    over = 1.0 if bend is None else bend.at(g, base[p] + g)
+                    own = over * (a * g + b * (base[p] + g) + c)
                     start = own + wire * (sent if shared else g) + wire_fixed + waits[p]
-                    lines[is_remote][layers * start, layers * b * g] = None  # equal lines count once
+                    lines[is_remote][layers * start, layers * over * b * g] = None  # equal ones count once
             local, others = tuple(lines[0]), tuple(lines[1])
             both = local + others
             if packing:
@@ -354,8 +382,7 @@ class InstanceTimer:
         return [[alone if facts[0] in lone else facts for facts, alone in zip(*pair, strict=True)]
                 for pair in zip(self._stage_positions, self._lone_positions, strict=True)]
 
-    def _packing_s(self, stage: Sequence[tuple[int, bool, int, float, float, float, float, float, bool]],
-                   groups: Sequence[int]) -> float:
+    def _packing_s(self, stage: Sequence[_LineFacts], groups: Sequence[int]) -> float:
         """What the ranks of a stage spend on addressing attention workers, over its layers."""
         total, ranks = 0.0, sum([not facts[1] for facts in stage])
         for p, is_remote, layers, *_ in stage:
@@ -404,9 +431,10 @@ def _holds_one(lane: Lane, p: int) -> bool:
 def _work(worker: Sequence[_WorkFacts], groups: Sequence[int], base: Sequence[int]) -> Line:
     """Line of the seconds that an attention worker computes in an iteration, over all stages."""
     start = slope = 0.0
-    for p, layers, a, b, c in worker:
+    for p, layers, a, b, c, bend in worker:
         g = groups[p]
         if g:
-            start += layers * (a * g + b * (base[p] + g) + c)
-            slope += layers * b * g
+            over = 1.0 if bend is None else bend.at(g, base[p] + g)
+            start += layers * over * (a * g + b * (base[p] + g) + c)
+            slope += layers * over * b * g
     return start, slope

@@ -113,7 +113,7 @@ class PrefillClass:
 
 @dataclass(frozen=True)
 class DecodeClass:
-    """tau = a*h + b*g + c for one head size and one number of query heads per KV head."""
+    """tau = (a*h + b*g + c) * exp(correction) for one head size and one number of query heads per KV head."""
 
     head_dim: int
     heads_per_group: int
@@ -124,15 +124,17 @@ class DecodeClass:
         """Read a profile's coefficients; :class:`SpecError` names the faulty key."""
         require(isinstance(raw, dict), key, raw, "an object")
         lone = raw.get("lone")
-        cost = replace(_line(raw, key), lone=None if lone is None else _line(lone, f"{key}.lone"))
+        cost = replace(_line(raw, key), lone=None if lone is None else _line(lone, f"{key}.lone"),
+                       correction=Grid.parse_optional(raw.get("correction"), f"{key}.correction"))
         return cls(int(positive(raw.get("head_dim"), f"{key}.head_dim")),
                    int(positive(raw.get("heads_per_group"), f"{key}.heads_per_group")), cost)
 
     def dump(self) -> dict[str, Any]:
         """The form for a profile file."""
-        lone = self.cost.lone
+        lone, correction = self.cost.lone, self.cost.correction
         return {"head_dim": self.head_dim, "heads_per_group": self.heads_per_group, **_dumped(self.cost),
-                **({} if lone is None else {"lone": _dumped(lone)})}
+                **({} if lone is None else {"lone": _dumped(lone)}),
+                **({} if correction is None else {"correction": correction.dump()})}
 
 
 def _line(raw: Any, key: str) -> AttentionCost:

@@ -7,11 +7,13 @@ decode attention (tau), head transfer (rho), tensor-parallel collectives, host o
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hetis_sim.cost.graphs import NO_GRAPHS, GraphSteps
+from hetis_sim.cost.grid import Grid
 from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
@@ -35,24 +37,43 @@ class AttentionCost:
         b_s_per_byte: cost of one byte of KV cache; g sums the bytes of this one layer that are read.
         c_s: fixed cost of the kernel, paid only when there is work.
         lone: the same of a batch of one request, where that differs: contexts of several requests have
-            to be brought together, a single one has not. Policies do not go by it.
+            to be brought together, a single one has not.
+        correction: log of what the line leaves over, over (log2 query heads, log2 bytes per query head).
+
+    Policies go by the line alone.
     """
 
     a_s_per_head: float
     b_s_per_byte: float
     c_s: float
     lone: AttentionCost | None = None
+    correction: Grid | None = None
 
     def scaled(self, factor: float) -> AttentionCost:
         """A device that takes so many times as long."""
         lone = None if self.lone is None else self.lone.scaled(factor)
-        return AttentionCost(factor * self.a_s_per_head, factor * self.b_s_per_byte, factor * self.c_s, lone)
+        return replace(self, a_s_per_head=factor * self.a_s_per_head, b_s_per_byte=factor * self.b_s_per_byte,
+                       c_s=factor * self.c_s, lone=lone)
+
+    def least(self) -> AttentionCost:
+        """A line that no batch is faster than."""
+        low = 1.0 if self.correction is None else math.exp(min(self.correction.values))
+        lone = self if self.lone is None else self.lone
+        return AttentionCost(min(low * self.a_s_per_head, lone.a_s_per_head),
+                             min(low * self.b_s_per_byte, lone.b_s_per_byte), min(low * self.c_s, lone.c_s))
+
+    def over_line(self, query_heads: float, kv_bytes: float) -> float:
+        """What ``query_heads`` > 0 heads over ``kv_bytes`` > 0 take, over what the line says."""
+        if self.correction is None:
+            return 1.0
+        return math.exp(self.correction.at_point(math.log2(query_heads), math.log2(kv_bytes / query_heads)))
 
     def seconds(self, query_heads: float, kv_bytes: float) -> float:
         """Duration for ``query_heads`` heads over ``kv_bytes`` of cache; 0 without heads."""
         if query_heads <= 0:
             return 0.0
-        return self.a_s_per_head * query_heads + self.b_s_per_byte * kv_bytes + self.c_s
+        line_s = self.a_s_per_head * query_heads + self.b_s_per_byte * kv_bytes + self.c_s
+        return line_s if self.correction is None else line_s * self.over_line(query_heads, kv_bytes)
 
 
 @dataclass(frozen=True, slots=True)

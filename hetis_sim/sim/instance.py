@@ -206,7 +206,7 @@ class Instance:
     def _record(self, run: LaneRun) -> None:
         step, timing = run.step, run.timing
         count, fixed = step.issued, timing.fixed
-        local, exposed = timing.prefill_s * count, 0.0
+        local, exposed = timing.prefill_s * count, timing.sending_s
         if step.decoding:
             for lines in timing.lines.stages:
                 own = envelope_sum(lines.local, run.first_n, count)

@@ -106,7 +106,7 @@ class SupplyMaker:
         self.mixed = settings.chunked_prefill
         self.tps = tp_groups(min(model.kv_heads, len(cluster.devices)))
         self.gpus = list({device.gpu: None for device in cluster.devices})
-        self.launch_s = min(cost.decode_attention(gpu, model).c_s for gpu in self.gpus)
+        self.launch_s = min(cost.decode_attention(gpu, model).least().c_s for gpu in self.gpus)
 
     def make(self) -> Supply:
         """Kinds and batches."""
@@ -122,7 +122,7 @@ class SupplyMaker:
         devices = [device for device in self.cluster.devices if device.gpu == gpu]
         hosts = frozenset(device.host_id for device in devices)
         room = len(devices) * usable_bytes(gpu, self.model, self.settings.limits)
-        attention = self.cost.decode_attention(gpu, self.model)
+        attention = self.cost.decode_attention(gpu, self.model).least()
         return Kind(gpu, len(devices), room, hosts, attention, self._head_s(gpu),
                     None if self.mixed else self._prefill_s(gpu),
                     tuple(self._prompt_s(gpu, shortest) for _, shortest in self.demand.prompts),
