@@ -111,8 +111,8 @@ class ScaledCost(CostModel):
 
 
 def scaled_attention(cost: AttentionCost, factor: float) -> AttentionCost:
-    """The same straight line, steeper and higher."""
-    return AttentionCost(factor * cost.a_s_per_head, factor * cost.b_s_per_byte, factor * cost.c_s)
+    """The same line, steeper and higher."""
+    return cost.scaled(factor)
 
 
 def gpu(name: str, memory_bytes: int) -> GpuSpec:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import ConstantCost, ScaledCost, TransferCost
+from support import ATTENTION, ConstantCost, ScaledCost, TransferCost
 from support_policies import LocalPolicy
 from support_runs import (
+    SLOW_WORKERS,
     TIMES,
     Scenario,
     assert_same_requests,
@@ -19,6 +20,7 @@ from support_runs import (
     scenarios,
 )
 
+from hetis_sim.cost.grid import Grid
 from hetis_sim.cost.model import AttentionCost
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True,
@@ -64,6 +66,12 @@ CASES = {
         mixes_pools=True, preemption="swap"),
     "long outputs": Scenario(output_max=1500, prompt_max=200, blocks=900, requests=10, rate=2.0),
 }
+
+BENT = Grid(((0.0, 4.0, 8.0), (0.0, 8.0, 16.0)), (0.4, 0.2, 0.1, 0.0, -0.1, -0.3, -0.2, -0.4, -0.6))
+BENT_COST = ConstantCost(attention=replace(ATTENTION, correction=BENT), slow=SLOW_WORKERS)
+CASES |= {f"bent, {name}": replace(CASES[name], cost=BENT_COST)
+          for name in ("moves", "moves, tight, three stages", "recompute", "swap", "long outputs",
+                       "closed loop, moves, three stages", "handoff, mixed, streamed, tight, swap")}
 
 REACHED = {"token ranges": "moves", "token ranges, tight, three stages": "moves",
            "token ranges, tight, swap, chunked, two ranks": "preemptions", "token ranges, handoff": "moves",

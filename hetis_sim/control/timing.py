@@ -343,7 +343,7 @@ class InstanceTimer:
     def _make_lines(self, lane: Lane, loads: Loads,
                     positions: Sequence[Sequence[_LineFacts]] | None = None) -> DecodeLines:
         # Plain loops: at a few dozen positions, arrays cost more than they save.
-        groups, base = lane.groups.tolist(), lane.base.tolist()
+        groups, base, issued = lane.groups.tolist(), lane.base.tolist(), max(1, lane.issued)
         remote = any(map(groups.__getitem__, self._remote_positions))
         waits = self._waits(loads) if remote and len(self.plan.stages) > 1 else self._no_waits
         stages: list[StageLines] = []
@@ -355,7 +355,7 @@ class InstanceTimer:
             for p, is_remote, layers, a, b, c, wire, wire_fixed, shared, bend in stage:
                 g = groups[p]
                 if g:
-                    over = 1.0 if bend is None else bend.at(g, base[p] + g)
+                    over = 1.0 if bend is None else bend.at(g, base[p] + issued * g)
                     own = over * (a * g + b * (base[p] + g) + c)
                     start = own + wire * (sent if shared else g) + wire_fixed + waits[p]
                     lines[is_remote][layers * start, layers * over * b * g] = None  # equal ones count once
@@ -365,7 +365,7 @@ class InstanceTimer:
                 # The rank sends before it computes its own heads, and gathers afterwards.
                 both = tuple([(start + packing, slope) for start, slope in both])
             stages.append(StageLines(local, others, both))
-        work = [_work(worker, groups, base) for worker in self._worker_facts] if remote else []
+        work = [_work(worker, groups, base, issued) for worker in self._worker_facts] if remote else []
         held = tuple([(p, g, base[p]) for p, g in enumerate(groups) if g])
         return DecodeLines(tuple(stages), tuple(work), held)
 
@@ -428,13 +428,13 @@ def _holds_one(lane: Lane, p: int) -> bool:
     return found == 1
 
 
-def _work(worker: Sequence[_WorkFacts], groups: Sequence[int], base: Sequence[int]) -> Line:
+def _work(worker: Sequence[_WorkFacts], groups: Sequence[int], base: Sequence[int], issued: int) -> Line:
     """Line of the seconds that an attention worker computes in an iteration, over all stages."""
     start = slope = 0.0
     for p, layers, a, b, c, bend in worker:
         g = groups[p]
         if g:
-            over = 1.0 if bend is None else bend.at(g, base[p] + g)
+            over = 1.0 if bend is None else bend.at(g, base[p] + issued * g)
             start += layers * over * (a * g + b * (base[p] + g) + c)
             slope += layers * over * b * g
     return start, slope
