@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from hetis_sim.cost.grid import Grid
 from hetis_sim.cost.model import AttentionCost, CostModel, ProvenanceRow, TransferCost
 from hetis_sim.policies.base import EngineLimits
 from hetis_sim.policies.memory import cache_bytes, unit_bytes
@@ -108,6 +109,11 @@ class ScaledCost(CostModel):
     def provenance(self, gpus: Sequence[GpuSpec], model: ModelSpec,
                    links: Sequence[LinkSpec]) -> list[ProvenanceRow]:
         return self.inner.provenance(gpus, model, links)
+
+
+BENT = replace(ATTENTION, correction=Grid(((0.0, 4.0, 8.0), (0.0, 8.0, 16.0)),
+                                          (0.4, 0.2, 0.1, 0.0, -0.1, -0.3, -0.2, -0.4, -0.6)))
+"""Decode attention that is no line."""
 
 
 def scaled_attention(cost: AttentionCost, factor: float) -> AttentionCost:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -269,6 +270,27 @@ def test_a_profile_says_how_it_was_measured(tmp_path: Path) -> None:
     del raw["sha256"], raw["calibration"]["driver"]
     with pytest.raises(SpecError, match=r"calibration\.driver"):
         loaded(written(tmp_path, signed(raw)), gpus=(CORE,))
+
+
+def test_what_a_line_leaves_over_is_part_of_a_profile(tmp_path: Path) -> None:
+    """It scales the line's time, down to a line that nothing is faster than."""
+    raw = device_profile("weak-core", MODEL)
+    del raw["sha256"]
+    line = raw["modules"]["decode_attention"]["coefficients"]["classes"][0]
+    line["correction"] = {"knots": [[0, 10], [0, 20]], "values_milli": [500, -200, 100, -700]}
+    cost = loaded(written(tmp_path, signed(raw)), gpus=(WEAK,)).decode_attention(WEAK, MODEL)
+    plain = replace(cost, correction=None)
+    assert cost.seconds(32, 32 * 1024) == pytest.approx(
+        plain.seconds(32, 32 * 1024) * math.exp((0.5 - 0.2 + 0.1 - 0.7) / 4))
+    assert cost.seconds(0, 0) == 0.0
+    assert cost.scaled(3.0).seconds(9, 999) == pytest.approx(3.0 * cost.seconds(9, 999))
+    least = cost.least()
+    assert least.c_s == pytest.approx(math.exp(-0.7) * plain.c_s)
+    for heads, size in ((1, 100), (32, 10**5), (1024, 10**9)):
+        assert least.seconds(heads, size) <= cost.seconds(heads, size) * (1 + 1e-12)
+    line["correction"]["values_milli"] = [0]
+    with pytest.raises(SpecError, match=r"grid\.values"):
+        loaded(written(tmp_path / "bad", signed(raw)), gpus=(WEAK,))
 
 
 def test_a_request_alone_is_attended_to_as_was_measured_of_one(tmp_path: Path) -> None:

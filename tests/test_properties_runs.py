@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import ATTENTION, ConstantCost, ScaledCost, TransferCost
+from support import BENT, ConstantCost, ScaledCost, TransferCost
 from support_policies import LocalPolicy
 from support_runs import (
     SLOW_WORKERS,
@@ -20,7 +20,6 @@ from support_runs import (
     scenarios,
 )
 
-from hetis_sim.cost.grid import Grid
 from hetis_sim.cost.model import AttentionCost
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True,
@@ -67,9 +66,7 @@ CASES = {
     "long outputs": Scenario(output_max=1500, prompt_max=200, blocks=900, requests=10, rate=2.0),
 }
 
-BENT = Grid(((0.0, 4.0, 8.0), (0.0, 8.0, 16.0)), (0.4, 0.2, 0.1, 0.0, -0.1, -0.3, -0.2, -0.4, -0.6))
-BENT_COST = ConstantCost(attention=replace(ATTENTION, correction=BENT), slow=SLOW_WORKERS)
-CASES |= {f"bent, {name}": replace(CASES[name], cost=BENT_COST)
+CASES |= {f"bent, {name}": replace(CASES[name], cost=ConstantCost(attention=BENT, slow=SLOW_WORKERS))
           for name in ("moves", "moves, tight, three stages", "recompute", "swap", "long outputs",
                        "closed loop, moves, three stages", "handoff, mixed, streamed, tight, swap")}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import exec_toys
 from calibrated import TINY_CONFIG
 
 from hetis_exec.calibrate import command
-from hetis_exec.calibrate.bench import BenchSpec, Job, StepBench, owned_groups, tables_of
+from hetis_exec.calibrate.bench import BenchSpec, Job, Loopback, StepBench, owned_groups, tables_of
 from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
@@ -28,6 +29,7 @@ from hetis_exec.config import ExecutionConfig, compose_execution
 from hetis_exec.errors import ExecutorError
 from hetis_exec.kernels.runs import Pieces
 from hetis_exec.measure_config import LIMITS
+from hetis_exec.messages import CacheData, Message, Row, StageDone, Task
 from hetis_exec.run import prepare_execution
 from hetis_exec.throttle import NONE, Throttle
 from hetis_sim.cost.profile import read_profile
@@ -199,6 +201,25 @@ def test_launches_are_timed_by_the_number_of_prompts() -> None:
     assert [sample.point.tokens for sample in found] == [1, 2, 4, 8, 1, 0] * 2
     assert {sample.point.row_tokens for sample in found} == {0}
     assert all(sample.seconds > 0 for sample in found)
+
+
+def test_cache_that_leaves_is_no_part_of_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sending it is counted with the heads that are sent, and not slowed down as attention is."""
+    def send(self: Loopback, target: int, message: Message) -> None:
+        if isinstance(message, CacheData):
+            time.sleep(0.02)
+        self.sent.append(message)
+
+    monkeypatch.setattr(Loopback, "send", send)
+    made = StepBench(bench(Throttle(attention=10.0)), {})
+    row = Row(0, 0, 4, True, True, (7,) * made.spec.model.kv_heads, 3)
+    made._control((), Task((row,), np.arange(4)))
+    cache = [message for message in made._endpoint.sent if isinstance(message, CacheData)]
+    done = made._endpoint.sent[-1]
+    assert len(cache) == made.spec.model.layers
+    assert isinstance(done, StageDone)
+    assert done.times.head_transfer_s >= 0.02 * len(cache)
+    assert done.times.attention_s < 0.5 * 10 * 0.02 * len(cache)
 
 
 def test_tables_of_a_bench_lie_as_in_service() -> None:

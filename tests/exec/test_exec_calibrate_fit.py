@@ -28,7 +28,7 @@ from hetis_exec.measure_config import LIMITS, CalibrateConfig
 from hetis_sim.cost import load_cost_model
 from hetis_sim.cost.calibration import Calibration
 from hetis_sim.cost.graphs import GraphSteps
-from hetis_sim.cost.model import CostModel
+from hetis_sim.cost.model import AttentionCost, CostModel
 from hetis_sim.spec.architectures import MODELS
 from hetis_sim.spec.cluster import LinkSpec
 from hetis_sim.spec.errors import SpecError
@@ -311,6 +311,32 @@ def test_a_batch_of_one_request_has_a_line_of_its_own(tmp_path: Path) -> None:
     remote = cost.remote_attention(CORE, MODEL).lone
     assert remote is not None
     assert remote.c_s == pytest.approx(2 * C, rel=0.01)
+
+
+def test_decode_attention_that_is_no_line_gets_what_is_left_over(tmp_path: Path) -> None:
+    """A surface of what the line leaves, where points that were held out are predicted better by it."""
+    def bend(rows: int, context: int) -> float:
+        return float(np.exp(0.5 * np.tanh(np.log2(context) - 6.0) * np.tanh(np.log2(rows) - 5.0)))
+
+    together = [(batch, context) for batch in (2, 3, 4, 6, 8, 12, 16, 24, 32)
+                for context in (16, 32, 64, 128, 256, 512)]
+    plain = [sample for sample in samples() if sample.point.module != "decode_attention"]
+    made = [Sample(Point("decode_attention", "cpu-core", MODEL.name, 1, tokens=batch, rows=rows,
+                         row_tokens=rows * context), decode_s(rows, rows * context) * bend(rows, context))
+            for batch, context in together for rows in [batch * MODEL.kv_heads]]
+    fits = fit_all(frame_of([*plain, *made]), SHAPES, CalibrateConfig().limit)
+    attention = cost_of(fits, tmp_path).decode_attention(CORE, MODEL)
+    line = replace(attention, correction=None)
+
+    def error(cost: AttentionCost) -> float:
+        size = MODEL.kv_bytes_per_token_per_layer_per_group
+        return max(abs(cost.seconds(sample.point.rows * MODEL.heads_per_group, sample.point.row_tokens * size)
+                       / sample.seconds - 1.0) for sample in made)
+
+    assert attention.correction is not None
+    assert error(attention) < 0.5 * error(line)
+    straight = cost_of(fitted(), tmp_path / "line").decode_attention(CORE, MODEL)
+    assert straight.correction is None
 
 
 def test_products_may_take_less_time_for_more_tokens(tmp_path: Path) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import pytest
-from support import TINY, ConstantCost
+from support import BENT, TINY, ConstantCost
 from support_policies import LocalPolicy
 from support_runs import Scenario
 
-from hetis_sim.cost.grid import Grid
 from hetis_sim.cost.model import AttentionCost, TransferCost
 from hetis_sim.metrics.records import Records
 from hetis_sim.policies.plan import Placement
@@ -132,18 +131,13 @@ def test_remote_heads_take_their_attention_and_two_messages() -> None:
     assert row["finish_s"][0] - begin == pytest.approx(decode, rel=1e-9)
 
 
-BENT = Grid(((0.0, 8.0), (0.0, 16.0)), (0.4, 0.1, -0.3, -0.6))
-
-
 def test_attention_bends_where_its_batch_changes() -> None:
     """What a batch takes over the line is taken when it forms, and anew when one of two has ended."""
-    bent = replace(COST.attention, correction=BENT)
-
     def iteration_s(contexts: list[int], formed: list[int]) -> float:
-        over = bent.over_line(HEADS * GROUPS * len(formed), KV * GROUPS * sum(formed))
+        over = BENT.over_line(HEADS * GROUPS * len(formed), KV * GROUPS * sum(formed))
         return decode_s(contexts) + 6 * (over - 1.0) * attention_s(contexts)
 
-    rows = records([10, 6], [4, 3], [0.0, 0.0], cost=ConstantCost(attention=bent)).requests
+    rows = records([10, 6], [4, 3], [0.0, 0.0], cost=ConstantCost(attention=BENT)).requests
     together = prefill_s(16) + iteration_s([11, 7], [11, 7]) + iteration_s([12, 8], [11, 7])
     assert rows["finish_s"][1] == pytest.approx(together, rel=1e-12)
     assert rows["finish_s"][0] == pytest.approx(together + iteration_s([13], [13]), rel=1e-12)
@@ -152,7 +146,7 @@ def test_attention_bends_where_its_batch_changes() -> None:
 def test_batches_of_one_request_keep_a_line_of_their_own() -> None:
     """The bend is that of several."""
     lone = AttentionCost(1e-6, 1e-10, 1e-4)
-    bent = replace(COST.attention, correction=BENT, lone=lone)
+    bent = replace(BENT, lone=lone)
     row = records([10], [2], [0.0], cost=ConstantCost(attention=bent)).requests
     layer = COST.dense_s + COST.dense_s_per_token + lone.seconds(HEADS * GROUPS, KV * GROUPS * 11)
     decode = COST.host_s + 6 * layer + COST.last_s

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import TINY, ConstantCost, ScaledCost
+from support import BENT, TINY, ConstantCost, ScaledCost
 from support_policies import LocalPolicy
-from support_runs import Scenario, scenarios
+from support_runs import SLOW_WORKERS, Scenario, scenarios
 from support_study import reached
 
 from hetis_sim.config import RunConfig, compose
@@ -64,6 +64,15 @@ def rate(where: ClusterSpec, cost: CostModel = COST, chunked: bool = False,
                  output_max=st.sampled_from([1, 2, 30])))
 def test_no_tiny_system_exceeds_the_bound(scenario: Scenario) -> None:
     """Random shapes, batching and cache, random placements and moves: none is faster than the bound."""
+    found = reached(scenario)
+    assert found is None or found.share <= 1.0
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
+@given(scenarios(rate=st.sampled_from([12.0, 1e6]), output_max=st.sampled_from([2, 30]),
+                 cost=ConstantCost(attention=BENT, slow=SLOW_WORKERS)))
+def test_attention_below_its_line_is_bounded_as_well(scenario: Scenario) -> None:
+    """The bound goes by what no batch is faster than."""
     found = reached(scenario)
     assert found is None or found.share <= 1.0
 
