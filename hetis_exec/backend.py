@@ -136,6 +136,9 @@ class Kernels(Protocol):
     def pack(self, tensors: Sequence[Tensor]) -> list[Array]:
         """Arrays for one message: as :meth:`to_wire`, but the device is waited for only once."""
 
+    def host(self, tensors: Sequence[Tensor]) -> list[Array] | None:
+        """Tensors as arrays of the same memory, where they lie in that of the host; else None."""
+
     def keep(self, tensors: Sequence[Tensor]) -> list[Any]:
         """The same without a wait, as :class:`hetis_exec.resident.Resident` where that is of any use."""
 
@@ -186,9 +189,9 @@ class Kernels(Protocol):
         """
 
     def decode(self, plan: Any, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Store the new tokens' keys and values and attend to all tokens of each row.
+        """Store the new tokens' keys and values and attend to all tokens of each row, shape (rows, r, d).
 
-        Shapes: queries (rows, r, d), keys and values (rows, d); the result is shaped like the queries.
+        Shapes: queries (rows, r, d), keys and values (rows, d), of any strides; rows may be on two axes.
         """
 
     def plan_parts(self, tables: Sequence[CacheTable], positions: Sequence[int]) -> Any:

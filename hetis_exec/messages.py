@@ -323,11 +323,22 @@ class AttentionItem(NamedTuple):
     groups: tuple[int, ...]
 
 
-class AttentionRequest(NamedTuple):
-    """Decode attention of one layer for remote groups, in the order of the items' groups.
+class AttentionBatch(NamedTuple):
+    """What a step is about to ask of an attention worker in every layer.
 
-    The items of a step are the same in every layer; they come with the first one. ``parts`` follow them: of
-    each there is a part of the tokens here, the newest of those with a position, which come first.
+    ``parts`` follow the items: of each there is a part of the tokens here, the newest of those with a
+    position, which come first.
+    """
+
+    after: int
+    sender: int
+    stage: int
+    items: tuple[AttentionItem, ...]
+    parts: tuple[AttentionItem, ...] = ()
+
+
+class AttentionRequest(NamedTuple):
+    """Decode attention of one layer of the sender's batch, in the order of the items' groups.
 
     Shapes: queries (groups, heads per group, head_dim), keys and values (groups, head_dim), of the new
     tokens that are stored here. Where all items have as many groups the first axis may be two: items, groups.
@@ -335,13 +346,10 @@ class AttentionRequest(NamedTuple):
 
     after: int
     sender: int
-    stage: int
     layer: int
-    items: tuple[AttentionItem, ...] | None
     queries: Array
     keys: Array
     values: Array
-    parts: tuple[AttentionItem, ...] = ()
 
 
 class AttentionResult(NamedTuple):
@@ -432,8 +440,8 @@ class Failed(NamedTuple):
     reason: str
 
 
-Message = (Control | Stop | Hidden | Passing | Partial | AttentionRequest | AttentionResult | CacheData
-           | StageDone | Arrived | Beat | Failed)
+Message = (Control | Stop | Hidden | Passing | Partial | AttentionBatch | AttentionRequest | AttentionResult
+           | CacheData | StageDone | Arrived | Beat | Failed)
 
 Report = StageDone | Arrived | Beat | Failed
 """What comes from workers to the driver."""

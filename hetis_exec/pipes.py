@@ -10,6 +10,7 @@ message.
 from __future__ import annotations
 
 import math
+import os
 import select
 import time
 from collections import deque
@@ -33,15 +34,19 @@ AT_ONCE_BYTES = 1 << 15
 RING_BYTES = 1 << 20
 """Of one direction between two workers. Memory that is never written to is never taken."""
 
-LOOK_S = 1e-3
+LOOK_S = 1e-2
 """A receiver that always finds something in its rings looks at its pipes this often."""
 
 INTERRUPTED_S = 5e-4
 """Looking once takes some microseconds: when it has taken so long, something else has had the core."""
 
-REST_S = 0.5
+REST_LEAST_S, REST_MOST_S = 2e-3, 0.5
 """A receiver whose core something else wants sleeps at once for so long: who sleeps has the core when it is
 woken, who looks all the time may have to wait for it."""
+
+REST_GROWS, REST_SHRINKS = 4.0, 0.9
+"""How that changes when looking is interrupted, and when it finds something: a driver beside a worker
+interrupts it once in a step, other work again and again."""
 
 WAKE = b""
 """What wakes a receiver: no message is as short."""
@@ -108,7 +113,7 @@ class PipeEndpoint:
             self._open[peer.pipe.fileno()] = peer
             self._readable.register(peer.pipe, select.POLLIN)
         self._looked_s = 0.0
-        self._rest_until_s = 0.0
+        self._rest_until_s, self._rest_s = 0.0, REST_LEAST_S
         self._spin_max_s = self._spin_s = spin_s if self._laned else 0.0
         self._writer = Thread(target=self._write, name=f"outbox-{address}", daemon=True)
         self._writer.start()
@@ -201,13 +206,17 @@ class PipeEndpoint:
             for _ in range(8):
                 message = self._from_rings()
                 if message is not None:
+                    self._rest_s = max(REST_LEAST_S, self._rest_s * REST_SHRINKS)
                     return message
             message = self._look_at_pipes(0.0) or self._inbox.get(0.0)
             if message is not None:
                 return message
+            # A driver that shares the core is let in at once.
+            os.sched_yield()
             now_s = time.monotonic()
             if now_s - before_s > INTERRUPTED_S:
-                self._rest_until_s = now_s + REST_S
+                self._rest_until_s = now_s + self._rest_s
+                self._rest_s = min(REST_MOST_S, self._rest_s * REST_GROWS)
                 return None
         return None
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hetis_exec.backend import Joining, Shard, Spots, Tensor, Wanted, WholeSteps
+from hetis_exec.backend import Shard, Tensor, Wanted, WholeSteps
+from hetis_exec.batches import Batch, Stored
+from hetis_exec.dividing import DividedHeads
 from hetis_exec.errors import CacheError, ExecutorError
 from hetis_exec.kvcache import KvPool, TableKey
 from hetis_exec.leaving import LeavingCache
 from hetis_exec.messages import (
     DRIVER,
-    AttentionRequest,
     AttentionResult,
     Control,
     Hidden,
@@ -67,48 +67,6 @@ class Rank:
         return after[0].devices if after else ()
 
 
-class Stored(NamedTuple):
-    """Which of a prompt's new tokens a rank keeps.
-
-    Attributes:
-        tokens: they.
-        at: their places among the new ones, as an index, where these are not all of them.
-        spots: where they go.
-    """
-
-    tokens: NDArray[np.int64]
-    at: tuple[Tensor, ...]
-    spots: Spots
-
-
-@dataclass(slots=True)
-class Batch:
-    """A step as one rank computes it.
-
-    Attributes:
-        prepared: what the weights need to know of the positions.
-        local, remote: decode attention computed here and by attention workers.
-        divided: places of groups whose tokens are divided, and their number; None where there are none.
-        plan, parts_plan: where the cache of the local part is.
-        prompts: attention of all of its prompts together; None where they are computed one by one.
-        stored: where the new tokens of prompts are then stored, by request.
-        worker_busy_s: seconds that attention workers have computed.
-    """
-
-    seq: int
-    rows: tuple[Row, ...]
-    prepared: Any
-    local: Share
-    remote: dict[int, Share]
-    divided: tuple[Tensor, ...] | None
-    number: int
-    plan: Any = None
-    parts_plan: Any = None
-    prompts: Any = None
-    stored: dict[int, Stored] = field(default_factory=dict)
-    worker_busy_s: dict[int, float] = field(default_factory=dict)
-
-
 class PrimaryWorker(Worker):
     """Dense modules, prefill attention, and decode attention of the heads that stay here."""
 
@@ -121,6 +79,7 @@ class PrimaryWorker(Worker):
         self.kernels = pool.kernels
         self._sums = sums_for(self, place.peers, reducer, timeout_s)
         self._leaving = LeavingCache(self, place.stage, shard.groups)
+        self._heads = DividedHeads(self, place.stage)
         self._controls: deque[Control | Stop] = deque()
         self._box: dict[tuple[object, ...], Message] = {}
         self._whole_steps = whole_steps
@@ -238,11 +197,15 @@ class PrimaryWorker(Worker):
         return self.kernels.from_wire(message.values), message.sent_s, time.perf_counter()
 
     def batch(self, seq: int, rows: tuple[Row, ...]) -> Batch:
+        """A step as this rank computes it; attention workers are told what it is going to ask them."""
         positions = np.concatenate([np.arange(row.position, row.position + row.new_tokens) for row in rows])
         shares = divide(rows, self.shard.groups, self.kernels)
         local = shares.by_device.pop(self.device, None) or Share()
-        return Batch(seq, rows, self.shard.prepare(positions), local, shares.by_device, shares.divided,
-                     shares.number)
+        prefills = any(row.prefill for row in rows)
+        batch = Batch(seq, rows, self.shard.prepare(positions), prefills, local, shares.by_device,
+                      shares.divided, shares.number)
+        self._heads.tell(batch)
+        return batch
 
     def _hand_over(self, batch: Batch, hidden: Tensor, sent_s: float, begun_s: float) -> None:
         place = self.place
@@ -298,33 +261,26 @@ class PrimaryWorker(Worker):
         q, k, v = self.shard.qkv(layer, hidden, batch.prepared)
         attended = kernels.empty_like(q) if batch.prompts is None else None
         lap(DENSE)
-        for device, share in batch.remote.items():
-            items, shared = (tuple(share.items), tuple(share.parts)) if layer == 0 else (None, ())
-            sent_q, sent_k, sent_v = self.packed(device, [share.sent_queries(q), share.sent_new(k),
-                                                          share.sent_new(v)])
-            self.send(device, AttentionRequest(batch.seq, self.device, self.place.stage, layer, items,
-                                               sent_q, sent_k, sent_v, shared))
-        if batch.remote:
+        picked = self._heads.send(batch, layer, (q, k, v))
+        if batch.is_divided:
             lap(PACKING)
         if attended is None:
             attended = kernels.attend_prompts(batch.prompts, layer, q, k, v)
         joining = kernels.joining(batch.number, q) if batch.divided is not None else None
-        attended = self._attend_here(batch, layer, (q, k, v), attended, joining)
-        leaving = self._prefill(batch, layer, q, k, v, attended)
+        found = self._heads.attend(batch, layer, picked)
+        leaving = self._prefill(batch, layer, q, k, v, attended) if batch.prefills else []
         lap(ATTENTION)
+        attended = self._heads.put(batch.local, attended, found, joining)
         for row, keys, values in leaving:
             self._leaving.send(batch.seq, layer, row, keys, values)
-        if leaving:
+        if leaving or batch.is_divided:
             lap(PACKING)
         for device, share in batch.remote.items():
             key = AttentionResult, batch.seq, layer, device
             result = self.fetch(key, f"heads from device {device}")
             assert isinstance(result, AttentionResult)
             lap(HEAD_TRANSFER)
-            values = kernels.from_wire(result.values)
-            attended = share.put(attended, values[:share.plain])
-            if joining is not None and result.sums is not None:
-                joining.add(share.joined, (values[share.plain:], kernels.from_wire(result.sums)))
+            attended = self._heads.take(share, attended, result, joining)
             batch.worker_busy_s[device] = batch.worker_busy_s.get(device, 0.0) + result.busy_s
             lap(PACKING)
         if joining is not None:
@@ -332,21 +288,6 @@ class PrimaryWorker(Worker):
         projected = self.shard.project(layer, attended)
         self._lap_before_sum()
         return projected
-
-    def _attend_here(self, batch: Batch, layer: int, heads: Sequence[Tensor], attended: Tensor,
-                     joining: Joining | None) -> Tensor:
-        """Decode attention of the heads that stay here, and of the tokens of divided ones that do."""
-        local, rows = batch.local, batch.local.plain
-        if not local.items and not local.parts:
-            return attended
-        q, k, v = local.queries(heads[0]), local.new(heads[1]), local.new(heads[2])
-        if local.items:
-            found = self.cache.decode_attention(batch.plan, layer, q[:rows], k[:rows], v[:rows])
-            attended = local.put(attended, found)
-        if joining is not None and local.parts:
-            joining.add(local.joined, self.cache.decode_parts(batch.parts_plan, layer, q[rows:], k[rows:],
-                                                              v[rows:]))
-        return attended
 
     def _plan_prompts(self, rows: Sequence[Row]) -> Any:
         """Attention of the prompts of a batch together, if it can be computed so."""

@@ -7,7 +7,7 @@ device that has some of them attends to these, and the rank joins the parts by t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -16,6 +16,8 @@ from hetis_exec.messages import AttentionItem, Row
 
 Place = tuple[int, int]
 """Of a group: its token's row in the batch, and its column among the rank's groups."""
+
+Pick = Callable[[Tensor], Tensor]
 
 ELSEWHERE = -1
 """Position of a new token that is stored at another device."""
@@ -49,25 +51,27 @@ class Share:
     whole: bool = False
     block: tuple[slice, slice] | None = None
 
+    @property
+    def is_view(self) -> bool:
+        """Whether its part of values is a view of them."""
+        return self.whole or self.block is not None
+
     def queries(self, values: Tensor) -> Tensor:
-        """Its part of values of all rows and columns, shape (its rows, ...)."""
-        return in_rows(self.sent_queries(values), values.ndim - 2)
-
-    def new(self, values: Tensor) -> Tensor:
-        """The same for its rows with a new token."""
-        return in_rows(self.sent_new(values), values.ndim - 2)
-
-    def sent_queries(self, values: Tensor) -> Tensor:
-        """The same as :meth:`queries`, but a view (requests, groups of each, ...) where that is possible."""
+        """Its part of values of all rows and columns: (rows, ...), or a view (requests, groups, ...)."""
         if self.block is not None:
             return values[self.block]
         return values if self.whole else values[self.at]
 
-    def sent_new(self, values: Tensor) -> Tensor:
-        """The same as :meth:`new`, but a view where that is possible."""
+    def new(self, values: Tensor) -> Tensor:
+        """The same for its rows with a new token."""
         if self.block is not None:
             return values[self.block]
         return values if self.whole else values[self.at_fresh]
+
+    @property
+    def picks(self) -> tuple[Pick, Pick, Pick]:
+        """What takes its part of queries, keys and values."""
+        return self.queries, self.new, self.new
 
     def put(self, attended: Tensor, found: Tensor) -> Tensor:
         """All that has been attended, with what was found for whole contexts."""
@@ -79,11 +83,6 @@ class Share:
         elif self.items:
             attended[self.at_plain] = found
         return attended
-
-
-def in_rows(values: Tensor, axes: int) -> Tensor:
-    """Values of rows on one axis: what comes before so many last axes is a row's place."""
-    return values if values.ndim == axes + 1 else values.reshape(-1, *values.shape[values.ndim - axes:])
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from hetis_exec.backend import Arrived, CacheTable, Kernels, Shard, WholeSteps
 from hetis_exec.messages import Array
 from hetis_exec.places import CPU, AnyEngine, TeamPlan, units_of
+from hetis_exec.rows import in_rows
 from hetis_exec.stopwatch import HostStopwatch
 from hetis_exec.toy_model import ToyModel, ToyShard, softmax
 from hetis_sim.spec.errors import InfeasibleError
@@ -129,6 +130,9 @@ class ToyKernels:
     def pack(self, tensors: Sequence[Array]) -> list[Array]:
         return list(tensors)
 
+    def host(self, tensors: Sequence[Array]) -> list[Array]:
+        return list(tensors)
+
     def keep(self, tensors: Sequence[Array]) -> list[Array]:
         return list(tensors)
 
@@ -175,6 +179,7 @@ class ToyKernels:
         return ToyDecode(tables, positions)
 
     def decode(self, plan: ToyDecode, layer: int, queries: Array, keys: Array, values: Array) -> Array:
+        queries, keys, values = in_rows(queries, 2), in_rows(keys, 1), in_rows(values, 1)
         out = np.empty_like(queries)
         for n, (table, position) in enumerate(zip(plan.tables, plan.positions, strict=True)):
             block, offset = divmod(position, self._block_tokens)

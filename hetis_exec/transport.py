@@ -59,6 +59,8 @@ class Inbox:
 
     def get(self, timeout_s: float) -> Message | None:
         """The next message that is due within the time; None if there is none."""
+        if timeout_s <= 0.0 and not self._on_the_way and self._incoming.empty():
+            return None
         deadline_s = time.monotonic() + timeout_s
         while True:
             self._take_in()

@@ -27,7 +27,7 @@ from hetis_exec.errors import ExecutorError
 from hetis_exec.kvcache import KvPool
 from hetis_exec.messages import (
     DRIVER,
-    AttentionItem,
+    AttentionBatch,
     AttentionRequest,
     AttentionResult,
     Beat,
@@ -37,7 +37,7 @@ from hetis_exec.messages import (
     Message,
     Stop,
 )
-from hetis_exec.shares import in_rows
+from hetis_exec.rows import in_rows
 from hetis_exec.throttle import NONE, Throttle
 from hetis_exec.transport import Endpoint
 
@@ -158,16 +158,14 @@ class Worker(ABC):
 
 @dataclass(slots=True)
 class Batch:
-    """The rows that a primary worker asks about in every layer of step ``seq``.
+    """The rows that a primary worker asks about in every layer of a step.
 
     Attributes:
         rows: of whole contexts; those of parts follow.
-        plan, parts_plan: where their cache is, as of ``version`` of the pool.
+        plan, parts_plan: where their cache is, as of ``version`` of the pool; -1 before that is known.
     """
 
-    seq: int
-    items: tuple[AttentionItem, ...]
-    parts: tuple[AttentionItem, ...]
+    about: AttentionBatch
     rows: int
     plan: Any = None
     parts_plan: Any = None
@@ -188,60 +186,75 @@ class AttentionWorker(Worker):
         self.pump()
         while self._controls and self.cache.may_apply(self._controls[0]):
             self.cache.apply(self._controls.popleft())
+        for batch in self._batches.values():
+            if batch.version < 0 and self._is_ready(batch):
+                self._plan(batch)
         for _ in range(len(self._requests)):
             request = self._requests.popleft()
-            if self._can_answer(request):
+            if self._batch_of(request).version >= 0:
                 self._answer(request)
             else:
                 self._requests.append(request)
 
     def take(self, message: Message) -> None:
         match message:
-            case Control():
-                self._controls.append(message)
             case AttentionRequest():
                 self._requests.append(message)
+            case AttentionBatch():
+                # A sender goes through the layers of one batch at a time.
+                rows = sum(len(item.groups) for item in message.items)
+                self._batches[message.sender] = Batch(message, rows)
+            case Control():
+                self._controls.append(message)
             case Stop():
                 raise Stopped
             case _:
                 raise ExecutorError(f"attention worker {self.device} does not know what to do with {message}")
 
-    def _can_answer(self, request: AttentionRequest) -> bool:
-        return request.after <= self.cache.seq and (request.items is None or all(
-            self.cache.ready(item.request_id, request.stage, item.groups)
-            for item in (*request.items, *request.parts)))
+    def _batch_of(self, request: AttentionRequest) -> Batch:
+        batch = self._batches.get(request.sender)
+        if batch is None or batch.about.after != request.after:
+            known = "of none" if batch is None else f"of step {batch.about.after}"
+            raise ExecutorError(f"device {request.sender} asks about step {request.after}, it has told "
+                                f"{known}")
+        return batch
+
+    def _is_ready(self, batch: Batch) -> bool:
+        """Whether all that a batch reads is here."""
+        about, cache = batch.about, self.cache
+        return about.after <= cache.seq and all(cache.ready(item.request_id, about.stage, item.groups)
+                                                for item in (*about.items, *about.parts))
+
+    def _plan(self, batch: Batch) -> None:
+        """Find out where the cache of a batch is."""
+        about, cache = batch.about, self.cache
+        batch.plan = cache.plan(about.stage, about.items) if about.items else None
+        batch.parts_plan = cache.plan_parts(about.stage, about.parts) if about.parts else None
+        batch.version = cache.pool.version
 
     def _answer(self, request: AttentionRequest) -> None:
-        begun_s = time.perf_counter()
-        kernels, batch = self.cache.pool.kernels, self._batch(request)
-        q = in_rows(kernels.from_wire(request.queries), 2)
-        k, v = (in_rows(kernels.from_wire(array), 1) for array in (request.keys, request.values))
-        rows, whole, parts = batch.rows, None, None
-        if batch.items:
-            whole = self.cache.decode_attention(batch.plan, request.layer, q[:rows], k[:rows], v[:rows])
-        if batch.parts:
-            parts = self.cache.decode_parts(batch.parts_plan, request.layer, q[rows:], k[rows:], v[rows:])
-        attended = [part for part in (whole, parts[0] if parts is not None else None) if part is not None]
-        found = attended[0] if len(attended) == 1 else kernels.concatenate(attended)
-        values, *more = self.packed(request.sender, [found, *([parts[1]] if parts is not None else ())])
-        if self.keeps(request.sender):
+        begun_s, batch = time.perf_counter(), self._batch_of(request)
+        if batch.version != self.cache.pool.version:
+            self._plan(batch)
+        kernels, keeps, parts = self.cache.pool.kernels, self.keeps(request.sender), None
+        q, k, v = (kernels.from_wire(array) for array in (request.queries, request.keys, request.values))
+        if batch.parts_plan is None:
+            found = self.cache.decode_attention(batch.plan, request.layer, q, k, v)
+        else:
+            found, parts = self._with_parts(batch, request.layer, in_rows(q, 2), in_rows(k, 1), in_rows(v, 1))
+        values, *more = self.packed(request.sender, [found, *([parts] if parts is not None else ())])
+        if keeps:
             kernels.wait()  # nothing else has, and it is to be told how long this took
         self.throttle.after_attention(begun_s, kernels.synchronize)
         sums = more[0] if more else None
         self.send(request.sender, AttentionResult(request.after, request.layer, self.device, values,
                                                   time.perf_counter() - begun_s, sums))
 
-    def _batch(self, request: AttentionRequest) -> Batch:
-        """What a request is about; a sender goes through the layers of one batch at a time."""
-        if request.items is not None:
-            rows = sum(len(item.groups) for item in request.items)
-            self._batches[request.sender] = Batch(request.after, request.items, request.parts, rows)
-        batch = self._batches[request.sender]
-        if batch.seq != request.after:
-            raise ExecutorError(f"device {request.sender} asks about step {request.after}, its last known "
-                                f"step is {batch.seq}")
-        if batch.version != self.cache.pool.version:
-            batch.plan = self.cache.plan(request.stage, batch.items) if batch.items else None
-            batch.parts_plan = self.cache.plan_parts(request.stage, batch.parts) if batch.parts else None
-            batch.version = self.cache.pool.version
-        return batch
+    def _with_parts(self, batch: Batch, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention of all rows where some are parts, and the sums of these."""
+        rows, cache = batch.rows, self.cache
+        found, sums = cache.decode_parts(batch.parts_plan, layer, q[rows:], k[rows:], v[rows:])
+        if batch.plan is None:
+            return found, sums
+        whole = cache.decode_attention(batch.plan, layer, q[:rows], k[:rows], v[:rows])
+        return cache.pool.kernels.concatenate([whole, found]), sums

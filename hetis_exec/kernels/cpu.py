@@ -27,6 +27,7 @@ from hetis_exec.kernels.small import mixed, scores
 from hetis_exec.kernels.wire import array_of, in_place, resident_of, tensor_of
 from hetis_exec.messages import Array
 from hetis_exec.resident import Resident
+from hetis_exec.rows import in_rows
 from hetis_exec.stopwatch import HostStopwatch
 
 CHUNK_BYTES = 8 << 20
@@ -120,6 +121,9 @@ class CpuKernels:
     def pack(self, tensors: Sequence[torch.Tensor]) -> list[Array]:
         return [array_of(tensor) for tensor in tensors]
 
+    def host(self, tensors: Sequence[torch.Tensor]) -> list[Array]:
+        return [array_of(tensor) for tensor in tensors]
+
     def keep(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         return [resident_of(tensor) for tensor in tensors]
 
@@ -175,8 +179,8 @@ class CpuKernels:
         self._store(spots[layer].flatten(), keys, values)
 
     def _store(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
-        self._keys.view(-1, self._head_dim).index_copy_(0, slots, keys)
-        self._values.view(-1, self._head_dim).index_copy_(0, slots, values)
+        self._keys.view(-1, self._head_dim).index_copy_(0, slots, in_rows(keys, 1))
+        self._values.view(-1, self._head_dim).index_copy_(0, slots, in_rows(values, 1))
 
     def read(self, units: Units) -> tuple[torch.Tensor, torch.Tensor]:
         at = torch.from_numpy(np.ascontiguousarray(units))
@@ -274,7 +278,7 @@ class CpuKernels:
 
     def _ordered(self, plan: DecodePlan, queries: torch.Tensor) -> torch.Tensor:
         """Queries in the plan's order, such that their products with keys are scores."""
-        wide = queries.float() * self._head_dim ** -0.5
+        wide = in_rows(queries.float() * self._head_dim ** -0.5, 2)
         return wide if plan.order is None else torch.index_select(wide, 0, plan.order)
 
     def _scores(self, chunk: Chunk, layer: int, ordered: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ from hetis_exec.kernels.tables import DeviceTables, to_device
 from hetis_exec.kernels.wire import array_of, in_place, resident_of, tensor_of
 from hetis_exec.messages import Array
 from hetis_exec.resident import Resident
+from hetis_exec.rows import in_rows
 from hetis_exec.stopwatch import HostStopwatch, Stopwatch
 
 Units = NDArray[np.int64]
@@ -140,6 +141,9 @@ class CudaKernels:
             copy.copy_(tensor, non_blocking=True)
         self.wait()
         return [array_of(copy) for copy in copies]
+
+    def host(self, tensors: Sequence[torch.Tensor]) -> list[Array] | None:
+        return None if self._cuda else [array_of(tensor) for tensor in tensors]
 
     def keep(self, tensors: Sequence[torch.Tensor]) -> list[Any]:
         dense = [tensor.contiguous() for tensor in tensors]
@@ -268,7 +272,8 @@ class CudaKernels:
 
     def decode(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                values: torch.Tensor) -> torch.Tensor:
-        return self.attend(plan, layer, queries[:, None], keys[:, None], values[:, None])[:, 0]
+        q, k, v = in_rows(queries, 2), in_rows(keys, 1), in_rows(values, 1)
+        return self.attend(plan, layer, q[:, None], k[:, None], v[:, None])[:, 0]
 
     def attend(self, plan: DecodePlan, layer: int, queries: torch.Tensor, keys: torch.Tensor,
                values: torch.Tensor) -> torch.Tensor:

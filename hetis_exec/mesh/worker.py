@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from hetis_exec.backend import Tensor
+from hetis_exec.batches import Batch
 from hetis_exec.messages import DRIVER, Arrived, Leg, Message, Passing, Row, Task
-from hetis_exec.primary import Batch, PrimaryWorker
+from hetis_exec.primary import PrimaryWorker
 
 
 class NodeWorker(PrimaryWorker):

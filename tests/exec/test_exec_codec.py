@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hetis_exec import messages
-from hetis_exec.messages import AttentionRequest, Beat, CacheData, Control, Failed, Open, Row, Task
+from hetis_exec.messages import (
+    AttentionBatch,
+    AttentionRequest,
+    Beat,
+    CacheData,
+    Control,
+    Failed,
+    Open,
+    Row,
+    Task,
+)
 from hetis_exec.net.codec import (
     ARRAYS_BYTES_MAX,
     DTYPES,
@@ -118,8 +128,8 @@ def test_heads_that_are_none_are_refused(head: bytes) -> None:
     (Failed, [1, 2]), (Control, [1, [[99, [1]]], 0, None]),
     (Control, [1, [[0, [1, 0, 5, 1, 1, 1]]], 0, None]),
     (Control, [1, [], 0, [[], 7]]), (Control, [1, [], 0, [[], -1]]), (Control, [1, {}, 0, None]),
-    (AttentionRequest, [1, 2, 3, 4, None, 0, 0, 9]),
-    (AttentionRequest, [1, 2, 3, 4, [[1, 2, ["3"]]], 0, 0, 0]),
+    (AttentionRequest, [1, 2, 3, 0, 0, 9]),
+    (AttentionBatch, [1, 2, 3, [[1, 2, ["3"]]], []]),
 ])
 def test_fields_that_do_not_fit_are_refused(kind: type, fields: list[Any]) -> None:
     """A peer can make messages, and nothing that is none."""

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from threading import Event
 
+import numpy as np
 import pytest
 from exec_toys import MODEL, Fixed, expected_tokens, given, pipeline, run, workload
 
@@ -17,10 +18,21 @@ from hetis_exec.crew import Crew, WorkerSpec
 from hetis_exec.driver import Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError, WorkerError
 from hetis_exec.instance import InstanceDriver
-from hetis_exec.messages import Control
+from hetis_exec.kvcache import KvPool
+from hetis_exec.messages import (
+    DRIVER,
+    AttentionBatch,
+    AttentionItem,
+    AttentionRequest,
+    Control,
+    Failed,
+    Open,
+)
 from hetis_exec.processes import ProcessCrew
 from hetis_exec.replay import replay
+from hetis_exec.toy_backend import ToyKernels
 from hetis_exec.toy_model import ToyShard
+from hetis_exec.transport import Endpoint, InProcessTransport
 from hetis_exec.workers import AttentionWorker
 from hetis_sim.spec.errors import SpecError
 from hetis_sim.spec.request import Request
@@ -121,6 +133,43 @@ def test_a_lost_message_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExecutorError, match=r"has waited|has ended for|no sign of life"):
         run(what(timeout_s=0.4))
     assert time.monotonic() - begun_s < SOON_S
+
+
+def attention_worker() -> tuple[AttentionWorker, Endpoint, Endpoint]:
+    """One for a single group of a request in one layer; a primary that asks it, and the driver."""
+    transport = InProcessTransport()
+    worker = AttentionWorker(2, transport.endpoint(2), KvPool(4, 4, ToyKernels(4, 4, 2)), 1.0)
+    driver = transport.endpoint(DRIVER)
+    driver.send(2, Control(1, (Open(7, 0, (0,), 1, 1, 0),), 1, None))
+    return worker, transport.endpoint(0), driver
+
+
+@pytest.mark.parametrize(("told", "said"), [((), "of none"), ((4,), "of step 4"), ((5, 6), "of step 6")])
+def test_requests_that_nobody_has_told_of_are_refused(told: Sequence[int], said: str) -> None:
+    """An attention worker answers about the last step that it was told of, and no other."""
+    worker, primary, driver = attention_worker()
+    for after in told:
+        primary.send(2, AttentionBatch(after, 0, 0, ()))
+    primary.send(2, AttentionRequest(5, 0, 0, *(np.zeros(shape) for shape in ((1, 1, 2), (1, 2), (1, 2)))))
+    worker.run()
+    found: list[Failed] = []
+    while not found:
+        message = driver.receive(SOON_S)
+        assert message is not None
+        found += [message] if isinstance(message, Failed) else []
+    assert f"asks about step 5, it has told {said}" in found[0].reason
+
+
+def test_an_attention_worker_looks_a_step_up_before_it_is_asked() -> None:
+    """As soon as it has been told by the primary what is meant and by the driver that there is such cache."""
+    worker, primary, _ = attention_worker()
+    primary.send(2, AttentionBatch(1, 0, 0, (AttentionItem(7, 2, (0,)),)))
+    for _ in range(2):
+        worker.turn()
+    assert worker._batches[0].version == worker.cache.pool.version
+    primary.send(2, AttentionBatch(2, 0, 0, (AttentionItem(7, 3, (0,)),)))
+    worker.turn()
+    assert worker._batches[0].version < 0
 
 
 def test_a_driver_that_forgets_a_step_comes_to_a_halt(monkeypatch: pytest.MonkeyPatch) -> None:

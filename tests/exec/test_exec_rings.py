@@ -10,11 +10,14 @@ import time
 from collections.abc import Iterator
 from multiprocessing import Pipe
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
 
+from hetis_exec import pipes
 from hetis_exec.messages import (
+    AttentionBatch,
     AttentionItem,
     AttentionRequest,
     AttentionResult,
@@ -60,7 +63,7 @@ def got(reader: RingReader, size: int) -> tuple[int | None, bytes]:
 def heads(number: int, rows: int = 4, value: float = 0.0) -> AttentionRequest:
     """Heads of some rows in a layer of a step."""
     shapes = (rows, 3, 8), (rows, 8), (rows, 8)
-    return AttentionRequest(number, 0, 0, 1, None, *(np.full(s, value + n, np.float32)
+    return AttentionRequest(number, 0, 1, *(np.full(s, value + n, np.float32)
                                                      for n, s in enumerate(shapes)))
 
 
@@ -153,8 +156,7 @@ def test_messages_of_a_layer_travel_as_they_are(message: Message) -> None:
 
 
 @pytest.mark.parametrize("message", [
-    heads(7)._replace(items=(AttentionItem(1, 2, (0,)),)),
-    heads(7)._replace(parts=(AttentionItem(1, 2, (0,)),)),
+    AttentionBatch(7, 0, 0, (AttentionItem(1, 2, (0,)),)),
     heads(7, rows=1000),
     Hidden(7, np.ones((1, 1, 1, 1, 1), np.float32), 0.0),
     Hidden(7, np.ones((1, 1), np.complex64), 0.0),
@@ -226,6 +228,29 @@ def test_a_receiver_that_sleeps_is_woken(spin_s: float) -> None:
     assert 0.2 < time.monotonic() - begun_s < SOON_S / 2
     worker.kill()
     worker.join()
+
+
+def test_a_receiver_that_is_interrupted_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Longer each time, up to a limit, and less again when looking finds something; it misses nothing."""
+    left, right = ends(spin_s=0.01)
+    monkeypatch.setattr(pipes, "INTERRUPTED_S", -1.0)
+    rests = []
+    for _ in range(6):
+        right._rest_until_s = 0.0
+        assert right.receive(0.001) is None
+        rests.append(right._rest_s)
+    assert rests == sorted(rests)
+    assert pipes.REST_LEAST_S < rests[0] < rests[-1] == pipes.REST_MOST_S
+    left.send(1, heads(1))
+    assert right.receive(SOON_S) is not None
+    monkeypatch.setattr(pipes, "INTERRUPTED_S", SOON_S)
+    right._rest_until_s = 0.0
+    worker = Thread(target=lambda: (time.sleep(0.005), left.send(1, heads(2))))
+    right._spin_s = right._spin_max_s = SOON_S
+    worker.start()
+    assert right.receive(SOON_S) is not None
+    worker.join()
+    assert right._rest_s < rests[-1]
 
 
 def test_a_receiver_without_messages_waits_as_long_as_it_was_told() -> None:

@@ -338,15 +338,15 @@ def test_operations_of_nccl_are_looked_at_until_they_are_over() -> None:
 def test_heads_say_that_arrays_stay_on_devices() -> None:
     """All of a message's, or none."""
     here, there = resident_of(torch.ones(2, 3).bfloat16()), np.ones((2, 3), dtype=np.float32)
-    head, arrays = encode(AttentionRequest(1, 0, 0, 0, None, here, here, here))
+    head, arrays = encode(AttentionRequest(1, 0, 0, here, here, here))
     read = parse(head)
     assert read.stay
     assert arrays == [here] * 3
     assert read.arrays == (ArraySpec("<i2", (2, 3)),) * 3
-    assert not parse(encode(AttentionRequest(1, 0, 0, 0, None, there, there, there))[0]).stay
+    assert not parse(encode(AttentionRequest(1, 0, 0, there, there, there))[0]).stay
     with pytest.raises(CodecError, match="AttentionRequest with some of its arrays on devices"):
-        encode(AttentionRequest(1, 0, 0, 0, None, here, there, there))
-    assert size_bytes(AttentionRequest(1, 0, 0, 0, None, here, here, here)) == 64 + 3 * 12
+        encode(AttentionRequest(1, 0, 0, here, there, there))
+    assert size_bytes(AttentionRequest(1, 0, 0, here, here, here)) == 64 + 3 * 12
 
 
 @pytest.mark.parametrize("make", [lambda: CpuKernels(8, 4, 4, dtype=torch.bfloat16)])

@@ -89,6 +89,20 @@ def test_decode_attention_is_that_of_the_reference(lengths: list[int], r: int, c
         assert torch.allclose(world.decode(layer, queries), world.wanted(layer, queries), **CLOSE)
 
 
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [5, 9, 13]])
+def test_decode_attention_takes_a_part_of_larger_tensors(lengths: list[int]) -> None:
+    """Rows on two axes, of any strides, as a share of a batch's heads is."""
+    world = World(lengths, 2, 1 << 20)
+    tables = [world.pool.table(TableKey(request, 0, g)) for request, g in world.rows]
+    plan = world.kernels.plan(tables, [world.lengths[request] for request, _ in world.rows])
+    queries = world.random(len(lengths), 5, 3, D)[:, 2:4]
+    keys, values = (torch.stack([data[request][0, :, -1] for request in range(len(lengths))])
+                    for data in (world.keys, world.values))
+    found = world.kernels.decode(plan, 0, queries, *(torch.nn.functional.pad(x, (0, 0, 1, 1))[:, 1:-1]
+                                                     for x in (keys, values)))
+    assert torch.allclose(found, world.wanted(0, queries.flatten(0, 1)), **CLOSE)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk_bytes", [1, 1 << 20])
 def test_decode_attention_over_narrow_caches_is_computed_in_float32(dtype: torch.dtype,
