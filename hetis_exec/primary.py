@@ -260,6 +260,8 @@ class PrimaryWorker(Worker):
         kernels, lap = self.kernels, self.stopwatch.lap
         q, k, v = self.shard.qkv(layer, hidden, batch.prepared)
         attended = kernels.empty_like(q) if batch.prompts is None else None
+        if batch.prefills and batch.prompts is None:
+            self._store_prompts(batch, layer, k, v)
         lap(DENSE)
         picked = self._heads.send(batch, layer, (q, k, v))
         if batch.is_divided:
@@ -317,7 +319,7 @@ class PrimaryWorker(Worker):
             if not row.prefill:
                 continue
             if batch.prompts is None:
-                keys, values = self._prompt(batch, layer, row, k[here].swapaxes(0, 1), v[here].swapaxes(0, 1))
+                keys, values = self._prompt(layer, row, k[here].swapaxes(0, 1), v[here].swapaxes(0, 1))
                 attended[here] = self.kernels.causal(q[here], keys, values)
             elif row.push_tag < 0 and not row.onward:
                 continue
@@ -330,29 +332,42 @@ class PrimaryWorker(Worker):
                 leaving.append((row, keys, values))
         return leaving
 
-    def _prompt(self, batch: Batch, layer: int, row: Row, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (groups, tokens, d) of a prompt so far; new tokens are stored where they belong.
+    def _store_prompts(self, batch: Batch, layer: int, k: Tensor, v: Tensor) -> None:
+        """New tokens of prompts go where they belong: with the dense modules, as the cost model has it."""
+        at = 0
+        for row in batch.rows:
+            tokens = slice(at, at + row.new_tokens)
+            at = tokens.stop
+            if row.prefill:
+                self._store_prompt(batch, layer, row, k[tokens].swapaxes(0, 1), v[tokens].swapaxes(0, 1))
+
+    def _store_prompt(self, batch: Batch, layer: int, row: Row, k: Tensor, v: Tensor) -> None:
+        stage, own, pool = self.place.stage, self.shard.groups, self.cache.pool
+        keys = [TableKey(row.request_id, stage, g) for g in own]
+        here = [n for n, key in enumerate(keys) if key in pool.tables]
+        if not here:
+            return
+        stored = self._stored(batch, row, [keys[n] for n in here])
+        parts = (k, v) if len(here) == len(own) else (k[here], v[here])
+        if len(stored.tokens) < row.new_tokens:
+            parts = tuple(x[:, stored.at[0]] for x in parts)
+        if len(stored.tokens):
+            pool.write_groups(stored.spots, layer, *parts)
+
+    def _prompt(self, layer: int, row: Row, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (groups, tokens, d) of a prompt so far, those of its new tokens given.
 
         Raises:
             CacheError: the prompt came in pieces, and no room was booked for those before.
         """
-        stage, own, pool = self.place.stage, self.shard.groups, self.cache.pool
-        missing = [g for g in own if TableKey(row.request_id, stage, g) not in pool.tables]
-        here = [n for n, g in enumerate(own) if g not in missing]
-        last = row.position + row.new_tokens
-        if here:
-            stored = self._stored(batch, row, [TableKey(row.request_id, stage, own[n]) for n in here])
-            parts = (k, v) if not missing else (k[here], v[here])
-            if len(stored.tokens) < row.new_tokens:
-                parts = tuple(x[:, stored.at[0]] for x in parts)
-            if len(stored.tokens):
-                pool.write_groups(stored.spots, layer, *parts)
         if row.position == 0:
             return k, v
+        stage, own, pool = self.place.stage, self.shard.groups, self.cache.pool
+        missing = [g for g in own if TableKey(row.request_id, stage, g) not in pool.tables]
         if missing:
             raise CacheError(f"device {self.device} has no room for the first {row.position} tokens of "
                              f"request {row.request_id} in KV groups {missing}: no staging copy was booked")
-        return pool.read(row.request_id, stage, own, layer, 0, last)
+        return pool.read(row.request_id, stage, own, layer, 0, row.position + row.new_tokens)
 
     def _stored(self, batch: Batch, row: Row, keys: Sequence[TableKey]) -> Stored:
         """Which of a prompt's new tokens belong here, and where; the same in every layer."""
