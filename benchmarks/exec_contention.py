@@ -4,9 +4,10 @@
 
 A process on one core attends, in all layers of a model, to rows of (request, KV group) of the shape of
 SmolLM2-135M: as a primary or an attention worker does, but with nobody to wait for. A second, independent
-process on another core meanwhile sleeps, multiplies matrices that its own cache holds, or attends to as many
-rows of its own; these take turns in every round. Printed are medians, and over the rounds the median ratio to
-the time beside a process that sleeps, with an interval that holds it in 95 of 100 resamplings.
+process on another core meanwhile sleeps, multiplies matrices that its own cache holds, attends to as many
+rows of its own, or reads memory as fast as it can; these take turns in every round. Printed are medians, and
+over the rounds the median ratio to the time beside a process that sleeps, with an interval that holds it in
+95 of 100 resamplings.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from hetis_exec.kernels.cpu import CpuKernels
 from hetis_exec.kvcache import KvPool, TableKey
 
 LAYERS, HEADS, HEAD_DIM, BLOCK = 30, 3, 64, 16
-OTHERS = ("sleeps", "multiplies", "attends")
+OTHERS = ("sleeps", "multiplies", "attends", "reads")
 SETTLE_S = 3e-3
 SMALL = 96
 """Rows and columns of matrices that the first two caches of a core hold."""
+
+LARGE = 32 << 20
+"""Numbers that no cache holds, of four bytes each."""
 
 
 def attention(rows: int, context: int) -> Callable[[], None]:
@@ -65,7 +69,9 @@ def keep_busy(orders: Connection, core: int, rows: int, context: int) -> None:
     """Life of the other process: it does what it was told last."""
     os.sched_setaffinity(0, {core})
     torch.set_num_threads(1)
-    works: dict[str, Callable[[], None]] = {"multiplies": multiply, "attends": attention(rows, context)}
+    numbers = np.ones(LARGE, dtype=np.float32)
+    works: dict[str, Callable[[], object]] = {"multiplies": multiply, "attends": attention(rows, context),
+                                              "reads": numbers.sum}
     orders.send("ready")
     order = "sleeps"
     with torch.inference_mode():

@@ -31,7 +31,7 @@ from hetis_exec.transport import Inbox
 AT_ONCE_BYTES = 1 << 15
 """Messages up to this size are written by whoever sends them: a free pipe has room for several."""
 
-RING_BYTES = 1 << 20
+RING_BYTES = 4 << 20
 """Of one direction between two workers. Memory that is never written to is never taken."""
 
 LOOK_S = 1e-2
