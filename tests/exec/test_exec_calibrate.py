@@ -152,7 +152,8 @@ def test_what_cannot_be_measured_is_said(words: list[str], monkeypatch: pytest.M
     monkeypatch.setattr("hetis_exec.calibrate.tasks._host", fails)
     assert main(["calibrate", *words]) == 1
     text = capsys.readouterr().out
-    assert "not measured: host: the moon is in the way" in text
+    assert "not measured: host/before: the moon is in the way" in text
+    assert "not measured: host/after: the moon is in the way" in text
     assert "cpu-core.json" in text
 
 
