@@ -54,6 +54,7 @@ class SchedulerConfig:
     prompt_patience: int = 0
     mesh_message_s: float = 0.0
     mesh_poll_s: float = 0.0
+    prompt_pause_share: float = 0.5
 
     def settings(self) -> SchedulerSettings:
         """The checked settings."""
@@ -62,7 +63,7 @@ class SchedulerConfig:
         return SchedulerSettings(limits, self.chunked_prefill, self.chunk_tokens, self.collapse,
                                  self.rebalance_interval, self.preemptions_max, self.moves_max,
                                  self.joint_attention, self.async_scheduling, self.prompt_patience,
-                                 self.mesh_message_s, self.mesh_poll_s)
+                                 self.mesh_message_s, self.mesh_poll_s, self.prompt_pause_share)
 
 
 @dataclass
@@ -80,6 +81,8 @@ class CostConfig:
             0 with CUDA graphs.
         host_overlap: the host schedules an iteration while the one before it computes.
         cache_copies: times that an engine whose cache is not paged copies all of it in an iteration.
+        cache_copy_bytes_per_s: bytes that a card reads and writes in a second while it does so; 0 for the
+            rate of decode attention.
         policy_error: every coefficient that policies plan and dispatch by is wrong by this share, up or
             down at random, while durations stay what they are; see :class:`MisjudgedCost`.
         policy_error_seed: of the directions.
@@ -96,6 +99,7 @@ class CostConfig:
     host_launch_s_per_layer: float = 0.0
     host_overlap: bool = False
     cache_copies: float = 0.0
+    cache_copy_bytes_per_s: float = 0.0
     policy_error: float = 0.0
     policy_error_seed: int = 0
     policy_error_modules: list[str] = field(default_factory=lambda: ["all"])

@@ -301,6 +301,11 @@ def test_closed_loop_with_a_common_queue(trace: str) -> None:
         (r.prompt_tokens, r.output_tokens) for r in expected if r]
     with pytest.raises(SpecError, match=r"workload\.common_queue"):
         closed(**settings, common_queue=True, think_time_s=1.0)
+    same = closed(**settings, common_queue=True, think_time_s=2.0, think="constant").begin()
+    assert [r.arrival_s for r in same.initial()] == [2.0, 2.5, 3.0]
+    after = [same.next_request(2, 4.0), same.next_request(2, 9.0)]
+    assert [(r.arrival_s, r.prompt_tokens) for r in after if r] == [
+        (6.0, later[0].prompt_tokens if later[0] else 0), (11.0, later[1].prompt_tokens if later[1] else 0)]
 
 
 def test_closed_loop_over_a_trace(trace: str) -> None:

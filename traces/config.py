@@ -139,9 +139,10 @@ class WorkloadConfig:
         require_int("workload.users", self.users, 1)
         require_finite("workload.think_time_s", self.think_time_s, 0.0, 1e9)
         require_finite("workload.stagger_s", self.stagger_s, 0.0, 1e9)
-        if self.common_queue and self.think_time_s:
-            raise SpecError("workload.common_queue", True, "false with a think time, which is that of a user")
         require_one("workload.think", self.think, ("exponential", "constant"))
+        if self.common_queue and self.think_time_s and self.think == "exponential":
+            raise SpecError("workload.common_queue", True,
+                            "false with think times that vary, which are those of a user")
 
     def _check_rate(self) -> None:
         if self.rate is not None:

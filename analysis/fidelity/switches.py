@@ -21,6 +21,7 @@ SWITCHES: Mapping[str, Mapping[str, Sequence[str]]] = {
     "helix": {"messages": ["scheduler.mesh_message_s=0"], "polling": ["scheduler.mesh_poll_s=0"],
               "host time": ["cost.host_base_s=0", "cost.host_per_sequence_s=0"]},
     "tgis": {"copies of the cache": ["cost.cache_copies=0"], "host time of requests": [DEFAULT_HOST],
+             "host time of prompts": ["cost.host_prompt_step_s=0", "cost.host_per_prompt_s=0"],
              "queueing of kernels": ["cost.host_launch_s_per_layer=0"],
              "patience": ["scheduler.prompt_patience=0"]},
     "curves": {"collectives through the host": [OWN_COLLECTIVES], "host time of requests": [DEFAULT_HOST],

@@ -170,8 +170,8 @@ class Engine:
         lane.step = None
         lane.ready_at_s = now_s
         if self.settings.prompt_patience and step.kind == StepKind.PREFILL:
-            # Decoding gets at least half as long as the prompts took.
-            lane.patient_until_s = now_s + (now_s - lane.prompts_begun_s) / 2
+            pause_s = self.settings.prompt_pause_share * (now_s - lane.prompts_begun_s)
+            lane.patient_until_s = now_s + pause_s
         if step.decoding:
             for state in lane.pop_finished():
                 self.books.end(state)

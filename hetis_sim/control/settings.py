@@ -29,6 +29,8 @@ class SchedulerSettings:
             hold them up, where whole prompts go first; 0 for none. After n of them since the last
             prompts, those that wait are prefilled once they are at least
             ``running * (patience - n) / patience``, as in IBM's fork of TGI (``max_waiting_tokens``).
+        prompt_pause_share: with patience, decoding requests have so much of the time that prompts took for
+            themselves afterwards, however many wait; 0.5 in that fork since January 2024, 0 before.
         mesh_message_s: in a mesh, host time in which a node hands over the results of one request; 0 for all
             of a batch at once.
         mesh_poll_s: in a mesh, time between two looks of an idle node for arrivals; 0 for at once.
@@ -46,6 +48,7 @@ class SchedulerSettings:
     prompt_patience: int = 0
     mesh_message_s: float = 0.0
     mesh_poll_s: float = 0.0
+    prompt_pause_share: float = 0.5
 
     def __post_init__(self) -> None:
         for key in ("chunk_tokens", "rebalance_interval", "preemptions_max"):
@@ -53,6 +56,7 @@ class SchedulerSettings:
         require(self.moves_max >= 0, "scheduler.moves_max", self.moves_max, ">= 0")
         for key in ("mesh_message_s", "mesh_poll_s"):
             require_finite(f"scheduler.{key}", getattr(self, key), 0.0, 1.0)
+        require_finite("scheduler.prompt_pause_share", self.prompt_pause_share, 0.0, 100.0)
         require(self.prompt_patience >= 0, "scheduler.prompt_patience", self.prompt_patience, ">= 0")
         require(not (self.prompt_patience and self.chunked_prefill), "scheduler.prompt_patience",
                 self.prompt_patience, "0 with scheduler.chunked_prefill=true, where prompts hold nobody up")

@@ -80,7 +80,7 @@ def read_shipped(device: str) -> Profile | None:
 def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (),
                     host: HostOverhead | None = None, roofline: RooflineSettings | None = None,
                     gpus: Sequence[GpuSpec] | None = None, model: ModelSpec | None = None,
-                    cache_copies: float = 0.0) -> CostModel:
+                    cache_copies: float = 0.0, cache_copy_bytes_per_s: float = 0.0) -> CostModel:
     """The cost model ``kind``: ``profile`` (fitted, roofline where nothing is measured) or ``roofline``.
 
     Args:
@@ -90,7 +90,8 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
             are left out.
         host: host time of an iteration.
         roofline: shares of the datasheet peaks behind the profiles.
-        cache_copies: times that the whole cache is copied in an iteration; see :class:`MemoisedCost`.
+        cache_copies, cache_copy_bytes_per_s: times that the whole cache is copied in an iteration, and how
+            fast; see :class:`MemoisedCost`.
         gpus: the cards of the cluster; a user's profile for any other card is then an error.
         model: what is to be served; a calibrated profile of other shapes or numbers is then an error.
 
@@ -101,12 +102,13 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
     if kind not in KINDS:
         raise SpecError("cost.kind", kind, f"one of {', '.join(KINDS)}")
     require_finite("cost.cache_copies", cache_copies, 0.0, 100.0)
+    require_finite("cost.cache_copy_bytes_per_s", cache_copy_bytes_per_s, 0.0)
     behind = RooflineCost(roofline, host)
     if kind == "roofline":
         if profiles:
             raise SpecError("cost.profiles", [str(path) for path in profiles],
                             "empty with cost.kind=roofline")
-        behind.cache_copies = cache_copies
+        behind.cache_copies, behind.cache_copy_bytes_per_s = cache_copies, cache_copy_bytes_per_s
         return behind
     user = [profile for name in profiles for profile in _read(profile_path(name), gpus)]
     for profile in user:
@@ -117,7 +119,7 @@ def load_cost_model(kind: str = "profile", *, profiles: Sequence[str | Path] = (
     if gpus is not None:
         _require_all(user, gpus)
     found = ProfileCost(ProfileShelf(user), behind)
-    found.cache_copies = cache_copies
+    found.cache_copies, found.cache_copy_bytes_per_s = cache_copies, cache_copy_bytes_per_s
     return found
 
 

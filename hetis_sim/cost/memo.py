@@ -23,11 +23,13 @@ class MemoisedCost(CostModel):
     reused. Arguments are validated once, on a miss.
 
     Attributes:
-        cache_copies: times that an engine whose cache is not paged copies all of it in an iteration, read
-            and written at the rate of decode attention (ours).
+        cache_copies: times that an engine whose cache is not paged copies all of it in an iteration.
+        cache_copy_bytes_per_s: bytes that a card reads and writes in a second while it copies; 0 for the
+            rate at which decode attention reads.
     """
 
     cache_copies = 0.0
+    cache_copy_bytes_per_s = 0.0
 
     def __init__(self) -> None:
         self._alive: dict[int, object] = {}
@@ -78,7 +80,9 @@ class MemoisedCost(CostModel):
             self._admit(gpu, model)
             found = self._decode_attention(gpu, model)
             if self.cache_copies:
-                found = replace(found, b_s_per_byte=found.b_s_per_byte * (1.0 + 2.0 * self.cache_copies),
+                rate = self.cache_copy_bytes_per_s
+                pass_s = 1.0 / rate if rate else found.b_s_per_byte
+                found = replace(found, b_s_per_byte=found.b_s_per_byte + 2.0 * self.cache_copies * pass_s,
                                 lone=None)
             self._decode[key] = found
         return found

@@ -18,7 +18,7 @@ from analysis.fidelity.command import DATA, SETS, compare, read_sets
 from analysis.fidelity.errors import bootstrap, errors, relative, summary
 from analysis.fidelity.measure.replay import early_throughput, figures, profile_words, thin
 from analysis.fidelity.page import Compared, group_table, overview, page_text, pooled, scatters, write_page
-from analysis.fidelity.sets import curves, helix, tgis, vllm
+from analysis.fidelity.sets import curves, helix, tgis, tgis_engine, vllm
 from analysis.fidelity.sets.names import model_name
 from analysis.fidelity.switches import SWITCHES, farthest, without
 from analysis.paper.store import Job, Store
@@ -158,6 +158,23 @@ def test_tgis_requests_are_those_of_the_records(tmp_path: Path) -> None:
     assert asked.requests(1, 703)[702] == rows[0]
     with pytest.raises(HetisError, match=r"users=3.*1, 2, 4, 8"):
         asked.requests(3, 1)
+
+
+def test_tgis_hosts_and_copies_go_with_the_card() -> None:
+    """Copies are limited by integer arithmetic on big cards, by memory on small ones; graphs are recorded on one."""
+    assert tgis_engine.copy_rate("H100", "h100-sxm") == pytest.approx(4 * 132 * 64 * 1.98e9 / 36)
+    assert tgis_engine.copy_rate("T4", "t4") == pytest.approx(0.8 * GPUS["t4"].memory_bandwidth_bytes_per_s)
+
+    def values(*given: object) -> dict[str, str]:
+        return dict(word.split("=") for word in tgis_engine.words(*given))  # type: ignore[arg-type]
+
+    one, two, old = values("H100", "h100-sxm", 1, 1), values("H100", "h100-sxm", 2, 16), values("A100", "a100-40gb", 2, 16)
+    assert (float(one["cost.cache_copies"]), float(two["cost.cache_copies"])) == (0.0, 1.7)
+    graphs_s = float(one["cost.host_per_prompt_s"]) - float(two["cost.host_per_prompt_s"])
+    assert graphs_s == pytest.approx(0.044 * 65e-3, rel=1e-3)
+    for key in ("base_s", "per_sequence_s", "per_prompt_s", "prompt_step_s", "launch_s_per_layer"):
+        ratio = float(old[f"cost.host_{key}"]) / float(two[f"cost.host_{key}"])
+        assert ratio == pytest.approx(1.4, rel=1e-3)
 
 
 def test_names_of_models_lose_only_what_says_nothing() -> None:

@@ -213,8 +213,12 @@ def test_a_cache_that_is_copied_is_read_and_written_once_more_each_time() -> Non
     once, often = plain.decode_attention(card, TINY), copied.decode_attention(card, TINY)
     assert often.b_s_per_byte == pytest.approx(5 * once.b_s_per_byte)
     assert (often.a_s_per_head, often.c_s) == (once.a_s_per_head, once.c_s)
+    slow = load_cost_model("roofline", cache_copies=2.0, cache_copy_bytes_per_s=1e9).decode_attention(card, TINY)
+    assert slow.b_s_per_byte == pytest.approx(once.b_s_per_byte + 4e-9)
     with pytest.raises(SpecError, match=r"cost\.cache_copies"):
         load_cost_model(cache_copies=-1.0)
+    with pytest.raises(SpecError, match=r"cost\.cache_copy_bytes_per_s"):
+        load_cost_model(cache_copies=1.0, cache_copy_bytes_per_s=-1.0)
 
 
 # -- scheduling --------------------------------------------------------------------------
@@ -241,6 +245,20 @@ def test_patience_lets_decoding_go_on_until_enough_wait() -> None:
     assert eager["first_scheduled_s"][4] == pytest.approx(prefill_s(40) + decode_s([11] * 4), rel=1e-12)
 
 
+@pytest.mark.parametrize(("share", "iterations"), [(0.0, 1), (3.0, None)])
+def test_decoding_has_a_pause_after_prompts(share: float, iterations: int | None) -> None:
+    """Enough wait at once: without a pause they are heeded after one iteration, with one when it is over."""
+    prompts_s = prefill_s(20)
+    rows = run([10] * 4, [200] * 4, [0.0] * 2 + [0.5 * prompts_s] * 2, prompt_patience=24,
+               prompt_pause_share=share).records().requests
+    waited_s = rows["first_scheduled_s"][2] - prompts_s
+    steps = [decode_s([n, n]) for n in range(11, 200)]
+    if iterations is None:
+        iterations = next(n for n in range(1, 200) if sum(steps[:n]) >= share * prompts_s)
+        assert iterations > 1
+    assert waited_s == pytest.approx(sum(steps[:iterations - (share == 0.0)]), rel=1e-9)
+
+
 def test_patience_ends_where_one_request_decodes() -> None:
     """A single one is held up at once."""
     rows = run([10, 7], [9, 1], [0.0, prefill_s(10) + 1e-4], prompt_patience=24).records().requests
@@ -248,7 +266,7 @@ def test_patience_ends_where_one_request_decodes() -> None:
 
 
 @pytest.mark.parametrize(("words", "key"), [
-    ({"prompt_patience": -1}, "prompt_patience"), ({"joint_attention": True}, "joint_attention"),
+    ({"prompt_patience": -1}, "prompt_patience"), ({"prompt_pause_share": -0.5}, "prompt_pause_share"), ({"joint_attention": True}, "joint_attention"),
     ({"prompt_patience": 4, "chunked_prefill": True}, "prompt_patience"),
     ({"mesh_poll_s": float("nan")}, "mesh_poll_s"), ({"mesh_message_s": -1.0}, "mesh_message_s")])
 def test_settings_that_make_no_sense_are_named(words: dict[str, object], key: str) -> None:
