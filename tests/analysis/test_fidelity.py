@@ -163,7 +163,7 @@ def test_tgis_requests_are_those_of_the_records(tmp_path: Path) -> None:
 def test_tgis_hosts_and_copies_go_with_the_card() -> None:
     """Copies are limited by integer arithmetic on big cards, by memory on small ones; graphs are recorded on one."""
     assert tgis_engine.copy_rate("H100", "h100-sxm") == pytest.approx(4 * 132 * 64 * 1.98e9 / 36)
-    assert tgis_engine.copy_rate("T4", "t4") == pytest.approx(0.8 * GPUS["t4"].memory_bandwidth_bytes_per_s)
+    assert tgis_engine.copy_rate("T4", "t4") == pytest.approx(0.8 * gpu("t4").memory_bandwidth_bytes_per_s)
 
     def values(*given: object) -> dict[str, str]:
         return dict(word.split("=") for word in tgis_engine.words(*given))  # type: ignore[arg-type]
