@@ -148,7 +148,8 @@ def _costs(config: RunConfig, cluster: ClusterSpec, model: ModelSpec) -> tuple[C
     given = config.cost
     cost = load_cost_model(given.kind, profiles=given.profiles, host=given.host(),
                            gpus=[device.gpu for device in cluster.devices], model=model,
-                           cache_copies=given.cache_copies, cache_copy_bytes_per_s=given.cache_copy_bytes_per_s)
+                           cache_copies=given.cache_copies,
+                           cache_copy_bytes_per_s=given.cache_copy_bytes_per_s)
     if not given.policy_error:
         return cost, None
     streams = RngStreams(given.policy_error_seed)

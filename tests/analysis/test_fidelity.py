@@ -161,14 +161,15 @@ def test_tgis_requests_are_those_of_the_records(tmp_path: Path) -> None:
 
 
 def test_tgis_hosts_and_copies_go_with_the_card() -> None:
-    """Copies are limited by integer arithmetic on big cards, by memory on small ones; graphs are recorded on one."""
+    """Copies are limited by integer arithmetic on big cards, by memory on small ones; graphs are for one."""
     assert tgis_engine.copy_rate("H100", "h100-sxm") == pytest.approx(4 * 132 * 64 * 1.98e9 / 36)
     assert tgis_engine.copy_rate("T4", "t4") == pytest.approx(0.8 * gpu("t4").memory_bandwidth_bytes_per_s)
 
     def values(*given: object) -> dict[str, str]:
         return dict(word.split("=") for word in tgis_engine.words(*given))  # type: ignore[arg-type]
 
-    one, two, old = values("H100", "h100-sxm", 1, 1), values("H100", "h100-sxm", 2, 16), values("A100", "a100-40gb", 2, 16)
+    one, two = values("H100", "h100-sxm", 1, 1), values("H100", "h100-sxm", 2, 16)
+    old = values("A100", "a100-40gb", 2, 16)
     assert (float(one["cost.cache_copies"]), float(two["cost.cache_copies"])) == (0.0, 1.7)
     graphs_s = float(one["cost.host_per_prompt_s"]) - float(two["cost.host_per_prompt_s"])
     assert graphs_s == pytest.approx(0.044 * 65e-3, rel=1e-3)

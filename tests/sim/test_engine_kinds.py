@@ -213,7 +213,8 @@ def test_a_cache_that_is_copied_is_read_and_written_once_more_each_time() -> Non
     once, often = plain.decode_attention(card, TINY), copied.decode_attention(card, TINY)
     assert often.b_s_per_byte == pytest.approx(5 * once.b_s_per_byte)
     assert (often.a_s_per_head, often.c_s) == (once.a_s_per_head, once.c_s)
-    slow = load_cost_model("roofline", cache_copies=2.0, cache_copy_bytes_per_s=1e9).decode_attention(card, TINY)
+    limited = load_cost_model("roofline", cache_copies=2.0, cache_copy_bytes_per_s=1e9)
+    slow = limited.decode_attention(card, TINY)
     assert slow.b_s_per_byte == pytest.approx(once.b_s_per_byte + 4e-9)
     with pytest.raises(SpecError, match=r"cost\.cache_copies"):
         load_cost_model(cache_copies=-1.0)
@@ -266,7 +267,8 @@ def test_patience_ends_where_one_request_decodes() -> None:
 
 
 @pytest.mark.parametrize(("words", "key"), [
-    ({"prompt_patience": -1}, "prompt_patience"), ({"prompt_pause_share": -0.5}, "prompt_pause_share"), ({"joint_attention": True}, "joint_attention"),
+    ({"prompt_patience": -1}, "prompt_patience"), ({"prompt_pause_share": -0.5}, "prompt_pause_share"),
+    ({"joint_attention": True}, "joint_attention"),
     ({"prompt_patience": 4, "chunked_prefill": True}, "prompt_patience"),
     ({"mesh_poll_s": float("nan")}, "mesh_poll_s"), ({"mesh_message_s": -1.0}, "mesh_message_s")])
 def test_settings_that_make_no_sense_are_named(words: dict[str, object], key: str) -> None:

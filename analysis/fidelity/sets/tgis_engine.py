@@ -21,9 +21,9 @@ PROMPT_STEP_S = 0.6e-3
 """Tokeniser call, and the operations that bring two batches together."""
 
 PER_PROMPT_S = 0.35e-3
-"""At the prices of ``SETTINGS``: 0.1 ms of tokenisation (100 tokens; measured with a byte-pair tokeniser of 12,000
-words, 0.08 to 0.16 ms), a list sent to the device and padded there (0.08 ms), the sampling object and the
-messages (0.1 ms), two more numbers fetched from the device (0.05 ms), and views."""
+"""At the prices of ``SETTINGS``: 0.1 ms of tokenisation (100 tokens; measured with a byte-pair tokeniser of
+12,000 words, 0.08 to 0.16 ms), a list sent to the device and padded there (0.08 ms), the sampling object and
+the messages (0.1 ms), two more numbers fetched from the device (0.05 ms), and views."""
 
 GRAPH_SHARE, GRAPH_S = 0.044, 65e-3
 """Prompts on one card for which a CUDA graph of the sampling is recorded, and how long that takes."""
@@ -34,7 +34,7 @@ ones have come."""
 
 INTEGER_RATE: Mapping[str, float] = {
     "H100": 132 * 64 * 1.98e9, "A100": 108 * 64 * 1.41e9, "A10": 72 * 64 * 1.695e9, "T4": 40 * 64 * 1.59e9}
-"""Integer instructions a second: multiprocessors, integer lanes of each, boost clock (NVIDIA's whitepapers)."""
+"""Integer instructions a second: multiprocessors, integer lanes, boost clock (NVIDIA's whitepapers)."""
 
 INSTRUCTIONS_PER_ELEMENT = 36
 """Of a copy between two strided tensors of two axes: for each axis a division by multiplication, shift and
@@ -44,11 +44,12 @@ COPIED_SHARE = 0.8
 """Of the bandwidth of memory, where that is the limit."""
 
 HOST_FACTOR: Mapping[str, float] = {"H100": 1.0, "A100": 1.4, "A10": 1.4, "T4": 1.4}
-"""Hosts of older cards, against those of 2023: Intel states 1.18 times the instructions a cycle for the cores of
-2021 over those of 2017 to 2020, and 1.19 for those of 2023 over these. Which hosts there were is not known."""
+"""Hosts of older cards, against those of 2023: Intel states 1.18 times the instructions a cycle for the cores
+of 2021 over those of 2017 to 2020, and 1.19 for those of 2023 over these. Which hosts there were is not
+known."""
 
 CLIENT_S: Mapping[str, float] = {"H100": 5e-3, "A100": 13e-3, "A10": 14e-3, "T4": 15e-3}
-"""From asking to being in the queue: the time to the first message of each request in the records of one user."""
+"""From asking to being in the queue: time to the first message of a request in the records of one user."""
 
 SETTINGS = (
     ("prompts hold up decoding",
@@ -75,9 +76,9 @@ SETTINGS = (
          ("H100", 4 * INTEGER_RATE["H100"] / INSTRUCTIONS_PER_ELEMENT),
          ("A100", 4 * INTEGER_RATE["A100"] / INSTRUCTIONS_PER_ELEMENT)))
      + f"; {COPIED_SHARE:.0%} of the bandwidth on A10 and T4",
-     f"torch.cat takes five axes one tensor at a time, by PyTorch's copy of strided tensors, an element of 16 "
-     f"bits at a time: about {INSTRUCTIONS_PER_ELEMENT} integer instructions each (two axes divided out, two "
-     "addresses), of which a multiprocessor does 64 a cycle"),
+     f"torch.cat takes five axes one tensor at a time, by PyTorch's copy of strided tensors, an element of "
+     f"16 bits at a time: about {INSTRUCTIONS_PER_ELEMENT} integer instructions each (two axes divided out, "
+     "two addresses), of which a multiprocessor does 64 a cycle"),
     ("kernels are queued one by one",
      f"cost.host_launch_s_per_layer={LAUNCH_S:g}, {COLLECTIVES_S:g} more with several cards",
      "first principles: about 12 kernels, 12 views and 10 modules a layer in flash_llama_modeling.py, at "
@@ -122,10 +123,10 @@ FINDINGS = (
     "errors had been seen. The hosts are an assumption: without it the medians are 16 and 13 %.",
     "What the records say of the parts, by regression over iterations (H100, Llama-7B): decoding 10 ms + "
     "0.33 ms a request on two and four cards (0.27 simulated, for greedy ones; temperatures and penalties, "
-    "which the records do not tell, make 0.05 to 0.16 ms more); prefill 1.9 ms a prompt on four cards, 2.8 on "
-    "two and 5.1 on one (0.6 simulated, and 3.5 on one card); a copy at 1.2 to 1.4 TB/s (0.93 on an A100), "
-    "1.5 elements a cycle and multiprocessor on both (1.8 simulated). What a prompt waits for besides is "
-    "not understood. All of it is too short where many use the engine, which is why throughput with 32 "
+    "which the records do not tell, make 0.05 to 0.16 ms more); prefill 1.9 ms a prompt on four cards, 2.8 "
+    "on two and 5.1 on one (0.6 simulated, and 3.5 on one card); a copy at 1.2 to 1.4 TB/s (0.93 on an "
+    "A100), 1.5 elements a cycle and multiprocessor on both (1.8 simulated). What a prompt waits for besides "
+    "is not understood. All of it is too short where many use the engine, which is why throughput with 32 "
     "users and more is too high.",
     "One user of Llama-7B on H100 is simulated 20 to 33 % too slow: its host queues a layer in 0.20 to 0.26 "
     "ms, not 0.28 and 0.34. StarCoder takes 0.29 ms there, with fewer kernels. One price is simulated for "
@@ -133,9 +134,9 @@ FINDINGS = (
     "StarCoder's decode attention reads its one KV head again for each of 48 query heads, from the second "
     "cache (FlashAttention 2 with one query a request): 0.4 ms for 1,000 tokens of context on an H100, where "
     "the simulator reads it once. That is most of what its TPOT lacks with many users.",
-    "TTFT counts from the first message, which the router sends when a request is in its queue. Of StarCoder, "
-    "seven of ten requests of several tokens show no text for their first token, so that their TTFT has "
-    "an iteration of decoding in it.")
+    "TTFT counts from the first message, which the router sends when a request is in its queue. Of "
+    "StarCoder, seven of ten requests of several tokens show no text for their first token, so that their "
+    "TTFT has an iteration of decoding in it.")
 
 
 def words(gpu: str, card: str, tp: int, users: int) -> list[str]:
