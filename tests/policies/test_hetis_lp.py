@@ -64,7 +64,8 @@ def test_rounding_stays_within_its_bound_of_the_optimum(case: Case, second: int)
     stage = context.stages[0]
     longest = max(first, second)
     dearest = max([rank.a + rank.b * longest for rank in stage.local]
-                  + [remote.a + remote.b * longest + remote.wire * (len(stage.shared) if remote.shared else 1)
+                  + [remote.a + remote.b * longest
+                     + (stage.shared_wire * len(stage.shared) if remote.shared else remote.wire)
                      for remote in stage.remote])
     tolerance = 1e-6 * best
     assert spread.time <= best + tolerance

@@ -150,9 +150,10 @@ class _Problem:
                     values.append((remote.a + remote.b * self._length) * SCALE)
                     base += remote.a * self.groups[p] + remote.b * self.tokens[p] + remote.fixed
                     through = [stage.middle + w for w in stage.shared] if remote.shared else [p]
+                    each_s = stage.shared_wire if remote.shared else remote.wire
                     sent = np.concatenate([self._j + q for q in through])
-                    wire = np.append(np.full(len(sent), remote.wire * SCALE), (1.0, -1.0))
-                    waiting = remote.wire * sum(self.groups[q] for q in through) + remote.wire_fixed
+                    wire = np.append(np.full(len(sent), each_s * SCALE), (1.0, -1.0))
+                    waiting = each_s * sum(self.groups[q] for q in through) + remote.wire_fixed
                     delayed = np.append(sent, (self.t(d), self.f(stage.index)))
                     self.rows.at_most(delayed, wire, -waiting * SCALE)
             if columns:
