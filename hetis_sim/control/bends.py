@@ -10,11 +10,12 @@ from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
 
+GROWTH = 1.25
+"""A line goes through what a batch takes now and what it takes when its cache has grown by that much."""
+
+
 class Bend(NamedTuple):
     """A factor on the line of a batch.
-
-    It is taken anew whenever the batch changes, and stays until then: contexts grow by little meanwhile, and
-    iterations of a batch are a line in their number however many are counted at once.
 
     Attributes:
         cost: of the position's device, in query heads and bytes.
@@ -25,9 +26,34 @@ class Bend(NamedTuple):
     heads_per_group: int
     bytes_per_token: int
 
-    def at(self, groups: int, group_tokens: int) -> float:
+    def at(self, groups: int, group_tokens: float) -> float:
         """Of ``groups`` KV groups with ``group_tokens`` tokens in all."""
         return self.cost.over_line(groups * self.heads_per_group, group_tokens * self.bytes_per_token)
+
+
+def secant(bend: Bend | None, line: tuple[float, float, float], groups: int, first: int, now: int
+           ) -> tuple[float, float]:
+    """Attention of a batch by its iterations, as a line: so however many are counted at once is the same.
+
+    It is taken anew whenever the batch changes, and goes through two points of the curve from there on.
+
+    Args:
+        line: seconds of the batch's heads, of each token of a group, and fixed ones.
+        groups: of the batch; each gains a token in an iteration.
+        first: tokens of its groups in iteration 0.
+        now: in the iteration from which on the batch is as it is.
+
+    Returns:
+        Seconds in iteration 0, and what each iteration adds.
+    """
+    heads_s, token_s, fixed_s = line
+    if bend is None:
+        return heads_s + token_s * first + fixed_s, token_s * groups
+    later = GROWTH * now
+    now_s, later_s = (bend.at(groups, tokens) * (heads_s + token_s * tokens + fixed_s)
+                      for tokens in (now, later))
+    slope = max(0.0, (later_s - now_s) / (later - now))
+    return now_s - slope * (now - first), slope * groups
 
 
 def bend_of(cost: CostModel, gpu: GpuSpec, model: ModelSpec, position: Position) -> Bend | None:

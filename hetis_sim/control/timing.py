@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from hetis_sim.control.bends import Bend, bend_of
+from hetis_sim.control.bends import Bend, bend_of, secant
 from hetis_sim.control.envelope import Line
 from hetis_sim.control.lane import Lane
 from hetis_sim.control.loads import Loads
@@ -355,10 +355,9 @@ class InstanceTimer:
             for p, is_remote, layers, a, b, c, wire, wire_fixed, shared, bend in stage:
                 g = groups[p]
                 if g:
-                    over = 1.0 if bend is None else bend.at(g, base[p] + issued * g)
-                    own = over * (a * g + b * (base[p] + g) + c)
+                    own, slope = secant(bend, (a * g, b, c), g, base[p] + g, base[p] + issued * g)
                     start = own + wire * (sent if shared else g) + wire_fixed + waits[p]
-                    lines[is_remote][layers * start, layers * over * b * g] = None  # equal ones count once
+                    lines[is_remote][layers * start, layers * slope] = None  # equal ones count once
             local, others = tuple(lines[0]), tuple(lines[1])
             both = local + others
             if packing:
@@ -434,7 +433,7 @@ def _work(worker: Sequence[_WorkFacts], groups: Sequence[int], base: Sequence[in
     for p, layers, a, b, c, bend in worker:
         g = groups[p]
         if g:
-            over = 1.0 if bend is None else bend.at(g, base[p] + issued * g)
-            start += layers * over * (a * g + b * (base[p] + g) + c)
-            slope += layers * over * b * g
+            own, each = secant(bend, (a * g, b, c), g, base[p] + g, base[p] + issued * g)
+            start += layers * own
+            slope += layers * each
     return start, slope

@@ -131,16 +131,21 @@ def test_remote_heads_take_their_attention_and_two_messages() -> None:
     assert row["finish_s"][0] - begin == pytest.approx(decode, rel=1e-9)
 
 
-def test_attention_bends_where_its_batch_changes() -> None:
-    """What a batch takes over the line is taken when it forms, and anew when one of two has ended."""
-    def iteration_s(contexts: list[int], formed: list[int]) -> float:
-        over = BENT.over_line(HEADS * GROUPS * len(formed), KV * GROUPS * sum(formed))
-        return decode_s(contexts) + 6 * (over - 1.0) * attention_s(contexts)
+def test_attention_follows_the_curve_of_its_batch() -> None:
+    """On a line through what the batch takes when it forms and with a quarter more cache; anew at a change."""
+    def curve_s(requests: int, tokens: float) -> float:
+        return BENT.seconds(HEADS * GROUPS * requests, KV * GROUPS * tokens)
+
+    def iteration_s(contexts: list[int], formed: int) -> float:
+        requests, tokens = len(contexts), sum(contexts)
+        grown = (curve_s(requests, 1.25 * formed) - curve_s(requests, formed)) / (0.25 * formed)
+        bent_s = curve_s(requests, formed) + grown * (tokens - formed)
+        return decode_s(contexts) + 6 * (bent_s - attention_s(contexts))
 
     rows = records([10, 6], [4, 3], [0.0, 0.0], cost=ConstantCost(attention=BENT)).requests
-    together = prefill_s(16) + iteration_s([11, 7], [11, 7]) + iteration_s([12, 8], [11, 7])
+    together = prefill_s(16) + iteration_s([11, 7], 18) + iteration_s([12, 8], 18)
     assert rows["finish_s"][1] == pytest.approx(together, rel=1e-12)
-    assert rows["finish_s"][0] == pytest.approx(together + iteration_s([13], [13]), rel=1e-12)
+    assert rows["finish_s"][0] == pytest.approx(together + iteration_s([13], 13), rel=1e-12)
 
 
 def test_batches_of_one_request_keep_a_line_of_their_own() -> None:
