@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from rich.console import Console
 from rich.table import Table
 
 from hetis_exec.calibrate.fit import LINK_MODULES, Fits, fit_all
+from hetis_exec.calibrate.glances import Glances, at_mean_pace
 from hetis_exec.calibrate.machine import Machine, machine_at
-from hetis_exec.calibrate.reference import LAYERS_MAX
+from hetis_exec.calibrate.pace import PaceKeeper
+from hetis_exec.calibrate.reference import LAYERS_MAX, reference_samples
 from hetis_exec.calibrate.regression import Fitted
-from hetis_exec.calibrate.samples import Store, frame_of, references_of
+from hetis_exec.calibrate.samples import Samples, Store, frame_of, references_of
 from hetis_exec.calibrate.tasks import Plan, Work, plan_of
 from hetis_exec.calibrate.write import Written, profile_of, subjects_of, write_profile
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.models.architecture import ELEMENT_TYPES
+from hetis_exec.places import CPU
 from hetis_exec.run import Execution, prepare_execution
 from hetis_exec.throttle import described, read_throttles
 from hetis_exec.torch_backend import TorchBackend
@@ -69,10 +73,12 @@ def calibrate(config: ExecutionConfig, tick: Tick | None = None) -> Calibrated:
     plan, machines = plan_of(execution), _machines(execution)
     store = Store(folder / "samples" / f"{key_of(execution, machines)}.jsonl")
     known = [work.name for work in plan.work if store.known(work.name)]
-    failed = _measure(plan, store, config, tick)
+    apart = config.executor.workers != "threads"
+    with PaceKeeper(_paced_layers(execution), apart) as keeper:
+        failed = _measure(plan, store, execution, keeper, tick)
     names = [work.name for work in plan.work if work.name not in failed]
     samples = frame_of(store.samples(names))
-    fits = fit_all(samples, plan.shapes, config.calibrate.limit) if len(samples) else Fits()
+    fits = fit_all(at_mean_pace(samples), plan.shapes, config.calibrate.limit) if len(samples) else Fits()
     written = {}
     for device, modules in subjects_of(fits.found).items():
         about = replace(_calibration(execution, plan, machines, device, store.took_s(names)),
@@ -85,26 +91,46 @@ def calibrate(config: ExecutionConfig, tick: Tick | None = None) -> Calibrated:
     return Calibrated(fits, failed, written, [name for name in names if name not in known], known)
 
 
-def _measure(plan: Plan, store: Store, config: ExecutionConfig, tick: Tick | None) -> dict[str, str]:
+def _paced_layers(execution: Execution) -> dict[str, int]:
+    """Types of devices whose pace is looked at between samples: those that share the host's processor."""
+    backend = execution.given.backend
+    assert isinstance(backend, TorchBackend)
+    return {device.gpu.name: LAYERS_MAX for device in execution.prepared.cluster.devices
+            if backend.place(device.device_id) == CPU}
+
+
+def _measure(plan: Plan, store: Store, execution: Execution, keeper: PaceKeeper,
+             tick: Tick | None) -> dict[str, str]:
     """Measure what is not known yet; returns what could not be."""
+    model, apart = execution.prepared.model.name, execution.config.executor.workers != "threads"
+
+    def look(work: Work) -> Samples:
+        return reference_samples(keeper.seconds(execution, work.devices, glance=True), model)
+
     failed: dict[str, str] = {}
     for number, work in enumerate(plan.work):
         if tick is not None:
             tick(work.name, number, len(plan.work))
         if store.known(work.name):
             continue
-        begun_s = time.monotonic()
+        begun_s, glances = time.monotonic(), Glances(partial(look, work))
         try:
-            samples = work.run(config.executor.workers != "threads", _pulse(tick, work, number, plan))
+            samples = work.run(apart, _pulse(tick, work, number, plan, glances))
         except HetisError as error:
             failed[work.name] = str(error)
         else:
-            store.add(work.name, samples, time.monotonic() - begun_s)
+            store.add(work.name, [*samples, *glances.samples], time.monotonic() - begun_s)
     return failed
 
 
-def _pulse(tick: Tick | None, work: Work, number: int, plan: Plan) -> Callable[[], None]:
-    return lambda: None if tick is None else tick(work.name, number, len(plan.work))
+def _pulse(tick: Tick | None, work: Work, number: int, plan: Plan, glances: Glances) -> Callable[[], None]:
+    """What is done between the samples of a piece."""
+    def pulse() -> None:
+        if tick is not None:
+            tick(work.name, number, len(plan.work))
+        if work.devices:
+            glances()
+    return pulse
 
 
 def _machines(execution: Execution) -> dict[str, Machine]:

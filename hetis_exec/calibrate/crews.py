@@ -227,12 +227,12 @@ def script(spec: CrewSpec, plan: InstancePlan, tables: Mapping[int, int],
 
 
 def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bool,
-                 batch_max: int) -> Samples:
+                 batch_max: int, tick: Callable[[], None]) -> Samples:
     """A rank and an attention worker: all heads there, or only some of them.
 
     Of a step, the time in which the rank packs is known, and the time in which the worker computes. What
     is left of the time that it spends on remote heads, with none of its own to compute meanwhile, is two
-    messages for each layer.
+    messages for each layer. ``tick`` is called after each step.
     """
     kv_heads = spec.model.kv_heads
     plan = InstancePlan((StagePlan((rank,), spec.model.layers, (kv_heads,)),), (worker,))
@@ -253,10 +253,12 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
                     spread = spread_contexts(tokens, batch, longest, np.random.default_rng(batch))
                     (done,) = workers.step(dict(zip(away, spread, strict=False)))
                     samples += _star_samples(spec, done, rank, worker, kv_heads, spread)
+                    tick()
                 for tokens in CONTEXTS[::2]:
                     spread = spread_contexts(tokens, batch, CONTEXTS[-1], np.random.default_rng(batch))
                     (done,) = workers.step(dict(zip(split, spread, strict=False)))
                     samples += _shared_samples(spec, done, rank, worker, shared.count(worker), spread)
+                    tick()
     return samples
 
 
@@ -292,8 +294,8 @@ def _packing(spec: CrewSpec, done: StageDone, rank: int, rows: int) -> Sample:
 
 
 def measure_sums(spec: CrewSpec, ranks: Sequence[int], repeats: int, quick: bool,
-                 tokens_max: int) -> Samples:
-    """Sums over tensor-parallel ranks by size, in whole steps.
+                 tokens_max: int, tick: Callable[[], None]) -> Samples:
+    """Sums over tensor-parallel ranks by size, in whole steps; ``tick`` is called after each.
 
     The rank that waits least has only the sum's own time in it.
     """
@@ -311,12 +313,13 @@ def measure_sums(spec: CrewSpec, ranks: Sequence[int], repeats: int, quick: bool
                 point = Point("all_reduce", link, size_bytes=tokens * spec.model.hidden * element,
                               ranks=len(ranks), messages=1)
                 samples.append(Sample(point, seconds))
+                tick()
     return samples
 
 
 def measure_hops(spec: CrewSpec, first: int, second: int, repeats: int, quick: bool,
-                 tokens_max: int) -> Samples:
-    """Activations on their way from one stage to the next, by size."""
+                 tokens_max: int, tick: Callable[[], None]) -> Samples:
+    """Activations on their way from one stage to the next, by size; ``tick`` is called after each step."""
     if spec.model.layers < 2:
         return []
     kv_heads, layers = spec.model.kv_heads, spec.model.layers
@@ -332,4 +335,5 @@ def measure_hops(spec: CrewSpec, first: int, second: int, repeats: int, quick: b
                 size_bytes = tokens * spec.model.hidden * spec.model.activation_bytes
                 samples.append(Sample(Point("hop", spec.links(first, second), size_bytes=size_bytes,
                                             messages=1), max(1e-9, hop_s)))
+                tick()
     return samples

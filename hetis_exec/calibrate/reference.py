@@ -1,14 +1,15 @@
 """A short piece of work that tells how fast a device is: steps of a batch that decodes, and of a prompt.
 
 It is the code that serves, on weights and cache that are read from memory. A calibration takes it between
-its samples and keeps it in the profile; whoever takes it again later sees the pace of the machine.
+its samples, holds them against it, and keeps it in the profile; whoever takes it again later sees the pace of
+the machine.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from hetis_exec.calibrate.samples import PREFIX, Point, Sample, Samples
 from hetis_exec.throttle import NONE
 from hetis_sim.cost.paced import FEW_TOKENS, PROMPT_TOKENS
 
-PARTS = ("dense", "attention", "prompt", "prompt_attention")
+PARTS = ("dense", "attention", "prompt", "prompt_attention", "host")
 REQUESTS, PROMPT, CONTEXT = FEW_TOKENS, PROMPT_TOKENS, 256
 SPAN_S = 0.4
 """A measurement goes on for about so long."""
@@ -27,20 +28,20 @@ STEPS_MIN, STEPS_MAX = 3, 200
 LAYERS_MAX = 6
 """Of a model, so many layers are enough: more than a processor keeps of their weights."""
 
-GLANCE_STEPS = 2
 
 
 class Pace(Protocol):
     """Tells how fast a device is: seconds by part, of one step (or one pass through a few layers).
 
-    ``dense`` and ``attention`` are of a batch that decodes, the others of a prompt.
+    ``dense`` and ``attention`` are of a batch that decodes, ``prompt`` and ``prompt_attention`` of a prompt;
+    ``host`` is what a worker's Python takes for both, where it shares the processor with them.
     """
 
     def long(self) -> dict[str, float]:
-        """Means over a while, as latencies are sums of what steps take."""
+        """Means of glances over a while, as latencies are sums of what steps take."""
 
     def glance(self) -> dict[str, float]:
-        """Means of the few steps after a first one, which finds caches cold."""
+        """Both steps after one that finds caches cold."""
 
 
 class Measure:
@@ -50,24 +51,19 @@ class Measure:
         once: computes both steps, and gives the seconds of each part.
     """
 
-    def __init__(self, once: Callable[[], tuple[float, ...]]) -> None:
+    def __init__(self, once: Callable[[], dict[str, float]]) -> None:
         self._once = once
 
     def long(self) -> dict[str, float]:
         until_s = time.perf_counter() + SPAN_S
-        found: list[tuple[float, ...]] = []
+        found: list[dict[str, float]] = []
         while len(found) < STEPS_MAX and (len(found) < STEPS_MIN or time.perf_counter() < until_s):
-            found.append(self._once())
-        return _by_part(found)
+            found.append(self.glance())
+        return {part: statistics.fmean(one[part] for one in found) for part in found[0]}
 
     def glance(self) -> dict[str, float]:
         self._once()
-        return _by_part([self._once() for _ in range(GLANCE_STEPS)])
-
-
-def _by_part(rows: Sequence[tuple[float, ...]]) -> dict[str, float]:
-    columns = zip(*rows, strict=True)
-    return {part: statistics.fmean(column) for part, column in zip(PARTS, columns, strict=True)}
+        return self._once()
 
 
 @dataclass(frozen=True)
@@ -100,17 +96,21 @@ class ReferenceSpec:
             return _of_steps(bench, self.jobs())
         return _of_loops(self.bench, self.jobs())
 
-    def samples(self, measured: dict[str, float]) -> Samples:
-        """One measurement, as samples of a calibration."""
-        point = Point("", self.kind, self.bench.model.name, 1, tokens=REQUESTS)
-        return [Sample(replace(point, module=f"{PREFIX}{part}"), seconds)
-                for part, seconds in measured.items()]
+
+def reference_samples(measured: Mapping[str, Mapping[str, float]], model: str) -> Samples:
+    """One measurement of some types of devices, as samples of a calibration; all have the same time."""
+    now_s = time.time()
+    return [Sample(Point(f"{PREFIX}{part}", kind, model, 1, tokens=REQUESTS), seconds, now_s)
+            for kind, parts in measured.items() for part, seconds in parts.items()]
 
 
 def _of_steps(bench: StepBench, jobs: Sequence[Job]) -> Measure:
-    def once() -> tuple[float, ...]:
-        times = [bench.step(job).times for job in jobs]
-        return tuple(seconds for one in times for seconds in (one.dense_s, one.attention_s))
+    def once() -> dict[str, float]:
+        batch, prompt = (bench.step(job) for job in jobs)
+        computed = [one.times.dense_s + one.times.attention_s for one in (batch, prompt)]
+        return {"dense": batch.times.dense_s, "attention": batch.times.attention_s,
+                "prompt": prompt.times.dense_s, "prompt_attention": prompt.times.attention_s,
+                "host": batch.whole_s + prompt.whole_s - sum(computed)}
 
     once()
     return Measure(once)
@@ -124,8 +124,8 @@ def _of_loops(spec: LoopSpec, jobs: tuple[Job, Job]) -> Measure:
         works = [clock.prepared(work) for work in (
             bench.dense(len(batch)), bench.decode(batch), bench.dense(new), bench.prompt(new, context))]
 
-    def once() -> tuple[float, ...]:
+    def once() -> dict[str, float]:
         with bench.kernels.working():
-            return tuple(clock.seconds(work) for work in works)
+            return {part: clock.seconds(work) for part, work in zip(PARTS, works, strict=False)}
 
     return Measure(once)

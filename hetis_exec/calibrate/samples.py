@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,15 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One measurement of a point."""
+    """One measurement of a point.
+
+    Attributes:
+        at_s: when it had been taken (Unix time).
+    """
 
     point: Point
     seconds: float
+    at_s: float = field(default_factory=time.time)
 
 
 Samples = list[Sample]
@@ -71,13 +77,13 @@ GRAPH_PROMPT, GRAPH_BATCH = GRAPHS = ("graph_prompt", "graph_batch")
 EXCESS_MAX = 3.0
 """A sample counts for so many times the median of its point at most: what is more has another cause."""
 
-COLUMNS = tuple(field.name for field in fields(Point))
+COLUMNS = tuple(one.name for one in fields(Point))
 
 
 def frame_of(samples: Iterable[Sample]) -> pd.DataFrame:
     """One row for each sample."""
-    rows = [{**asdict(sample.point), "seconds": sample.seconds} for sample in samples]
-    return pd.DataFrame(rows, columns=[*COLUMNS, "seconds"])
+    rows = [{**asdict(sample.point), "seconds": sample.seconds, "at_s": sample.at_s} for sample in samples]
+    return pd.DataFrame(rows, columns=[*COLUMNS, "seconds", "at_s"])
 
 
 def medians(samples: pd.DataFrame) -> pd.DataFrame:
@@ -124,7 +130,8 @@ class Store:
         """One task; a line that was cut short is left out, and its task measured again."""
         try:
             raw: dict[str, Any] = json.loads(line)
-            samples = [Sample(Point(**item["point"]), float(item["seconds"])) for item in raw["samples"]]
+            samples = [Sample(Point(**item["point"]), float(item["seconds"]), float(item["at_s"]))
+                       for item in raw["samples"]]
             self._tasks[str(raw["task"])] = samples, float(raw["took_s"])
         except (ValueError, KeyError, TypeError):
             return

@@ -36,7 +36,7 @@ LONE_STEPS = 3
 """So many more of a batch of one request, which has a line of its own."""
 
 ENOUGH_S = 2.0
-"""A step that has taken so long altogether is not repeated a third time."""
+"""A step that has taken so long altogether is not repeated: it has seen the machine at all its paces."""
 
 POOL_SHARE = 2.5
 """Requests of small batches have long tables: all take about so many times the tokens of one batch."""
@@ -109,13 +109,8 @@ def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Genera
     return tuple(ordered)
 
 
-def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None],
-                  between: Callable[[], Samples] = list) -> Samples:
-    """The samples of one device at one degree.
-
-    ``tick`` is called after each step; ``between`` before and after all steps have been computed once, and
-    what it gives is among the samples.
-    """
+def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
+    """The samples of one device at one degree; ``tick`` is called before the first step and after each."""
     jobs = jobs_for(sizes, spec.pool_tokens, dense_only=spec.tp > 1)
     known = {job.tokens for job in jobs if job.decode}
     between_jobs = {Job(decode=(CONTEXT_MIN,) * batch) for batch in BETWEEN
@@ -124,11 +119,12 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
     bench = StepBench(spec, tables_of(jobs))
     bench.step(jobs[0])
     bench.step(jobs[len(jobs) // 2])
-    samples: Samples = [*between()]
+    samples: Samples = []
+    tick()
     spent = dict.fromkeys(jobs, 0.0)
-    for turn in range(sizes.repeats):
+    for _ in range(sizes.repeats):
         for job in jobs:
-            if job not in spent or (turn > 1 and spent[job] > ENOUGH_S):
+            if job not in spent or spent[job] > ENOUGH_S:
                 continue
             timed = bench.step(job)
             spent[job] += timed.whole_s
@@ -138,7 +134,6 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
             if timed.whole_s > sizes.limit_s:
                 spent = {other: s for other, s in spent.items() if other.tokens < job.tokens}
             tick()
-        samples += between()
     if spec.tp > 1:
         return samples
     decoding = {request: tokens for request, tokens in tables_of(jobs).items() if request < PROMPT}

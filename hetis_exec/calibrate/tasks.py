@@ -17,7 +17,7 @@ from hetis_exec.calibrate.crews import CrewSpec, measure_hops, measure_star, mea
 from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
-from hetis_exec.calibrate.reference import ReferenceSpec
+from hetis_exec.calibrate.reference import ReferenceSpec, reference_samples
 from hetis_exec.calibrate.samples import Samples
 from hetis_exec.calibrate.steps import CONTEXT_MIN, Sizes, measure_steps
 from hetis_exec.config import ExecutionConfig
@@ -25,7 +25,7 @@ from hetis_exec.crews import crew_maker
 from hetis_exec.devices import free_bytes
 from hetis_exec.errors import ExecutorError
 from hetis_exec.models.architecture import ELEMENT_TYPES
-from hetis_exec.places import CPU
+from hetis_exec.places import CPU, devices_of
 from hetis_exec.run import Execution
 from hetis_exec.throttle import NONE
 from hetis_exec.torch_backend import TorchBackend
@@ -57,15 +57,17 @@ class Work:
         measure: gives its samples; told a function to call now and then.
         apart: runs in a process of its own, as a worker does.
         core: that this process may use; None for any.
+        devices: whose pace its samples are held against.
     """
 
     name: str
     measure: Callable[[Callable[[], None]], Samples]
     apart: bool = False
     core: int | None = None
+    devices: tuple[int, ...] = ()
 
     def run(self, apart: bool, tick: Callable[[], None]) -> Samples:
-        """Measure.
+        """Measure; nothing is under way while ``tick`` is called.
 
         Raises:
             ExecutorError: the process that measures has failed.
@@ -92,6 +94,7 @@ def _in_child(work: Work, tick: Callable[[], None]) -> Samples:
             if kind == "failed":
                 raise ExecutorError(f"{work.name} has failed: {content}")
             tick()
+            ours.send(None)
         raise ExecutorError(f"{work.name} has taken longer than {CHILD_S:g} s")
     except EOFError as error:
         raise ExecutorError(f"{work.name}: its process has ended without a word") from error
@@ -103,8 +106,13 @@ def _in_child(work: Work, tick: Callable[[], None]) -> Samples:
 def _measure(work: Work, pipe: Connection) -> None:
     if work.core is not None:
         os.sched_setaffinity(0, {work.core})
+
+    def tick() -> None:
+        pipe.send(("tick", None))
+        pipe.recv()
+
     try:
-        samples = work.measure(lambda: pipe.send(("tick", None)))
+        samples = work.measure(tick)
     except Exception:  # noqa: BLE001 - the parent is told, and raises
         pipe.send(("failed", traceback.format_exc(limit=-3)))
     else:
@@ -135,18 +143,20 @@ def plan_of(execution: Execution) -> Plan:
     config, model = execution.config, execution.prepared.model
     shapes = {name: _shape(name, backend.dtype) for name in config.calibrate.models}
     # The host's time is measured in one run, which something else may disturb: so there are two, far apart.
-    work = [Work("host/before", partial(_host, execution)), *_device_work(execution, backend, shapes),
-            *_crew_work(execution, backend), Work("host/after", partial(_host, execution))]
+    everyone = tuple(devices_of(execution.given.plan))
+    before, after = (Work(f"host/{when}", partial(_host, execution), devices=everyone)
+                     for when in ("before", "after"))
+    work = [before, *_device_work(execution, backend, shapes), *_crew_work(execution, backend), after]
     only = [f"{wish}/" for wish in config.calibrate.only or []]
     return Plan([piece for piece in work
                  if not only or any(f"{piece.name}/".startswith(wish) for wish in only)],
                 {**shapes, model.name: model} if model.name not in shapes else shapes)
 
 
-def _host(execution: Execution, _tick: Callable[[], None]) -> Samples:
+def _host(execution: Execution, tick: Callable[[], None]) -> Samples:
     config = execution.config
     return measure_host(execution.given, crew_maker(config, execution.given),
-                        config.scheduler.max_batch_requests, config.calibrate.quick)
+                        config.scheduler.max_batch_requests, config.calibrate.quick, tick)
 
 
 def _shape(name: str, dtype: str) -> ModelSpec:
@@ -205,7 +215,8 @@ def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, 
                                      * model.kv_bytes_per_token_per_layer_per_group))
             spec = BenchSpec(device, model, backend, throttle, backend.dtype, block_tokens, tp,
                              max(64, pool))
-            yield Work(name, partial(_steps, spec, own, kind), apart=True, core=core_of(execution, device))
+            yield Work(name, partial(measure_steps, spec, own, kind), apart=True,
+                       core=core_of(execution, device), devices=(device,))
         for shape in shapes.values():
             loop = LoopSpec(device, kind, shape, place, backend.dtype, block_tokens, given.seed, True, True,
                             pool_bytes)
@@ -227,25 +238,19 @@ def _launch(spec: LaunchSpec, repeats: int, tick: Callable[[], None]) -> Samples
     return measure_launch(spec, repeats, tick)
 
 
-def _steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
-    if spec.tp > 1:
-        return measure_steps(spec, sizes, kind, tick)
-    reference = ReferenceSpec(kind, spec)
-    measure = reference.made()
-    return measure_steps(spec, sizes, kind, tick, lambda: reference.samples(measure.long()))
-
-
 def _loops(spec: LoopSpec, degrees: Sequence[int], sizes: Sizes, paced: bool,
            tick: Callable[[], None]) -> Samples:
     """Samples at some degrees; if ``paced``, with those that tell the pace of the device."""
+    measure = ReferenceSpec(spec.kind, replace(spec, split_head=False)).made() if paced else None
+
+    def pace() -> Samples:
+        return [] if measure is None else reference_samples({spec.kind: measure.long()}, spec.model.name)
+
     samples: Samples = []
-    own = replace(spec, split_head=False)
-    reference = ReferenceSpec(own.kind, own)
-    measure = reference.made() if paced else None
     for tp in degrees:
-        samples += [] if measure is None else reference.samples(measure.long())
+        samples += pace()
         samples += measure_loops(spec, tp, sizes, tick, dense_only=tp not in (degrees[0], degrees[-1]))
-    return samples if measure is None else [*samples, *reference.samples(measure.long())]
+    return samples + pace()
 
 
 def reference_of(execution: Execution, device: int, layers: int) -> ReferenceSpec:
@@ -290,19 +295,14 @@ def _crew_work(execution: Execution, backend: TorchBackend) -> Iterator[Work]:
     batch_max = config.scheduler.max_batch_requests
     tokens_max = sizes_of(config, model, 1.0, shape_only=False).tokens_max
     for rank, worker in pairs:
-        yield Work(f"heads/{kinds[rank]}/{kinds[worker]}/{links(rank, worker)}", _ticking(partial(
-            measure_star, spec, rank, worker, repeats, quick, batch_max)))
+        yield Work(f"heads/{kinds[rank]}/{kinds[worker]}/{links(rank, worker)}", partial(
+            measure_star, spec, rank, worker, repeats, quick, batch_max), devices=(rank, worker))
     for rank, worker in _by_link(pairs, links):
         name = f"{kinds[rank]}/{kinds[worker]}/{links(rank, worker)}"
-        yield Work(f"hops/{name}", _ticking(partial(measure_hops, spec, rank, worker, repeats, quick,
-                                                    tokens_max)))
+        yield Work(f"hops/{name}", partial(measure_hops, spec, rank, worker, repeats, quick, tokens_max))
         if model.kv_heads > 1:
-            yield Work(f"sums/{name}", _ticking(partial(measure_sums, spec, (rank, worker), repeats, quick,
-                                                        tokens_max)))
-
-
-def _ticking(measure: Callable[[], Samples]) -> Callable[[Callable[[], None]], Samples]:
-    return lambda _tick: measure()
+            yield Work(f"sums/{name}", partial(measure_sums, spec, (rank, worker), repeats, quick,
+                                               tokens_max))
 
 
 def _pairs(kinds: Sequence[str], links: Callable[[int, int], str]) -> list[tuple[int, int]]:

@@ -11,16 +11,16 @@ from pathlib import Path
 from rich.console import Console
 
 from hetis_exec.calibrate.command import calibrate
+from hetis_exec.calibrate.pace import PaceKeeper
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.places import CPU
 from hetis_exec.validate.case import Validation, found_so_far
 from hetis_exec.validate.keep import Shelf, key_of
-from hetis_exec.validate.pace import PaceKeeper
 from hetis_exec.validate.profiles import check_profiles, reference_layers_of, references_of
 from hetis_exec.validate.report import print_validation, write_validation
 from hetis_exec.validate.runs import Subject, subjects_of
 from hetis_exec.validate.schedule import Watch, runs_of
-from hetis_exec.validate.work import Tick, Worker
+from hetis_exec.validate.work import Pace, Tick, Worker
 from hetis_sim.spec.errors import HetisError
 
 CALIBRATION = "calibration"
@@ -47,8 +47,9 @@ def validate(config: ExecutionConfig, folder: Path, tick: Tick | None = None,
     runs = runs_of([subject.label for subject in subjects], given, config.workload.seed)
     references = references_of(config) if given.pace else {}
     apart = config.executor.workers != "threads"
-    with PaceKeeper(references, apart, reference_layers_of(config)) as keeper:
-        worker = Worker(config, subjects, shelf, keeper, watch)
+    layers = {kind: layers for kind, layers in reference_layers_of(config).items() if kind in references}
+    with PaceKeeper(layers, apart) as keeper:
+        worker = Worker(config, subjects, shelf, Pace(keeper, references), watch)
         for number, run in enumerate(runs):
             if shelf.find(run.name) is not None:
                 continue

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from hetis_exec.validate.pace import Seconds
+from hetis_exec.calibrate.pace import Seconds
 from hetis_sim.cost.paced import Slowdown
 
-SHARE = 0.25
+SHARE = 0.5
 """Of the time of a run, glances take so much more."""
 
 APART_S = 0.3
@@ -36,7 +36,7 @@ class Moments:
     """Takes glances when there is time for one.
 
     Attributes:
-        glance: measures; see :meth:`hetis_exec.validate.pace.PaceKeeper.seconds`.
+        glance: measures; see :meth:`hetis_exec.calibrate.pace.PaceKeeper.seconds`.
         begin_s: of the run; none is taken earlier.
         found: time of the run, and what was measured.
     """
@@ -74,7 +74,7 @@ def scaled_steps(steps: pd.DataFrame, moments: Sequence[Moment], kinds: Sequence
     """
     at_s = [moment["at_s"] for moment in moments]
     near: dict[tuple[int, str], Slowdown] = {}
-    dense, attention = [], []
+    dense, attention, host = [], [], []
     columns = (steps[name].tolist() for name in ("start_s", "instance", "requests", "prefill_tokens"))
     for start_s, instance, requests, new_tokens in zip(*columns, strict=True):
         place, kind = bisect_left(at_s, start_s), kinds[instance]
@@ -82,8 +82,9 @@ def scaled_steps(steps: pd.DataFrame, moments: Sequence[Moment], kinds: Sequence
             near[place, kind] = _mean_about(moments, place, kind)
         pace = near[place, kind]
         dense.append(pace.of_tokens(requests + new_tokens))
-        attention.append(pace.prompt_attention if new_tokens and pace.prompt_attention else pace.attention)
-    return steps.assign(dense_s=steps["dense_s"] * np.array(dense),
+        attention.append(pace.of_prompt_attention if new_tokens else pace.attention)
+        host.append(pace.of_host)
+    return steps.assign(dense_s=steps["dense_s"] * np.array(dense), host_s=steps["host_s"] * np.array(host),
                         attention_s=steps["attention_s"] * np.array(attention))
 
 
@@ -93,7 +94,7 @@ def _mean_about(moments: Sequence[Moment], place: int, kind: str) -> Slowdown:
     return Slowdown(**{part: sum(row[part] for row in rows) / len(rows) for part in rows[0]})
 
 
-def plain(found: Sequence[tuple[float, Seconds]], slowdowns: Callable[[Sequence[Mapping[str, Any]]], Any]
+def plain(found: Sequence[tuple[float, Seconds]], slowdowns: Callable[[Sequence[Seconds]], Any]
           ) -> list[Moment]:
     """What was found, as shares of what the calibration has taken."""
     return [{"at_s": now_s, "slowdown": slowdowns([seconds])} for now_s, seconds in found]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
+from hetis_exec.calibrate.pace import PaceKeeper, Seconds, slowdown_of, slowdowns
 from hetis_exec.config import ExecutionConfig
 from hetis_exec.places import devices_of
 from hetis_exec.validate.keep import Kept, Shelf
 from hetis_exec.validate.moments import Moments, plain
-from hetis_exec.validate.pace import PaceKeeper, Seconds, slowdown_of
 from hetis_exec.validate.runs import Outcome, Subject, capacity_rps, measure, simulate
 from hetis_exec.validate.schedule import Run, Watch, count_of
 from hetis_sim.spec.errors import HetisError
@@ -17,6 +18,26 @@ from hetis_sim.study.runs import Load
 
 Tick = Callable[[str, int, int, float | None], None]
 """Told what comes next, how many of how many runs are over, and the seconds that are left if known."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the machine is, against its profile.
+
+    Attributes:
+        references: seconds of the calibration, by type of device and part.
+    """
+
+    keeper: PaceKeeper
+    references: Mapping[str, Mapping[str, float]]
+
+    def now(self, subject: Subject, glance: bool = False) -> Seconds:
+        """Of the devices of a policy's plan."""
+        return self.keeper.seconds(subject.execution, devices_of(subject.prepared.plan), glance)
+
+    def slowdowns(self, measured: Sequence[Seconds]) -> dict[str, dict[str, float]]:
+        """The mean of some measurements over the calibration, by type of device and part."""
+        return slowdowns(measured, self.references)
 
 
 class Worker:
@@ -27,12 +48,12 @@ class Worker:
         failed: what ended a run, by its name.
     """
 
-    def __init__(self, config: ExecutionConfig, subjects: Sequence[Subject], shelf: Shelf, keeper: PaceKeeper,
+    def __init__(self, config: ExecutionConfig, subjects: Sequence[Subject], shelf: Shelf, pace: Pace,
                  watch: Watch) -> None:
         self.config = config
         self.subjects = {subject.label: subject for subject in subjects}
         self.shelf = shelf
-        self._keeper = keeper
+        self._pace = pace
         self._watch = watch
         self.left_out: list[str] = []
         self.failed: dict[str, str] = {}
@@ -112,19 +133,15 @@ class Worker:
 
     def _measured(self, run: Run, load: Load) -> Kept:
         subject, begun_s = self.subjects[run.policy], time.monotonic()
-        before = self._pace(subject)
-        moments = Moments(lambda: self._pace(subject, glance=True), subject.begin_s)
+        before = self._pace.now(subject)
+        moments = Moments(lambda: self._pace.now(subject, glance=True), subject.begin_s)
         outcome = measure(subject, load, moments if before else None)
-        ends = [before, self._pace(subject)]
-        slowdowns = self._keeper.slowdowns
-        pace = slowdowns([seconds for _, seconds in moments.found] if moments.enough else ends)
+        ends = [before, self._pace.now(subject)]
+        pace = self._pace.slowdowns([seconds for _, seconds in moments.found] if moments.enough else ends)
         took_s = time.monotonic() - begun_s
         self._watch.took(took_s, load.requests or 0, load.rate_rps)
         return Kept(run.name, load.rate_rps, load.requests or 0, took_s, pace, outcome=outcome,
-                    moments=plain(moments.found, slowdowns))
-
-    def _pace(self, subject: Subject, glance: bool = False) -> Seconds:
-        return self._keeper.seconds(subject.execution, devices_of(subject.prepared.plan), glance)
+                    moments=plain(moments.found, self._pace.slowdowns))
 
     # -- in the simulator ------------------------------------------------------------------------------
 

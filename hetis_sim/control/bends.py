@@ -9,7 +9,6 @@ from hetis_sim.policies.plan import Position
 from hetis_sim.spec.gpu import GpuSpec
 from hetis_sim.spec.model import ModelSpec
 
-
 GROWTH = 1.25
 """A line goes through what a batch takes now and what it takes when its cache has grown by that much."""
 

@@ -88,6 +88,10 @@ class TransferCost:
     gamma_s_per_byte: float
     beta_s: float
 
+    def scaled(self, factor: float) -> TransferCost:
+        """Messages that take so many times as long."""
+        return TransferCost(factor * self.gamma_s_per_byte, factor * self.beta_s)
+
     def seconds(self, size_bytes: float) -> float:
         """Duration of a message of ``size_bytes``; 0 for nothing to send."""
         if size_bytes <= 0:

@@ -27,17 +27,29 @@ class Slowdown:
         attention: of decode attention.
         prompt: of dense modules on the tokens of a prompt, where products are the limit; None for ``dense``.
         prompt_attention: of the attention of prompts; None for ``attention``.
+        host: of what a worker's host code takes, packing among it; None for 1.
     """
 
     dense: float = 1.0
     attention: float = 1.0
     prompt: float | None = None
     prompt_attention: float | None = None
+    host: float | None = None
 
     def __post_init__(self) -> None:
-        for part in ("dense", "attention", "prompt", "prompt_attention"):
+        for part in ("dense", "attention", "prompt", "prompt_attention", "host"):
             if getattr(self, part) is not None:
                 require_finite(f"slowdown.{part}", getattr(self, part), 0.0, open_low=True)
+
+    @property
+    def of_prompt_attention(self) -> float:
+        """Of the attention of prompts."""
+        return self.attention if self.prompt_attention is None else self.prompt_attention
+
+    @property
+    def of_host(self) -> float:
+        """Of host code."""
+        return 1.0 if self.host is None else self.host
 
     def of_tokens(self, tokens: int) -> float:
         """Of dense modules on so many tokens: in between, by the logarithm of the tokens (ours)."""
@@ -51,7 +63,9 @@ NO_SLOWDOWN = Slowdown()
 
 
 class PacedCost(MemoisedCost):
-    """The durations of another cost model, with those of computing scaled by device; the rest as they are.
+    """The durations of another cost model, with those of computing scaled by device; links as they are.
+
+    The host's own time is scaled by the mean of all: whoever shares its processor.
 
     Args:
         whole: durations at the pace of the profile.
@@ -62,6 +76,8 @@ class PacedCost(MemoisedCost):
         super().__init__()
         self._whole = whole
         self._slowdowns = dict(slowdowns)
+        found = [slow.of_host for slow in slowdowns.values()]
+        self._host = sum(found) / len(found) if found else 1.0
 
     def _of(self, gpu: GpuSpec) -> Slowdown:
         return self._slowdowns.get(gpu.name, NO_SLOWDOWN)
@@ -75,8 +91,7 @@ class PacedCost(MemoisedCost):
     def _prefill_attention_layer_s(self, gpu: GpuSpec, model: ModelSpec, query_heads: int,
                                    new_tokens: int, context_tokens: int) -> float:
         seconds = self._whole.prefill_attention_layer_s(gpu, model, query_heads, new_tokens, context_tokens)
-        slow = self._of(gpu)
-        return (slow.attention if slow.prompt_attention is None else slow.prompt_attention) * seconds
+        return self._of(gpu).of_prompt_attention * seconds
 
     def _decode_attention(self, gpu: GpuSpec, model: ModelSpec) -> AttentionCost:
         return self._whole.decode_attention(gpu, model).scaled(self._of(gpu).attention)
@@ -94,10 +109,10 @@ class PacedCost(MemoisedCost):
         return self._whole.all_reduce_s(gpu, link, size_bytes, ranks)
 
     def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
-        return self._whole.host_overhead_s(sequences, prompts)
+        return self._host * self._whole.host_overhead_s(sequences, prompts)
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
-        return self._whole.head_packing(gpu)
+        return self._whole.head_packing(gpu).scaled(self._of(gpu).of_host)
 
     def host_copy(self, gpu: GpuSpec) -> TransferCost:
         return self._whole.host_copy(gpu)

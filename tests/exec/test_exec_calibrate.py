@@ -57,7 +57,7 @@ def test_host_time_is_measured_with_and_without_prompts() -> None:
     model = exec_toys.MODEL
     plan = exec_toys.pipeline([[0]], [model.layers])
     what = exec_toys.given(plan, exec_toys.Fixed((model.kv_heads,)), [])
-    found = measure_host(what, exec_toys.threads(), 8, quick=True)
+    found = measure_host(what, exec_toys.threads(), 8, quick=True, tick=lambda: None)
     assert {sample.point.tokens for sample in found if not sample.point.prompts} == set(range(1, 9))
     together = {sample.point.prompts for sample in found if sample.point.prompts}
     assert {1, 4} <= together

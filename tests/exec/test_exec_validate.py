@@ -16,6 +16,7 @@ pytest.importorskip("torch", reason="real models need the extra exec")
 from calibrated import TINY_CONFIG, device_profile, host_profile, links_profile, signed, written
 
 from hetis_exec.calibrate.machine import machine_at
+from hetis_exec.calibrate.pace import PaceKeeper
 from hetis_exec.cli import main
 from hetis_exec.config import compose_execution
 from hetis_exec.measure_config import LIMITS, ValidateConfig
@@ -25,7 +26,6 @@ from hetis_exec.validate.case import noise_or
 from hetis_exec.validate.command import recalibrated, run_command
 from hetis_exec.validate.compare import Error, latency_errors, paired, part_errors, parts_of, rate_errors
 from hetis_exec.validate.keep import Kept, Shelf, key_of
-from hetis_exec.validate.pace import PaceKeeper
 from hetis_exec.validate.profiles import check_profiles, hashes_of
 from hetis_exec.validate.ranking import Figure, orders_of
 from hetis_exec.validate.runs import capacity_rps, loaded, measure, simulate, subjects_of
@@ -388,13 +388,13 @@ def test_policies_can_get_the_same_requests(words: list[str], tmp_path: Path) ->
     config = compose_execution(*words, "validate.rates=common", "validate.pace=false")
     subjects = [replace(subjects_of(config)[0], label=label) for label in ("slow", "fast")]
     shelf = Shelf(tmp_path / "runs")
-    worker = work.Worker(config, subjects, shelf, PaceKeeper({}, False), Watch(None))
+    worker = work.Worker(config, subjects, shelf, work.Pace(PaceKeeper({}, False), {}), Watch(None))
     assert worker.rate_rps("fast", 0.5) is None
     for label, capacity in (("slow", 2.0), ("fast", 8.0)):
         shelf.add(Kept(f"{label}/capacity/0/0", 0.0, 8, 1.0, capacity_rps=capacity))
     assert worker.rate_rps("fast", 0.5) == worker.rate_rps("slow", 0.5) == 1.0
     assert Shelf(tmp_path / "runs").find("fast/capacity/0/0") == shelf.find("fast/capacity/0/0")
-    hurried = work.Worker(config, subjects, shelf, PaceKeeper({}, False), Watch(0.9))
+    hurried = work.Worker(config, subjects, shelf, work.Pace(PaceKeeper({}, False), {}), Watch(0.9))
     assert not hurried.do(Run("fast", None, 0, 1), [])
     assert hurried.left_out == ["fast/capacity/0/1"]
 

@@ -132,7 +132,7 @@ def test_remote_heads_take_their_attention_and_two_messages() -> None:
 
 
 def test_attention_follows_the_curve_of_its_batch() -> None:
-    """On a line through what the batch takes when it forms and with a quarter more cache; anew at a change."""
+    """A line through what the batch takes when it forms and with a quarter more cache; anew at a change."""
     def curve_s(requests: int, tokens: float) -> float:
         return BENT.seconds(HEADS * GROUPS * requests, KV * GROUPS * tokens)
 

@@ -1,9 +1,8 @@
-"""How fast the machine is just now, against how fast it was when its profile was measured.
+"""How fast the machine is just now.
 
-Each device of the plan does the reference work of :mod:`hetis_exec.calibrate.reference` before and after a
-run, and now and then between its steps while the run's clock stands still (:mod:`.moments`), one device after
-the other, in a process of its own on the core of that device's worker. Nothing of the run itself is in it:
-what it gives may be held against the run.
+Devices do the reference work of :mod:`.reference` one after the other, each in a process of its own on the
+core of its worker, while nothing else is measured: what it gives may be held against samples of a calibration
+(:mod:`.glances`) and steps of a run (:mod:`hetis_exec.validate.moments`).
 """
 
 from __future__ import annotations
@@ -88,17 +87,14 @@ class PaceKeeper:
     """Measures devices that come into play, and keeps what that takes ready.
 
     Args:
-        references: seconds of the calibration, by type of device and part; types without are not measured.
+        layers: that the work is done on, by type of device (0 for all of the model's); types without are not
+            measured.
         apart: in processes of their own.
-        layers: that the work was done on, by type of device; see
-            :attr:`hetis_sim.cost.calibration.Calibration.reference_layers`.
     """
 
-    def __init__(self, references: Mapping[str, Mapping[str, float]], apart: bool,
-                 layers: Mapping[str, int] | None = None) -> None:
-        self._references = references
+    def __init__(self, layers: Mapping[str, int], apart: bool) -> None:
+        self._layers = layers
         self._apart = apart
-        self._layers = layers or {}
         self._made: dict[int, Pace] = {}
         self._kinds: dict[int, str] = {}
 
@@ -122,7 +118,7 @@ class PaceKeeper:
         found: dict[str, list[dict[str, float]]] = {}
         for device in devices:
             kind = execution.prepared.cluster.devices[device].gpu.name
-            if self._references.get(kind):
+            if kind in self._layers:
                 pace = self._pace(execution, device)
                 found.setdefault(kind, []).append(pace.glance() if glance else pace.long())
         return {kind: _mean(rows) for kind, rows in found.items()}
@@ -130,19 +126,21 @@ class PaceKeeper:
     def _pace(self, execution: Execution, device: int) -> Pace:
         if device not in self._made:
             kind = execution.prepared.cluster.devices[device].gpu.name
-            layers = self._layers.get(kind) or execution.prepared.model.layers
+            layers = self._layers[kind] or execution.prepared.model.layers
             spec = reference_of(execution, device, layers)
             self._made[device] = _Child(spec, core_of(execution, device)) if self._apart else spec.made()
         return self._made[device]
 
-    def slowdowns(self, measured: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-        """By type of device and part, mean seconds over those of the calibration."""
-        found: dict[str, dict[str, float]] = {}
-        for kind in measured[0] if measured else ():
-            mean, reference = _mean([one[kind] for one in measured]), self._references[kind]
-            found[kind] = {part: mean[part] / reference[part] for part in PARTS
-                           if part in reference and part in mean}
-        return found
+
+def slowdowns(measured: Sequence[Mapping[str, Mapping[str, float]]],
+              references: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """By type of device and part, mean seconds over those of the calibration."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in measured[0] if measured else ():
+        mean, reference = _mean([one[kind] for one in measured]), references[kind]
+        found[kind] = {part: mean[part] / reference[part] for part in PARTS
+                       if part in reference and part in mean}
+    return found
 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -150,5 +148,5 @@ def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def slowdown_of(raw: Mapping[str, Any]) -> dict[str, Slowdown]:
-    """What :meth:`PaceKeeper.slowdowns` gives, for a cost model."""
+    """What :func:`slowdowns` gives, for a cost model."""
     return {kind: Slowdown(**parts) for kind, parts in raw.items()}
