@@ -1,8 +1,9 @@
 """Samples held against the pace that the machine had when they were taken.
 
 Cores of a machine that others use as well run at two or more speeds, seconds or minutes at a time: a size
-that was measured during a slow spell would look slow beside its neighbours. So the reference work is done again and again between samples, and what a sample took is divided by what
-the reference work took about then, over its mean. The profile is of that mean.
+that was measured during a slow spell would look slow beside its neighbours. So the reference work is done
+again and again between samples, and what a sample took is divided by what the reference work took about then,
+over its mean. The profile is of that mean.
 """
 
 from __future__ import annotations
