@@ -19,7 +19,7 @@ from hetis_exec.calibrate.fit import LINK_MODULES, Fits, fit_all
 from hetis_exec.calibrate.glances import Glances, at_mean_pace
 from hetis_exec.calibrate.machine import Machine, machine_at
 from hetis_exec.calibrate.pace import PaceKeeper
-from hetis_exec.calibrate.reference import LAYERS_MAX, reference_samples
+from hetis_exec.calibrate.reference import layers_of, reference_samples
 from hetis_exec.calibrate.regression import Fitted
 from hetis_exec.calibrate.samples import Samples, Store, frame_of, references_of
 from hetis_exec.calibrate.tasks import Plan, Work, plan_of
@@ -79,10 +79,10 @@ def calibrate(config: ExecutionConfig, tick: Tick | None = None) -> Calibrated:
     names = [work.name for work in plan.work if work.name not in failed]
     samples = frame_of(store.samples(names))
     fits = fit_all(at_mean_pace(samples), plan.shapes, config.calibrate.limit) if len(samples) else Fits()
-    written = {}
+    written, layers = {}, layers_of(execution.prepared.model)
     for device, modules in subjects_of(fits.found).items():
         about = replace(_calibration(execution, plan, machines, device, store.took_s(names)),
-                        reference=references_of(samples, device), reference_layers=LAYERS_MAX)
+                        reference=references_of(samples, device), reference_layers=layers)
         subjects = samples["subject"]
         own = subjects == device
         if device == "links":
@@ -95,7 +95,8 @@ def _paced_layers(execution: Execution) -> dict[str, int]:
     """Types of devices whose pace is looked at between samples: those that share the host's processor."""
     backend = execution.given.backend
     assert isinstance(backend, TorchBackend)
-    return {device.gpu.name: LAYERS_MAX for device in execution.prepared.cluster.devices
+    return {device.gpu.name: layers_of(execution.prepared.model)
+            for device in execution.prepared.cluster.devices
             if backend.place(device.device_id) == CPU}
 
 
@@ -105,7 +106,7 @@ def _measure(plan: Plan, store: Store, execution: Execution, keeper: PaceKeeper,
     model, apart = execution.prepared.model.name, execution.config.executor.workers != "threads"
 
     def look(work: Work) -> Samples:
-        return reference_samples(keeper.seconds(execution, work.devices, glance=True), model)
+        return reference_samples(keeper.seconds(execution, work.devices, glance=True), model, time.time())
 
     failed: dict[str, str] = {}
     for number, work in enumerate(plan.work):

@@ -25,6 +25,7 @@ from hetis_exec.messages import (
     Arrived,
     Beat,
     CacheData,
+    Close,
     Control,
     Expect,
     Failed,
@@ -48,6 +49,9 @@ QUICK_BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (32, 128, 448)
 LONG_CONTEXT, LONG_BATCH = 1024, 2
 """Batches up to that size are measured with contexts of that length besides."""
+
+SENT = (8, 16, 32, 64, 128)
+"""Tokens of prompts whose cache leaves."""
 
 SUMS = (1, 4, 16, 32, 64, 128, 256, 512)
 QUICK_SUMS = (1, 4, 16, 64, 256)
@@ -86,7 +90,8 @@ class Script:
 
         Args:
             tables: tokens of each request.
-            holders: for each request and stage, the device of each KV group.
+            holders: for each request and stage, the device of each KV group; of ``PROMPT``, of prompts that
+                are :meth:`sent`.
         """
         self._spec = spec
         self._plan = plan
@@ -97,7 +102,7 @@ class Script:
         places = [(device, s, rank) for s, stage in enumerate(plan.stages)
                   for rank, device in enumerate(stage.devices)]
         places += [(device, -1, 0) for device in plan.attention_workers]
-        units = self._units(tables)
+        units = self._units({**tables, PROMPT: SENT[-1]} if PROMPT in holders else tables)
         pinned = cores(spec.pin, plan.devices, sorted(os.sched_getaffinity(0)))
         self.crew = spec.make_crew([
             WorkerSpec(device, plan, stage, rank, units[device], spec.block_tokens, spec.backend, WAIT_S,
@@ -169,6 +174,26 @@ class Script:
             if isinstance(report, StageDone):
                 reports.append(report)
         return reports
+
+    def sent(self, prompt_tokens: int) -> StageDone:
+        """Compute a prompt in one stage, whose cache leaves layer by layer and is forgotten where it arrives.
+
+        Returns:
+            The report of the rank.
+        """
+        (stage,), (held,) = self._plan.stages, self._holders[PROMPT]
+        (holder,), groups, tag = set(held), tuple(range(len(held))), self._seq + 1
+        blocks = self._blocks(prompt_tokens)
+        units = blocks * stage.layers * len(groups)
+        row = Row(PROMPT, 0, prompt_tokens, True, True, tuple(held), tag)
+        tokens = self._rng.integers(self._spec.model.vocab, size=prompt_tokens)
+        self._used[holder] += units
+        self._send({holder: (Open(PROMPT, 0, groups, stage.layers, blocks, tag), Expect(tag, stage.layers))},
+                   {stage.devices[0]: Task((row,), tokens)})
+        heard = [self._hear(), self._hear()]
+        self._used[holder] -= units
+        self._send({holder: (Close(PROMPT, 0, groups),)}, {})
+        return next(message for message in heard if isinstance(message, StageDone))
 
     def _send(self, ops: Mapping[int, tuple[Op, ...]], tasks: Mapping[int, Task]) -> None:
         self._seq += 1
@@ -244,7 +269,7 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
     holders |= {n: [shared] for n in split}
     samples: Samples = []
     tables = {n: long if n < LONG_BATCH else CONTEXTS[-1] for n in holders}
-    with script(spec, plan, tables, holders) as workers:
+    with script(spec, plan, tables, {**holders, PROMPT: holders[0]}) as workers:
         workers.step({0: long})
         for _ in range(repeats):
             for batch in batches:
@@ -259,7 +284,18 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
                     (done,) = workers.step(dict(zip(split, spread, strict=False)))
                     samples += _shared_samples(spec, done, rank, worker, shared.count(worker), spread)
                     tick()
+        for _ in range(repeats):
+            for tokens in (n for n in SENT if n <= spec.model.context_limit_tokens):
+                samples.append(_cache_sample(spec, workers.sent(tokens), rank, tokens))
+                tick()
     return samples
+
+
+def _cache_sample(spec: CrewSpec, done: StageDone, rank: int, tokens: int) -> Sample:
+    """Of a prompt all of whose cache has left: sending it, in each layer."""
+    size_bytes = tokens * spec.model.kv_heads * spec.model.kv_bytes_per_token_per_layer_per_group
+    return Sample(Point("cache_packing", spec.kinds[rank], size_bytes=size_bytes, messages=1),
+                  done.times.packing_s / spec.model.layers)
 
 
 def _shared_samples(spec: CrewSpec, done: StageDone, rank: int, worker: int, groups: int,

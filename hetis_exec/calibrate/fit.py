@@ -34,6 +34,7 @@ from hetis_sim.cost.curve import Curve
 from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.host import HostOverhead
 from hetis_sim.cost.model import AttentionCost
+from hetis_sim.cost.profile import PACKING
 from hetis_sim.cost.tables import TokenTables
 from hetis_sim.spec.model import ModelSpec
 
@@ -405,7 +406,7 @@ def _fit(module: str, subject: str, samples: pd.DataFrame, shapes: dict[str, Mod
         return fit_decode(module, subject, samples, shapes)
     if module == "prefill_attention":
         return fit_prefill(subject, samples, shapes)
-    if module in ("head_packing", "host_copy"):
+    if module in PACKING:
         return fit_packing(module, subject, samples)
     if module in ("transfer", "hop"):
         return fit_messages(module, samples)

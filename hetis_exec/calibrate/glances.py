@@ -24,8 +24,11 @@ APART_S = 0.4
 SHARE = 0.33
 """Of the time of what is measured, glances take so much more at most."""
 
+SIDE = 2
+"""The pace of a moment is the mean of so many glances on either side: one alone is a noisy thing."""
+
 NEAR_S = 20.0
-"""A sample without a glance that close stays as it is."""
+"""A glance further away says nothing."""
 
 
 class Glances:
@@ -66,10 +69,10 @@ class _Course:
         self._rows: list[list[float]] = (table / table.mean()).to_numpy().tolist()
 
     def about(self, at_s: float) -> Slowdown:
-        """What work took at a moment over what it took on average: the mean of the glances on both sides."""
+        """What work took at a moment over what it took on average."""
         place = bisect_right(self._times, at_s)
-        near = [self._rows[n] for n in (place - 1, place)
-                if 0 <= n < len(self._times) and abs(self._times[n] - at_s) <= NEAR_S]
+        near = [self._rows[n] for n in range(max(0, place - SIDE), min(place + SIDE, len(self._times)))
+                if abs(self._times[n] - at_s) <= NEAR_S]
         if not near:
             return Slowdown()
         return Slowdown(**{part: sum(values) / len(near)
@@ -87,7 +90,7 @@ def at_mean_pace(samples: pd.DataFrame) -> pd.DataFrame:
     columns = (samples[name].tolist() for name in ("module", "subject", "tokens", "at_s"))
     for module, subject, tokens, at_s in zip(*columns, strict=True):
         paces = [_factor(module, tokens, course.about(at_s)) for device, course in courses.items()
-                 if device == subject or module == "host_overhead"]
+                 if device == subject]
         factors.append(sum(paces) / len(paces) if paces else 1.0)
     return samples.assign(seconds=samples["seconds"] / np.array(factors))
 
@@ -100,4 +103,4 @@ def _factor(module: str, tokens: int, pace: Slowdown) -> float:
         return pace.attention
     if module == "prefill_attention":
         return pace.of_prompt_attention
-    return pace.of_host if module in ("head_packing", "host_overhead") else 1.0
+    return 1.0

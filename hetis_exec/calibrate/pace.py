@@ -126,8 +126,7 @@ class PaceKeeper:
     def _pace(self, execution: Execution, device: int) -> Pace:
         if device not in self._made:
             kind = execution.prepared.cluster.devices[device].gpu.name
-            layers = self._layers[kind] or execution.prepared.model.layers
-            spec = reference_of(execution, device, layers)
+            spec = reference_of(execution, device, self._layers[kind])
             self._made[device] = _Child(spec, core_of(execution, device)) if self._apart else spec.made()
         return self._made[device]
 

@@ -58,7 +58,7 @@ class Sample:
     """One measurement of a point.
 
     Attributes:
-        at_s: when it had been taken (Unix time).
+        at_s: when it had been taken (Unix time); 0 for no moment.
     """
 
     point: Point

@@ -244,7 +244,8 @@ def _loops(spec: LoopSpec, degrees: Sequence[int], sizes: Sizes, paced: bool,
     measure = ReferenceSpec(spec.kind, replace(spec, split_head=False)).made() if paced else None
 
     def pace() -> Samples:
-        return [] if measure is None else reference_samples({spec.kind: measure.long()}, spec.model.name)
+        # Too seldom to hold samples against it: so it is of no moment.
+        return [] if measure is None else reference_samples({spec.kind: measure.long()}, spec.model.name, 0.0)
 
     samples: Samples = []
     for tp in degrees:

@@ -74,7 +74,7 @@ def scaled_steps(steps: pd.DataFrame, moments: Sequence[Moment], kinds: Sequence
     """
     at_s = [moment["at_s"] for moment in moments]
     near: dict[tuple[int, str], Slowdown] = {}
-    dense, attention, host = [], [], []
+    dense, attention = [], []
     columns = (steps[name].tolist() for name in ("start_s", "instance", "requests", "prefill_tokens"))
     for start_s, instance, requests, new_tokens in zip(*columns, strict=True):
         place, kind = bisect_left(at_s, start_s), kinds[instance]
@@ -83,8 +83,7 @@ def scaled_steps(steps: pd.DataFrame, moments: Sequence[Moment], kinds: Sequence
         pace = near[place, kind]
         dense.append(pace.of_tokens(requests + new_tokens))
         attention.append(pace.of_prompt_attention if new_tokens else pace.attention)
-        host.append(pace.of_host)
-    return steps.assign(dense_s=steps["dense_s"] * np.array(dense), host_s=steps["host_s"] * np.array(host),
+    return steps.assign(dense_s=steps["dense_s"] * np.array(dense),
                         attention_s=steps["attention_s"] * np.array(attention))
 
 

@@ -181,7 +181,7 @@ class InstanceTimer:
             [self._line_facts(plan.positions[p], self._mixed_cost(plan.positions[p]),
                               self._bends[p] if plan.positions[p].remote else None) for p in indices]
             for indices in plan.stage_positions] if joint else None
-        self._packers = {device: (s, stage.layers, cost.head_packing(cluster.devices[device].gpu))
+        self._packers = {device: (s, stage.layers, cost.cache_packing(cluster.devices[device].gpu))
                          for s, stage in enumerate(plan.stages) for device in stage.devices}
         self._no_waits = [0.0] * len(self.costs)
         heads = model.heads_per_group

@@ -110,6 +110,12 @@ class ProfileCost(MemoisedCost):
         profile = self._with_module(gpu.name, "head_packing")
         return NO_PACKING if profile is None or profile.head_packing is None else profile.head_packing
 
+    def cache_packing(self, gpu: GpuSpec) -> TransferCost:
+        profile = self._with_module(gpu.name, "cache_packing")
+        if profile is None or profile.cache_packing is None:
+            return super().cache_packing(gpu)
+        return profile.cache_packing
+
     def host_copy(self, gpu: GpuSpec) -> TransferCost:
         profile = self._with_module(gpu.name, "host_copy")
         if profile is None or profile.host_copy is None:
@@ -352,7 +358,7 @@ class ProfileCost(MemoisedCost):
         """Modules that durations on a card come from: whole layers where they were measured."""
         if self._measured("dense_layer", gpu, model) is None or not self._calibrated(gpu, "dense_layer"):
             return GPU_MODULES
-        more = [name for name in ("remote_attention", "head_packing", "host_copy")
+        more = [name for name in ("remote_attention", "head_packing", "cache_packing", "host_copy")
                 if self._with_module(gpu.name, name) is not None]
         return ("dense_layer", "head", *GPU_MODULES[2:], *more)
 

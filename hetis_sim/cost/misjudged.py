@@ -127,6 +127,9 @@ class MisjudgedCost(MemoisedCost):
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         return self.truth.head_packing(gpu)
 
+    def cache_packing(self, gpu: GpuSpec) -> TransferCost:
+        return self.truth.cache_packing(gpu)
+
     def host_copy(self, gpu: GpuSpec) -> TransferCost:
         return self.truth.host_copy(gpu)
 

@@ -88,10 +88,6 @@ class TransferCost:
     gamma_s_per_byte: float
     beta_s: float
 
-    def scaled(self, factor: float) -> TransferCost:
-        """Messages that take so many times as long."""
-        return TransferCost(factor * self.gamma_s_per_byte, factor * self.beta_s)
-
     def seconds(self, size_bytes: float) -> float:
         """Duration of a message of ``size_bytes``; 0 for nothing to send."""
         if size_bytes <= 0:
@@ -198,6 +194,13 @@ class CostModel(ABC):
         Nothing by default: kernels do it on the way.
         """
         return NO_PACKING
+
+    def cache_packing(self, gpu: GpuSpec) -> TransferCost:
+        """Processor time of a rank on ``gpu`` to send one layer of a prompt's cache to one other device.
+
+        Over the bytes that go. It lies on the rank's own path. That of heads unless it was measured.
+        """
+        return self.head_packing(gpu)
 
     def host_copy(self, gpu: GpuSpec) -> TransferCost:
         """A copy of cache between a device and the memory of its host, either way.

@@ -27,17 +27,15 @@ class Slowdown:
         attention: of decode attention.
         prompt: of dense modules on the tokens of a prompt, where products are the limit; None for ``dense``.
         prompt_attention: of the attention of prompts; None for ``attention``.
-        host: of what a worker's host code takes, packing among it; None for 1.
     """
 
     dense: float = 1.0
     attention: float = 1.0
     prompt: float | None = None
     prompt_attention: float | None = None
-    host: float | None = None
 
     def __post_init__(self) -> None:
-        for part in ("dense", "attention", "prompt", "prompt_attention", "host"):
+        for part in ("dense", "attention", "prompt", "prompt_attention"):
             if getattr(self, part) is not None:
                 require_finite(f"slowdown.{part}", getattr(self, part), 0.0, open_low=True)
 
@@ -45,11 +43,6 @@ class Slowdown:
     def of_prompt_attention(self) -> float:
         """Of the attention of prompts."""
         return self.attention if self.prompt_attention is None else self.prompt_attention
-
-    @property
-    def of_host(self) -> float:
-        """Of host code."""
-        return 1.0 if self.host is None else self.host
 
     def of_tokens(self, tokens: int) -> float:
         """Of dense modules on so many tokens: in between, by the logarithm of the tokens (ours)."""
@@ -63,9 +56,7 @@ NO_SLOWDOWN = Slowdown()
 
 
 class PacedCost(MemoisedCost):
-    """The durations of another cost model, with those of computing scaled by device; links as they are.
-
-    The host's own time is scaled by the mean of all: whoever shares its processor.
+    """The durations of another cost model, with those of computing scaled by device; the rest as they are.
 
     Args:
         whole: durations at the pace of the profile.
@@ -76,8 +67,6 @@ class PacedCost(MemoisedCost):
         super().__init__()
         self._whole = whole
         self._slowdowns = dict(slowdowns)
-        found = [slow.of_host for slow in slowdowns.values()]
-        self._host = sum(found) / len(found) if found else 1.0
 
     def _of(self, gpu: GpuSpec) -> Slowdown:
         return self._slowdowns.get(gpu.name, NO_SLOWDOWN)
@@ -109,10 +98,13 @@ class PacedCost(MemoisedCost):
         return self._whole.all_reduce_s(gpu, link, size_bytes, ranks)
 
     def host_overhead_s(self, sequences: int, prompts: int = 0) -> float:
-        return self._host * self._whole.host_overhead_s(sequences, prompts)
+        return self._whole.host_overhead_s(sequences, prompts)
 
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
-        return self._whole.head_packing(gpu).scaled(self._of(gpu).of_host)
+        return self._whole.head_packing(gpu)
+
+    def cache_packing(self, gpu: GpuSpec) -> TransferCost:
+        return self._whole.cache_packing(gpu)
 
     def host_copy(self, gpu: GpuSpec) -> TransferCost:
         return self._whole.host_copy(gpu)

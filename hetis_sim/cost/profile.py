@@ -25,8 +25,9 @@ remote_attention (linear; the latter of a device that has waited for its heads),
 hop (links; the last of activations between stages, where they differ from other messages), dense_layer and
 head (token_tables: one model shape measured whole; they go before gemm and elementwise where they match),
 host_overhead (per_iteration: what an iteration takes besides, of the device "host"), head_packing
-(per_message: processor time of a rank for one attention worker in one layer), host_copy (per_message: cache
-between the device and the memory of its host).
+(per_message: processor time of a rank for one attention worker in one layer), cache_packing (per_message:
+that for a layer of a prompt's cache that goes elsewhere), host_copy (per_message: cache between the device
+and the memory of its host).
 """
 
 from __future__ import annotations
@@ -55,11 +56,13 @@ LINKS_DEVICE = "links"
 HOST_DEVICE = "host"
 NO_CARD = (LINKS_DEVICE, HOST_DEVICE)
 STATUSES = ("measured", "derived")
+PACKING = ("head_packing", "cache_packing", "host_copy")
+"""Modules that are a fixed time and one for each byte."""
+
 MODELS = {"gemm": "tile_wave", "elementwise": "curves", "prefill_attention": "flash_blocks",
           "decode_attention": "linear", "all_reduce": "links", "transfer": "links", "hop": "links",
           "remote_attention": "linear", "dense_layer": "token_tables", "head": "token_tables",
-          "host_overhead": "per_iteration",
-          "head_packing": "per_message", "host_copy": "per_message"}
+          "host_overhead": "per_iteration", **dict.fromkeys(PACKING, "per_message")}
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,7 @@ class Profile:
     head: TokenTables | None = None
     host_overhead: HostOverhead | None = None
     head_packing: TransferCost | None = None
+    cache_packing: TransferCost | None = None
     host_copy: TransferCost | None = None
     calibration: Calibration | None = None
 
@@ -175,7 +179,7 @@ def _coefficients(module: str, raw: dict[str, Any], key: str) -> Any:
         return LinkTable.parse(raw, key)
     if module == "host_overhead":
         return HostOverhead.parse(raw, key)
-    if module in ("head_packing", "host_copy"):
+    if module in PACKING:
         return TransferCost(positive(raw.get("gamma_s_per_byte"), f"{key}.gamma_s_per_byte", zero=True),
                             positive(raw.get("beta_s"), f"{key}.beta_s", zero=True))
     return TokenTables.parse(raw, key)

@@ -84,7 +84,7 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
     assert strong.calibration.throttle == {}
     assert strong.calibration.hardware
     assert set(strong.infos) == {"dense_layer", "head", "prefill_attention", "decode_attention",
-                                 "remote_attention", "head_packing", "host_copy"}
+                                 "remote_attention", "head_packing", "cache_packing", "host_copy"}
     assert set(read_profile(out / "links.json").infos) == {"transfer", "hop", "all_reduce"}
     assert strong.host_copy is not None
     assert 0 < strong.host_copy.seconds(1e6) < 1
@@ -94,13 +94,13 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
               for module in ("dense_layer", "decode_attention")}
     assert tokens["dense_layer"] >= {1, 2, 3, 4, 5, 6, 7, 8}
     assert tokens["decode_attention"] == {1, 2, 4, 8}
-    parts = {"dense", "attention", "prompt", "prompt_attention", "host"}
+    parts = {"dense", "attention", "prompt", "prompt_attention"}
     reference = {f"reference_{part}" for part in parts}
     assert set(samples["module"]) == set(strong.infos) | reference
     taken = samples[samples["module"] == "reference_dense"]["seconds"]
     assert len(taken) >= 3
     assert strong.calibration.reference["dense"] == pytest.approx(taken.mean())
-    assert strong.calibration.reference_layers == 6
+    assert strong.calibration.reference_layers == TINY_CONFIG["num_hidden_layers"]
     assert set(strong.calibration.reference) == parts
     text = capsys.readouterr().out
     assert "decode_attention" in text

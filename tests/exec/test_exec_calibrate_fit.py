@@ -83,6 +83,7 @@ def points() -> Iterable[tuple[Point, float]]:
                          row_tokens=rows * context), 2 * decode_s(rows, rows * context))
             yield Point("transfer", "pipe", size_bytes=size, messages=2), 2 * BETA + GAMMA * size
             yield Point("head_packing", "cpu-core", size_bytes=size, messages=1), BETA / 2 + GAMMA * size / 3
+            yield Point("cache_packing", "cpu-core", size_bytes=size, messages=1), BETA / 4 + GAMMA * size / 5
     for new, context in ((8, 0), (32, 0), (64, 0), (128, 0), (256, 0), (32, 96), (128, 512), (256, 1024)):
         yield (Point("prefill_attention", "cpu-core", name, 1, new_tokens=new, context_tokens=context,
                      heads=MODEL.query_heads, kv_heads=MODEL.kv_heads), prefill_s(new, context))
@@ -127,6 +128,8 @@ def test_known_coefficients_come_back(tmp_path: Path) -> None:
     assert cost.transfer(PIPE).gamma_s_per_byte == pytest.approx(GAMMA, rel=1e-3)
     assert cost.hop(PIPE).beta_s == pytest.approx(5 * BETA, rel=1e-3)
     assert cost.head_packing(CORE).beta_s == pytest.approx(BETA / 2, rel=1e-3)
+    sending = cost.cache_packing(CORE)
+    assert (sending.beta_s, sending.gamma_s_per_byte) == pytest.approx((BETA / 4, GAMMA / 5), rel=1e-3)
     copy = cost.host_copy(CORE)
     assert (copy.beta_s, copy.gamma_s_per_byte) == pytest.approx((2 * BETA, 7 * GAMMA), rel=1e-3)
     assert cost.host_overhead_s(7) == pytest.approx(HOST + 7 * EACH, rel=1e-3)
