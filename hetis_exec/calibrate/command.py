@@ -35,6 +35,9 @@ from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.spec.errors import HetisError
 
 KEY_LENGTH = 16
+FORM = 2
+"""Of the samples: counts up whenever the same settings measure something else."""
+
 Tick = Callable[[str, int, int], None]
 """Told the name of the piece under way, and how many of how many are done."""
 
@@ -114,8 +117,10 @@ def _measure(plan: Plan, store: Store, execution: Execution, keeper: PaceKeeper,
             tick(work.name, number, len(plan.work))
         if store.known(work.name):
             continue
-        begun_s, glances = time.monotonic(), Glances(partial(look, work))
+        glances = Glances(partial(look, work))
         try:
+            look(work)  # what that takes to start is nothing that glances take
+            begun_s = time.monotonic()
             samples = work.run(apart, _pulse(tick, work, number, plan, glances))
         except HetisError as error:
             failed[work.name] = str(error)
@@ -147,6 +152,7 @@ def _machines(execution: Execution) -> dict[str, Machine]:
 def key_of(execution: Execution, machines: dict[str, Machine]) -> str:
     """Names the samples that a run of these settings on these machines may use."""
     return str(value_sha256({
+        "form": FORM, "reference_layers": layers_of(execution.prepared.model),
         "machines": {kind: machine.to_dict() for kind, machine in machines.items()},
         "model": asdict(execution.prepared.model), **_settings(execution)}))[:KEY_LENGTH]
 

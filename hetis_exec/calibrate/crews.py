@@ -50,8 +50,10 @@ CONTEXTS = (32, 128, 448)
 LONG_CONTEXT, LONG_BATCH = 1024, 2
 """Batches up to that size are measured with contexts of that length besides."""
 
-SENT = (8, 16, 32, 64, 128)
+SENT = (8, 16, 32, 64, 128, 512)
 """Tokens of prompts whose cache leaves."""
+
+SENT_TURNS = 2
 
 SUMS = (1, 4, 16, 32, 64, 128, 256, 512)
 QUICK_SUMS = (1, 4, 16, 64, 256)
@@ -284,7 +286,7 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
                     (done,) = workers.step(dict(zip(split, spread, strict=False)))
                     samples += _shared_samples(spec, done, rank, worker, shared.count(worker), spread)
                     tick()
-        for _ in range(repeats):
+        for _ in range(min(repeats, SENT_TURNS)):
             for tokens in (n for n in SENT if n <= spec.model.context_limit_tokens):
                 samples.append(_cache_sample(spec, workers.sent(tokens), rank, tokens))
                 tick()

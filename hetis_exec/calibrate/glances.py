@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 import pandas as pd
 
-from hetis_exec.calibrate.samples import PREFIX, Samples
+from hetis_exec.calibrate.samples import EXCESS_MAX, PREFIX, Samples
 from hetis_sim.cost.paced import Slowdown
 
 APART_S = 0.4
@@ -66,7 +66,8 @@ class _Course:
         table = reference.assign(part=names).pivot_table("seconds", "at_s", "part").dropna().sort_index()
         self._times: list[float] = table.index.tolist()
         self._parts = [str(part) for part in table.columns]
-        self._rows: list[list[float]] = (table / table.mean()).to_numpy().tolist()
+        even = table.clip(upper=EXCESS_MAX * table.median(), axis=1)
+        self._rows: list[list[float]] = (even / even.mean()).to_numpy().tolist()
 
     def about(self, at_s: float) -> Slowdown:
         """What work took at a moment over what it took on average."""
@@ -89,9 +90,8 @@ def at_mean_pace(samples: pd.DataFrame) -> pd.DataFrame:
     factors = []
     columns = (samples[name].tolist() for name in ("module", "subject", "tokens", "at_s"))
     for module, subject, tokens, at_s in zip(*columns, strict=True):
-        paces = [_factor(module, tokens, course.about(at_s)) for device, course in courses.items()
-                 if device == subject]
-        factors.append(sum(paces) / len(paces) if paces else 1.0)
+        course = courses.get(subject)
+        factors.append(1.0 if course is None else _factor(module, tokens, course.about(at_s)))
     return samples.assign(seconds=samples["seconds"] / np.array(factors))
 
 

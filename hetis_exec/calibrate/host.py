@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import cycle
 
-import numpy as np
 import pandas as pd
 
 from hetis_exec.calibrate.samples import Point, Sample, Samples
@@ -39,8 +37,8 @@ def requests_for(batch: int, steps_each: int, prompt_tokens: int) -> list[Reques
 
 
 def measure_host(given: ExecutorInput, make_crew: Callable[[Sequence[WorkerSpec]], Crew], batch_max: int,
-                 quick: bool, tick: Callable[[], None]) -> Samples:
-    """Steps of a whole run, with its driver, workers and messages; ``tick`` is called between them.
+                 quick: bool) -> Samples:
+    """Steps of a whole run, with its driver, workers and messages.
 
     Of the time from the moment in which the driver asks for a step to that in which it has its tokens,
     host time is what is left of it when the parts that the workers measure are taken away.
@@ -52,25 +50,16 @@ def measure_host(given: ExecutorInput, make_crew: Callable[[Sequence[WorkerSpec]
     batch = max(1, min(batch, (longest - prompt - 1) // each))
     limits = replace(given.settings.limits, max_batch_requests=batch)
     settings = replace(given.settings, limits=limits, chunked_prefill=False)
-    # The clock of a run stands still between its steps: what it showed, and what time it was.
-    seen: list[tuple[float, float]] = []
-
-    def rest(now_s: float) -> None:
-        seen.append((now_s, time.time()))
-        tick()
-
     run = Executor(replace(given, requests=requests_for(batch, each, prompt), settings=settings,
-                           log_decisions=False), make_crew, rest=rest)
-    steps = run.run().recorder.steps()
-    times = np.interp(steps["end_s"], *np.transpose(seen)) if seen else np.zeros(len(steps))
-    return samples_of(steps.assign(at_s=times), prompt)
+                           log_decisions=False), make_crew)
+    return samples_of(run.run().recorder.steps(), prompt)
 
 
 def samples_of(steps: pd.DataFrame, prompt_tokens: int) -> Samples:
     """Of iterations that only decode, and of those that only compute prompts, whole ones of equal length."""
     return [Sample(Point("host_overhead", "host", tokens=decoding + prompts, prompts=prompts),
-                   max(1e-9, host_s), at_s)
-            for decoding, prompts, host_s, at_s in zip(
+                   max(1e-9, host_s))
+            for decoding, prompts, host_s in zip(
                 steps["requests"].tolist(), (steps["prefill_tokens"] // prompt_tokens).tolist(),
-                steps["host_s"].tolist(), steps["at_s"].tolist(), strict=True)
+                steps["host_s"].tolist(), strict=True)
             if (decoding > 0) != (prompts > 0)]

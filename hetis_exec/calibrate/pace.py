@@ -15,7 +15,8 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from hetis_exec.calibrate.reference import PARTS, Pace, ReferenceSpec
+from hetis_exec.calibrate.reference import Pace, ReferenceSpec
+from hetis_exec.calibrate.samples import clipped
 from hetis_exec.calibrate.tasks import core_of, reference_of
 from hetis_exec.errors import ExecutorError
 from hetis_exec.run import Execution
@@ -96,7 +97,6 @@ class PaceKeeper:
         self._layers = layers
         self._apart = apart
         self._made: dict[int, Pace] = {}
-        self._kinds: dict[int, str] = {}
 
     def __enter__(self) -> PaceKeeper:
         return self
@@ -119,9 +119,19 @@ class PaceKeeper:
         for device in devices:
             kind = execution.prepared.cluster.devices[device].gpu.name
             if kind in self._layers:
-                pace = self._pace(execution, device)
-                found.setdefault(kind, []).append(pace.glance() if glance else pace.long())
+                found.setdefault(kind, []).append(self._measured(execution, device, glance))
         return {kind: _mean(rows) for kind, rows in found.items()}
+
+    def _measured(self, execution: Execution, device: int, glance: bool) -> dict[str, float]:
+        pace = self._pace(execution, device)
+        try:
+            return pace.glance() if glance else pace.long()
+        except ExecutorError:
+            # Whoever asks again gets another process.
+            self._made.pop(device)
+            if isinstance(pace, _Child):
+                pace.end()
+            raise
 
     def _pace(self, execution: Execution, device: int) -> Pace:
         if device not in self._made:
@@ -134,12 +144,9 @@ class PaceKeeper:
 def slowdowns(measured: Sequence[Mapping[str, Mapping[str, float]]],
               references: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """By type of device and part, mean seconds over those of the calibration."""
-    found: dict[str, dict[str, float]] = {}
-    for kind in measured[0] if measured else ():
-        mean, reference = _mean([one[kind] for one in measured]), references[kind]
-        found[kind] = {part: mean[part] / reference[part] for part in PARTS
-                       if part in reference and part in mean}
-    return found
+    return {kind: {part: float(clipped([one[kind][part] for one in measured]).mean()) / reference
+                   for part, reference in references[kind].items() if part in measured[0][kind]}
+            for kind in (measured[0] if measured else ())}
 
 
 def _mean(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

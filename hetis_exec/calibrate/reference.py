@@ -48,7 +48,7 @@ class Pace(Protocol):
         """Means of glances over a while, as latencies are sums of what steps take."""
 
     def glance(self) -> dict[str, float]:
-        """Both steps once, the caches warm."""
+        """Both steps once, after what brings their code into the caches."""
 
 
 class Measure:
@@ -56,7 +56,7 @@ class Measure:
 
     Args:
         once: computes both steps, and gives the seconds of each part.
-        warm: brings what they need into the caches.
+        warm: brings their code into the caches.
     """
 
     def __init__(self, once: Callable[[], tuple[float, ...]], warm: Callable[[], object]) -> None:

@@ -86,6 +86,12 @@ def frame_of(samples: Iterable[Sample]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*COLUMNS, "seconds", "at_s"])
 
 
+def clipped(seconds: Iterable[float]) -> pd.Series:
+    """Measurements of the same thing, none more than ``EXCESS_MAX`` times their median."""
+    found = pd.Series(list(seconds), dtype=float)
+    return found.clip(upper=EXCESS_MAX * found.median())
+
+
 def medians(samples: pd.DataFrame) -> pd.DataFrame:
     """One row for each point: the median of its samples, and how many there are."""
     found = samples.groupby(list(COLUMNS), sort=True)["seconds"].agg(["median", "size"]).reset_index()
@@ -101,8 +107,9 @@ def means(samples: pd.DataFrame) -> pd.DataFrame:
     """
     keys = samples.groupby(list(COLUMNS), sort=False)["seconds"]
     excess = (samples["seconds"] / keys.transform("median")).clip(upper=EXCESS_MAX)
+    repeated = excess[keys.transform("size") > 1]
     rows = medians(samples)
-    return rows.assign(seconds=rows["seconds"] * float(excess.mean()))
+    return rows.assign(seconds=rows["seconds"] * (float(repeated.mean()) if len(repeated) else 1.0))
 
 
 class Store:
@@ -157,7 +164,10 @@ class Store:
 
 
 def references_of(samples: pd.DataFrame, subject: str) -> dict[str, float]:
-    """Mean seconds of a device's reference work, by part; empty where none was taken."""
+    """Mean seconds of a device's reference work, by part; empty where none was taken.
+
+    What takes many times as long as it usually does has another cause than the machine's pace.
+    """
     own = samples[(samples["subject"] == subject) & samples["module"].str.startswith(PREFIX)]
-    return {str(module).removeprefix(PREFIX): float(rows.mean())
+    return {str(module).removeprefix(PREFIX): float(clipped(rows).mean())
             for module, rows in own.groupby("module")["seconds"]}

@@ -36,7 +36,7 @@ LONE_STEPS = 3
 """So many more of a batch of one request, which has a line of its own."""
 
 ENOUGH_S = 2.0
-"""A step that has taken so long altogether is not repeated: it has seen the machine at all its paces."""
+"""A step that has taken so long altogether is not repeated: a long one varies less, being a mean itself."""
 
 DECODE_TURNS = 2
 """Steps that decode are repeated so many times as often as others: they are short, and what is read from

@@ -25,7 +25,7 @@ from hetis_exec.crews import crew_maker
 from hetis_exec.devices import free_bytes
 from hetis_exec.errors import ExecutorError
 from hetis_exec.models.architecture import ELEMENT_TYPES
-from hetis_exec.places import CPU, devices_of
+from hetis_exec.places import CPU
 from hetis_exec.run import Execution
 from hetis_exec.throttle import NONE
 from hetis_exec.torch_backend import TorchBackend
@@ -93,10 +93,12 @@ def _in_child(work: Work, tick: Callable[[], None]) -> Samples:
                 return samples
             if kind == "failed":
                 raise ExecutorError(f"{work.name} has failed: {content}")
+            begun_s = time.monotonic()
             tick()
+            deadline_s += time.monotonic() - begun_s
             ours.send(None)
         raise ExecutorError(f"{work.name} has taken longer than {CHILD_S:g} s")
-    except EOFError as error:
+    except (EOFError, BrokenPipeError) as error:
         raise ExecutorError(f"{work.name}: its process has ended without a word") from error
     finally:
         child.kill()
@@ -143,20 +145,18 @@ def plan_of(execution: Execution) -> Plan:
     config, model = execution.config, execution.prepared.model
     shapes = {name: _shape(name, backend.dtype) for name in config.calibrate.models}
     # The host's time is measured in one run, which something else may disturb: so there are two, far apart.
-    everyone = tuple(devices_of(execution.given.plan))
-    before, after = (Work(f"host/{when}", partial(_host, execution), devices=everyone)
-                     for when in ("before", "after"))
-    work = [before, *_device_work(execution, backend, shapes), *_crew_work(execution, backend), after]
+    work = [Work("host/before", partial(_host, execution)), *_device_work(execution, backend, shapes),
+            *_crew_work(execution, backend), Work("host/after", partial(_host, execution))]
     only = [f"{wish}/" for wish in config.calibrate.only or []]
     return Plan([piece for piece in work
                  if not only or any(f"{piece.name}/".startswith(wish) for wish in only)],
                 {**shapes, model.name: model} if model.name not in shapes else shapes)
 
 
-def _host(execution: Execution, tick: Callable[[], None]) -> Samples:
+def _host(execution: Execution, _tick: Callable[[], None]) -> Samples:
     config = execution.config
     return measure_host(execution.given, crew_maker(config, execution.given),
-                        config.scheduler.max_batch_requests, config.calibrate.quick, tick)
+                        config.scheduler.max_batch_requests, config.calibrate.quick)
 
 
 def _shape(name: str, dtype: str) -> ModelSpec:
@@ -224,7 +224,8 @@ def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, 
             sizes = replace(sizes_of(config, shape, slow, shape_only=True), context_min=least)
             name = f"shape/{kind}/{shape.name}/tp{'-'.join(map(str, degrees))}"
             paced = place != CPU and shape.name == model.name
-            yield Work(name, partial(_loops, loop, degrees, sizes, paced), apart=True)
+            yield Work(name, partial(_loops, loop, degrees, sizes, paced), apart=True,
+                       devices=(device,) if place == CPU else ())
 
 
 def _pool_bytes(wish_mib: float | None, place: str) -> float:
@@ -297,7 +298,7 @@ def _crew_work(execution: Execution, backend: TorchBackend) -> Iterator[Work]:
     tokens_max = sizes_of(config, model, 1.0, shape_only=False).tokens_max
     for rank, worker in pairs:
         yield Work(f"heads/{kinds[rank]}/{kinds[worker]}/{links(rank, worker)}", partial(
-            measure_star, spec, rank, worker, repeats, quick, batch_max), devices=(rank, worker))
+            measure_star, spec, rank, worker, repeats, quick, batch_max), devices=(worker,))
     for rank, worker in _by_link(pairs, links):
         name = f"{kinds[rank]}/{kinds[worker]}/{links(rank, worker)}"
         yield Work(f"hops/{name}", partial(measure_hops, spec, rank, worker, repeats, quick, tokens_max))

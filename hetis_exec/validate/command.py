@@ -20,7 +20,7 @@ from hetis_exec.validate.profiles import check_profiles, reference_layers_of, re
 from hetis_exec.validate.report import print_validation, write_validation
 from hetis_exec.validate.runs import Subject, subjects_of
 from hetis_exec.validate.schedule import Watch, runs_of
-from hetis_exec.validate.work import Pace, Tick, Worker
+from hetis_exec.validate.work import MachinePace, Tick, Worker
 from hetis_sim.spec.errors import HetisError
 
 CALIBRATION = "calibration"
@@ -47,9 +47,9 @@ def validate(config: ExecutionConfig, folder: Path, tick: Tick | None = None,
     runs = runs_of([subject.label for subject in subjects], given, config.workload.seed)
     references = references_of(config) if given.pace else {}
     apart = config.executor.workers != "threads"
-    layers = {kind: layers for kind, layers in reference_layers_of(config).items() if kind in references}
+    layers = {kind: number for kind, number in reference_layers_of(config).items() if kind in references}
     with PaceKeeper(layers, apart) as keeper:
-        worker = Worker(config, subjects, shelf, Pace(keeper, references), watch)
+        worker = Worker(config, subjects, shelf, MachinePace(keeper, references), watch)
         for number, run in enumerate(runs):
             if shelf.find(run.name) is not None:
                 continue

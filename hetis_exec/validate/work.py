@@ -21,7 +21,7 @@ Tick = Callable[[str, int, int, float | None], None]
 
 
 @dataclass(frozen=True)
-class Pace:
+class MachinePace:
     """How fast the machine is, against its profile.
 
     Attributes:
@@ -48,7 +48,7 @@ class Worker:
         failed: what ended a run, by its name.
     """
 
-    def __init__(self, config: ExecutionConfig, subjects: Sequence[Subject], shelf: Shelf, pace: Pace,
+    def __init__(self, config: ExecutionConfig, subjects: Sequence[Subject], shelf: Shelf, pace: MachinePace,
                  watch: Watch) -> None:
         self.config = config
         self.subjects = {subject.label: subject for subject in subjects}

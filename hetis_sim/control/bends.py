@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from hetis_sim.cost.model import AttentionCost, CostModel
@@ -19,11 +20,13 @@ class Bend(NamedTuple):
     Attributes:
         cost: of the position's device, in query heads and bytes.
         heads_per_group, bytes_per_token: of a KV group, in one layer.
+        least: the least that it is for any batch.
     """
 
     cost: AttentionCost
     heads_per_group: int
     bytes_per_token: int
+    least: float
 
     def at(self, groups: int, group_tokens: float) -> float:
         """Of ``groups`` KV groups with ``group_tokens`` tokens in all."""
@@ -34,7 +37,8 @@ def secant(bend: Bend | None, line: tuple[float, float, float], groups: int, fir
            ) -> tuple[float, float]:
     """Attention of a batch by its iterations, as a line: so however many are counted at once is the same.
 
-    It is taken anew whenever the batch changes, and goes through two points of the curve from there on.
+    It is taken anew whenever the batch changes, and goes through two points of the curve from there on, but
+    rises at least as the least line does: what no batch is faster than stays a bound, however far it goes.
 
     Args:
         line: seconds of the batch's heads, of each token of a group, and fixed ones.
@@ -51,7 +55,7 @@ def secant(bend: Bend | None, line: tuple[float, float, float], groups: int, fir
     later = GROWTH * now
     now_s, later_s = (bend.at(groups, tokens) * (heads_s + token_s * tokens + fixed_s)
                       for tokens in (now, later))
-    slope = max(0.0, (later_s - now_s) / (later - now))
+    slope = max(bend.least * token_s, (later_s - now_s) / (later - now))
     return now_s - slope * (now - first), slope * groups
 
 
@@ -60,4 +64,5 @@ def bend_of(cost: CostModel, gpu: GpuSpec, model: ModelSpec, position: Position)
     attention = (cost.remote_attention if position.remote else cost.decode_attention)(gpu, model)
     if attention.correction is None:
         return None
-    return Bend(attention, model.heads_per_group, model.kv_bytes_per_token_per_layer_per_group)
+    return Bend(attention, model.heads_per_group, model.kv_bytes_per_token_per_layer_per_group,
+                math.exp(min(attention.correction.values)))

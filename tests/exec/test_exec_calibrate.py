@@ -19,9 +19,12 @@ from calibrated import TINY_CONFIG
 
 from hetis_exec.calibrate import command
 from hetis_exec.calibrate.bench import BenchSpec, Job, Loopback, StepBench, owned_groups, tables_of
+from hetis_exec.calibrate.crews import SENT
+from hetis_exec.calibrate.glances import at_mean_pace
 from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
+from hetis_exec.calibrate.samples import clipped
 from hetis_exec.calibrate.steps import Sizes, jobs_for
 from hetis_exec.calibrate.tasks import degrees_of, plan_of
 from hetis_exec.cli import main
@@ -57,7 +60,7 @@ def test_host_time_is_measured_with_and_without_prompts() -> None:
     model = exec_toys.MODEL
     plan = exec_toys.pipeline([[0]], [model.layers])
     what = exec_toys.given(plan, exec_toys.Fixed((model.kv_heads,)), [])
-    found = measure_host(what, exec_toys.threads(), 8, quick=True, tick=lambda: None)
+    found = measure_host(what, exec_toys.threads(), 8, quick=True)
     assert {sample.point.tokens for sample in found if not sample.point.prompts} == set(range(1, 9))
     together = {sample.point.prompts for sample in found if sample.point.prompts}
     assert {1, 4} <= together
@@ -99,7 +102,12 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
     assert set(samples["module"]) == set(strong.infos) | reference
     taken = samples[samples["module"] == "reference_dense"]["seconds"]
     assert len(taken) >= 3
-    assert strong.calibration.reference["dense"] == pytest.approx(taken.mean())
+    assert strong.calibration.reference["dense"] == pytest.approx(clipped(taken).mean())
+    sent = samples[samples["module"] == "cache_packing"]
+    model = prepare_execution(config_of(words)).prepared.model
+    token_bytes = model.kv_heads * model.kv_bytes_per_token_per_layer_per_group
+    assert set(sent["size_bytes"]) == {n * token_bytes for n in SENT if n <= model.context_limit_tokens}
+    assert strong.cache_packing is not None
     assert strong.calibration.reference_layers == TINY_CONFIG["num_hidden_layers"]
     assert set(strong.calibration.reference) == parts
     text = capsys.readouterr().out
@@ -140,6 +148,26 @@ def test_what_was_measured_is_not_measured_again(words: list[str], tmp_path: Pat
     assert len(calls) == 1 + len(names)
     other = command.key_of(prepare_execution(config_of(words, "calibrate.seed=1")), {})
     assert other != command.key_of(prepare_execution(config), {})
+
+
+def test_fits_are_to_samples_at_mean_pace(words: list[str], tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is fitted is what samples would have taken at the mean pace; files keep what they took."""
+    config = config_of(words, "calibrate.only=[device]")
+
+    def dense() -> tuple[list[float], float]:
+        raw = json.loads((tmp_path / "out" / "cpu-core.json").read_text())
+        table = raw["modules"]["dense_layer"]["coefficients"]["tables"][0]
+        return table["seconds"], pd.read_parquet(tmp_path / "out" / "cpu-core.parquet")["seconds"].sum()
+
+    command.calibrate(config)
+    before, took_s = dense()
+    monkeypatch.setattr(command, "at_mean_pace", lambda samples: samples.assign(
+        seconds=2.0 * at_mean_pace(samples)["seconds"]))
+    command.calibrate(config)
+    after, still_s = dense()
+    assert after == pytest.approx([2.0 * seconds for seconds in before])
+    assert still_s == took_s
 
 
 def test_what_cannot_be_measured_is_said(words: list[str], monkeypatch: pytest.MonkeyPatch,

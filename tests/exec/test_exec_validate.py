@@ -388,13 +388,13 @@ def test_policies_can_get_the_same_requests(words: list[str], tmp_path: Path) ->
     config = compose_execution(*words, "validate.rates=common", "validate.pace=false")
     subjects = [replace(subjects_of(config)[0], label=label) for label in ("slow", "fast")]
     shelf = Shelf(tmp_path / "runs")
-    worker = work.Worker(config, subjects, shelf, work.Pace(PaceKeeper({}, False), {}), Watch(None))
+    worker = work.Worker(config, subjects, shelf, work.MachinePace(PaceKeeper({}, False), {}), Watch(None))
     assert worker.rate_rps("fast", 0.5) is None
     for label, capacity in (("slow", 2.0), ("fast", 8.0)):
         shelf.add(Kept(f"{label}/capacity/0/0", 0.0, 8, 1.0, capacity_rps=capacity))
     assert worker.rate_rps("fast", 0.5) == worker.rate_rps("slow", 0.5) == 1.0
     assert Shelf(tmp_path / "runs").find("fast/capacity/0/0") == shelf.find("fast/capacity/0/0")
-    hurried = work.Worker(config, subjects, shelf, work.Pace(PaceKeeper({}, False), {}), Watch(0.9))
+    hurried = work.Worker(config, subjects, shelf, work.MachinePace(PaceKeeper({}, False), {}), Watch(0.9))
     assert not hurried.do(Run("fast", None, 0, 1), [])
     assert hurried.left_out == ["fast/capacity/0/1"]
 

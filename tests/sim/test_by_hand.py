@@ -159,6 +159,7 @@ def test_batches_of_one_request_keep_a_line_of_their_own() -> None:
 
 
 PACKING = TransferCost(1e-8, 1e-3)
+SENDING = TransferCost(3e-8, 2e-3)
 
 
 @dataclass(frozen=True)
@@ -168,12 +169,15 @@ class Packing(ConstantCost):
     def head_packing(self, gpu: GpuSpec) -> TransferCost:
         return PACKING
 
+    def cache_packing(self, gpu: GpuSpec) -> TransferCost:
+        return SENDING
+
 
 def test_a_rank_is_busy_with_cache_that_leaves() -> None:
     """In every layer of the prompt, before it goes on; the record has it beside attention."""
     plain, packed = (records([10], [1], [0.0], workers=1, worker_blocks=2000, policy=Split(), cost=cost)
                      for cost in (COST, Packing()))
-    seconds = 6 * PACKING.beta_s + PACKING.gamma_s_per_byte * 6 * 10 * KV * (GROUPS // 2)
+    seconds = 6 * SENDING.beta_s + SENDING.gamma_s_per_byte * 6 * 10 * KV * (GROUPS // 2)
     later = packed.requests["first_token_s"][0] - plain.requests["first_token_s"][0]
     assert later == pytest.approx(seconds, rel=1e-9)
     assert packed.steps["head_transfer_s"][0] == pytest.approx(seconds, rel=1e-9)
