@@ -25,6 +25,7 @@ from hetis_exec.transport import Delay
 from hetis_sim.control.step import StepKind
 from hetis_sim.policies.plan import InstancePlan, Plan, StagePlan
 
+TRIES = 3
 ONE = pipeline([[0]], [4])
 SPREAD = pipeline([[0]], [4], [1, 2])
 TWO = pipeline([[0], [1]], [3, 1], [2])
@@ -165,6 +166,19 @@ def has_happened(what: Scenario, executor: Executor, result: ExecutionResult) ->
             and sum(state.moves for state in states) >= what.moves
             and what.kinds <= {kind for _, kind, _ in result.record.arrivals}
             and what.step_kinds <= {StepKind(step.kind) for step in result.record.steps})
+
+
+def run_until_it_happens(what: Scenario, once: Callable[[], tuple[Executor, ExecutionResult]]
+                         ) -> tuple[Executor, ExecutionResult]:
+    """A run in which what its scenario is about has occurred.
+
+    When cache arrives is a matter of real time: on a machine that is busy elsewhere a run may go without.
+    """
+    for _ in range(TRIES):
+        executor, result = once()
+        if has_happened(what, executor, result):
+            return executor, result
+    raise AssertionError(f"what the scenario is about has not happened in {TRIES} runs: {what}")
 
 
 def _strays(step: StepRecord, plan: Plan) -> bool:

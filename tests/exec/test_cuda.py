@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from exec_meshes import LONG, OVERLAP, meshed
 from exec_models import POISON, TEXT, folder, logits, reference, shards, torch, wrong
-from exec_scenarios import ONE, RANKS, SCENARIOS, SHORT, SPREAD, has_happened
+from exec_scenarios import ONE, RANKS, SCENARIOS, SHORT, SPREAD, run_until_it_happens
 from exec_toys import Fixed, given, pipeline, run, workload
 
 from hetis_exec.driver import Executor, ExecutorInput
@@ -64,8 +64,7 @@ def test_tokens_are_those_of_transformers(scenario: str) -> None:
     """With heads, layers and prompts split over workers that share the card, and heads that move."""
     name = ("llama3", "qwen3", "opt", "qwen2", "mistral")[len(scenario) % 5]
     what = SCENARIOS[scenario]
-    executor, result = check(name, what.make(**on(name, CARD)), what.delay)
-    assert has_happened(what, executor, result)
+    run_until_it_happens(what, lambda: check(name, what.make(**on(name, CARD)), what.delay))
 
 
 @pytest.mark.parametrize(("name", "places", "tp"), [("llama3", (CARD,), 1), ("qwen3", (CARD, CPU), 2)])
@@ -90,8 +89,7 @@ def test_cards_and_cores_work_together(scenario: str) -> None:
     """The first workers on the card, the others on the CPU, in one run."""
     what = SCENARIOS[scenario]
     places = (CARD, CPU) if scenario == "spread" else (CARD, CPU, CARD, CPU)
-    executor, result = check("llama", what.make(**on("llama", *places)), what.delay)
-    assert has_happened(what, executor, result)
+    run_until_it_happens(what, lambda: check("llama", what.make(**on("llama", *places)), what.delay))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

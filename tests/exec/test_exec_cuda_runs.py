@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from exec_like_cuda import like_cuda
 from exec_models import backend, wrong
-from exec_scenarios import ONE, SCENARIOS, SHORT, SPREAD, has_happened
+from exec_scenarios import ONE, SCENARIOS, SHORT, SPREAD, run_until_it_happens
 from exec_toys import Dividing, Fixed, given, run, workload
 
 from hetis_exec.models.sampling import Sampling
@@ -31,8 +31,7 @@ def check(name: str, what: Any, delay: Any = None) -> Any:
 def test_tokens_are_those_of_transformers(scenario: str, name: str) -> None:
     """With blocks gathered by torch; some of these steps are whole, others in layers."""
     what = SCENARIOS[scenario]
-    executor, result = check(name, what.make(**like_cuda(name)), what.delay)
-    assert has_happened(what, executor, result)
+    run_until_it_happens(what, lambda: check(name, what.make(**like_cuda(name)), what.delay))
 
 
 @pytest.mark.parametrize("name", ["qwen3", "opt"])

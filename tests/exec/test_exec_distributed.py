@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from exec_scenarios import LONG, SCENARIOS, SHORT, SPREAD, has_happened
+from exec_scenarios import LONG, SCENARIOS, SHORT, SPREAD, run_until_it_happens
 from exec_toys import Fixed, Turning, expected_tokens, given, pipeline, workload
 
 pytest.importorskip("torch", reason="workers over torch.distributed need the extra exec")
@@ -62,8 +62,7 @@ QUICK = ("two_stages", "moves_tight", "parts_move_ranks")
 def test_tokens_and_decisions_are_those_of_one_process(name: str) -> None:
     """However heads, layers and prompts are split, requests preempted and heads moved in mid-decode."""
     scenario = SCENARIOS[name]
-    executor, result = check(scenario.make())
-    assert has_happened(scenario, executor, result)
+    run_until_it_happens(scenario, lambda: check(scenario.make()))
 
 
 def test_small_arrays_ride_in_frames_and_large_ones_do_not() -> None:
