@@ -19,6 +19,7 @@ from hetis_exec.backend import Backend
 from hetis_exec.calibrate.bench import filler, owned_groups
 from hetis_exec.calibrate.samples import Point, Sample, Samples
 from hetis_exec.calibrate.steps import decode_point, spread_contexts
+from hetis_exec.calibrate.turns import turns
 from hetis_exec.crew import Crew, WorkerSpec
 from hetis_exec.errors import ExecutorError, WorkerError
 from hetis_exec.messages import (
@@ -57,6 +58,9 @@ SENT_TURNS = 2
 
 SUMS = (1, 4, 16, 32, 64, 128, 256, 512)
 QUICK_SUMS = (1, 4, 16, 64, 256)
+HEADS_S, SUMS_S = 60.0, 30.0
+"""No further turn begins when heads, or sums and hops, have taken so long."""
+
 PIECE_TOKENS = 64
 """A table is filled by messages of so many tokens each."""
 
@@ -273,7 +277,7 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
     tables = {n: long if n < LONG_BATCH else CONTEXTS[-1] for n in holders}
     with script(spec, plan, tables, {**holders, PROMPT: holders[0]}) as workers:
         workers.step({0: long})
-        for _ in range(repeats):
+        for _ in turns(repeats, HEADS_S, quick):
             for batch in batches:
                 for tokens in (*CONTEXTS, *((long,) if batch <= LONG_BATCH else ())):
                     longest = max(tokens, CONTEXTS[-1])
@@ -344,7 +348,7 @@ def measure_sums(spec: CrewSpec, ranks: Sequence[int], repeats: int, quick: bool
     samples: Samples = []
     with script(spec, plan, {}, {}) as workers:
         workers.step({}, 8)
-        for _ in range(repeats):
+        for _ in turns(repeats, SUMS_S, quick):
             for tokens in (n for n in (QUICK_SUMS if quick else SUMS) if n <= tokens_max):
                 reports = workers.step({}, tokens)
                 seconds = min(done.times.collective_s for done in reports) / (2 * spec.model.layers)
@@ -365,7 +369,7 @@ def measure_hops(spec: CrewSpec, first: int, second: int, repeats: int, quick: b
     samples: Samples = []
     with script(spec, InstancePlan(stages), {}, {}) as workers:
         workers.step({}, 8)
-        for _ in range(repeats):
+        for _ in turns(repeats, SUMS_S, quick):
             for tokens in (n for n in (QUICK_SUMS if quick else SUMS) if n <= tokens_max):
                 reports = workers.step({}, tokens)
                 times = next(done.times for done in reports if done.stage == 1)

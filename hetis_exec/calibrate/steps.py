@@ -14,6 +14,7 @@ import numpy as np
 from hetis_exec.calibrate.bench import PROMPT, BenchSpec, Job, StepBench, Timed, tables_of
 from hetis_exec.calibrate.copies import Cached
 from hetis_exec.calibrate.samples import Point, Sample, Samples
+from hetis_exec.calibrate.turns import turns
 from hetis_sim.control.timing import dense_share
 from hetis_sim.spec.model import ModelSpec
 
@@ -41,6 +42,9 @@ ENOUGH_S = 2.0
 DECODE_TURNS = 2
 """Steps that decode are repeated so many times as often as others: they are short, and what is read from
 memory varies most where others use it as well."""
+
+STEPS_S = 120.0
+"""No further turn begins when all steps have taken so long."""
 
 POOL_SHARE = 2.5
 """Requests of small batches have long tables: all take about so many times the tokens of one batch."""
@@ -126,7 +130,7 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
     samples: Samples = []
     tick()
     spent = dict.fromkeys(jobs, 0.0)
-    for turn in range(DECODE_TURNS * sizes.repeats):
+    for turn in turns(DECODE_TURNS * sizes.repeats, STEPS_S, sizes.quick):
         for job in jobs:
             if job not in spent or spent[job] > ENOUGH_S or (job.prompts and turn >= sizes.repeats):
                 continue

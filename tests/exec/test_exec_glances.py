@@ -10,6 +10,7 @@ from hetis_exec.calibrate.glances import APART_S, SHARE, Glances, at_mean_pace
 from hetis_exec.calibrate.reference import PARTS, reference_samples
 from hetis_exec.calibrate.samples import Point, Sample, Samples, frame_of
 from hetis_exec.calibrate.tasks import Work
+from hetis_exec.calibrate.turns import turns
 
 TIMES, FAST_THEN_SLOW = [10.0, 10.1, 11.0, 11.1], [False, False, True, True]
 SLOW = {"dense": 1.2, "attention": 1.3, "prompt": 1.1, "prompt_attention": 1.4}
@@ -88,3 +89,15 @@ def _ticks(tick: object) -> Samples:
         found.append(Sample(Point("head", "core"), float(n)))
         tick()
     return found
+
+
+@pytest.mark.parametrize(("each_s", "quick", "number"), [(0.1, False, 5), (4.0, False, 3), (40.0, False, 2),
+                                                         (4.0, True, 2), (0.1, True, 5)])
+def test_slow_devices_take_fewer_turns(each_s: float, quick: bool, number: int) -> None:
+    """Two at least, none that begins after enough time, and no more than were asked for."""
+    clock = [0.0]
+    found = []
+    for turn in turns(5, 10.0, quick, lambda: clock[0]):
+        found.append(turn)
+        clock[0] += each_s
+    assert found == list(range(number))
