@@ -42,10 +42,10 @@ def test_a_batch_takes_what_the_curve_says_now_and_a_quarter_later(groups: int, 
 
 def test_the_line_rises_as_the_curve_does() -> None:
     """Where a factor from the first iteration on would have been wrong by as much as the curve bends."""
-    now, later = 64, 80
-    assert seconds(1, 64, now, 16) == pytest.approx(BENT.seconds(HEADS, KV * later), rel=1e-9)
+    now, later = 256, 320
+    assert seconds(1, now, now, later - now) == pytest.approx(BENT.seconds(HEADS, KV * later), rel=1e-9)
     factor = BENT.over_line(HEADS, KV * now) * ATTENTION.seconds(HEADS, KV * later)
-    assert seconds(1, 64, now, 16) != pytest.approx(factor, rel=1e-3)
+    assert seconds(1, now, now, later - now) != pytest.approx(factor, rel=1e-3)
 
 
 def test_without_a_curve_it_is_the_line_itself() -> None:
