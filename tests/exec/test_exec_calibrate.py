@@ -101,7 +101,7 @@ def test_a_calibration_closes_the_loop(words: list[str], tmp_path: Path,
     reference = {f"reference_{part}" for part in parts}
     assert set(samples["module"]) == set(strong.infos) | reference
     taken = samples[samples["module"] == "reference_dense"]["seconds"]
-    assert len(taken) >= 3
+    assert len(taken) >= 1
     assert strong.calibration.reference["dense"] == pytest.approx(clipped(taken).mean())
     sent = samples[samples["module"] == "cache_packing"]
     model = prepare_execution(config_of(words)).prepared.model
@@ -166,7 +166,7 @@ def test_fits_are_to_samples_at_mean_pace(words: list[str], tmp_path: Path,
         seconds=2.0 * at_mean_pace(samples)["seconds"]))
     command.calibrate(config)
     after, still_s = dense()
-    assert after == pytest.approx([2.0 * seconds for seconds in before])
+    assert after == pytest.approx([2.0 * seconds for seconds in before], rel=1e-3)  # written rounded
     assert still_s == took_s
 
 
