@@ -8,7 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -18,6 +18,7 @@ from hetis_exec.messages import DRIVER, Failed, Stop
 from hetis_exec.net.rings import Region, has_rings
 from hetis_exec.pipes import PipeEndpoint, pair_region
 from hetis_exec.shaping import Shapes
+from hetis_exec.throttle import have_cores
 from hetis_exec.transport import Endpoint
 
 SPIN_S = 4e-3
@@ -73,7 +74,10 @@ class ProcessCrew:
                 ways[a].regions[b] = ways[b].regions[a] = pair_region()
         self.endpoint: Endpoint = PipeEndpoint(DRIVER, ways.pop(DRIVER).pipes)
         self._ways = ways
-        spin_s = SPIN_S if _have_cores(specs) else 0.0
+        spin_s = 0.0
+        if have_cores(len(specs), [spec.core for spec in specs]):
+            spin_s = SPIN_S
+            specs = [replace(spec, throttle=spec.throttle.with_core) for spec in specs]
         self.processes = {
             spec.device: context.Process(target=_work, args=(spec, ways[spec.device], shapes or {}, spin_s),
                                          name=f"worker-{spec.device}", daemon=True) for spec in specs}
@@ -99,12 +103,6 @@ class ProcessCrew:
             self.endpoint.send(device, Stop(at_once))
         deadline_s = time.monotonic() + (STOP_AT_ONCE_S if at_once else STOP_S)
         end_processes(self.processes.values(), deadline_s)
-
-
-def _have_cores(specs: Sequence[WorkerSpec]) -> bool:
-    """Whether each worker has a core: the one that it was given alone, or one of those that are here."""
-    given = {spec.core for spec in specs if spec.core is not None}
-    return len(specs) <= (len(given) or len(os.sched_getaffinity(0)))
 
 
 def end_processes(processes: Iterable[BaseProcess], deadline_s: float) -> None:

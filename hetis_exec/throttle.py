@@ -2,14 +2,16 @@
 
 A throttled section takes a fixed multiple of the time that its computing took: the worker does
 nothing for the rest. Sleeping leaves the core to others; the last bit is spun away, since a sleep
-ends some tens of microseconds late.
+ends some tens of microseconds late. A worker that has a core for itself spins for longer: what it computes
+after a sleep takes a few per cent more, which a device that is slow by nature would not know of.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hetis_exec.stopwatch import Stopwatch
@@ -19,8 +21,8 @@ from hetis_sim.spec.lookup import require_known_keys, require_mapping
 
 KEY = "executor.throttle"
 FACTOR_MAX = 1000.0
-SPIN_S = 2e-4
-"""Time at the end of a wait that is spun away."""
+SPIN_S, OWN_CORE_SPIN_S = 2e-4, 4e-3
+"""Time at the end of a wait that is spun away, and that of a worker with a core for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +32,17 @@ class Throttle:
     Attributes:
         dense: on products, the LM head and sampling.
         attention: on prefill and decode attention.
+        spin_s: time at the end of a wait in which the core is kept.
     """
 
     dense: float = 1.0
     attention: float = 1.0
+    spin_s: float = field(default=SPIN_S, compare=False)
+
+    @property
+    def with_core(self) -> Throttle:
+        """That of a worker which has a core for itself."""
+        return replace(self, spin_s=OWN_CORE_SPIN_S)
 
     def of(self, part: str) -> float:
         """The factor on a part of a step's time; 1 on what is not computing."""
@@ -43,13 +52,13 @@ class Throttle:
         """A dense section that began at ``begun_s`` (:func:`time.perf_counter`) has been computed."""
         if self.dense > 1.0:
             synchronize()
-            _wait(begun_s, self.dense)
+            _wait(begun_s, self.dense, self.spin_s)
 
     def after_attention(self, begun_s: float, synchronize: Callable[[], None]) -> None:
         """Attention that began at ``begun_s`` has been computed."""
         if self.attention > 1.0:
             synchronize()
-            _wait(begun_s, self.attention)
+            _wait(begun_s, self.attention, self.spin_s)
 
 
 NONE = Throttle()
@@ -74,7 +83,7 @@ class ThrottledStopwatch:
         factor = self._throttle.of(part)
         if factor > 1.0:
             self._synchronize()
-            _wait(self._at_s, factor)
+            _wait(self._at_s, factor, self._throttle.spin_s)
         self._stopwatch.lap(part)
         self._at_s = time.perf_counter()
 
@@ -88,11 +97,11 @@ def throttled(stopwatch: Stopwatch, throttle: Throttle, synchronize: Callable[[]
     return stopwatch if throttle == NONE else ThrottledStopwatch(stopwatch, throttle, synchronize)
 
 
-def _wait(begun_s: float, factor: float) -> None:
+def _wait(begun_s: float, factor: float, spin_s: float) -> None:
     now_s = time.perf_counter()
     until_s = begun_s + factor * (now_s - begun_s)
-    if until_s - now_s > 2 * SPIN_S:
-        time.sleep(until_s - now_s - SPIN_S)
+    if until_s - now_s > spin_s + SPIN_S:
+        time.sleep(until_s - now_s - spin_s)
     while time.perf_counter() < until_s:
         pass
 
@@ -124,7 +133,8 @@ def by_device(throttles: Mapping[str, Throttle], cluster: ClusterSpec) -> dict[i
 
 def described(throttles: Mapping[str, Throttle]) -> dict[str, dict[str, float]]:
     """Plain types, for a manifest."""
-    return {name: asdict(throttle) for name, throttle in throttles.items()}
+    return {name: {"dense": throttle.dense, "attention": throttle.attention}
+            for name, throttle in throttles.items()}
 
 
 def cores(pin: str | Sequence[int], devices: Sequence[int], host_cores: Sequence[int]) -> dict[int, int]:
@@ -147,3 +157,9 @@ def cores(pin: str | Sequence[int], devices: Sequence[int], host_cores: Sequence
     for core in given:
         require(core in host_cores, "executor.pin", core, allowed)
     return {device: int(given[device]) for device in devices}
+
+
+def have_cores(workers: int, given: Collection[int | None]) -> bool:
+    """Whether each of so many workers has a core: the one that it was given alone, or one of those here."""
+    different = {core for core in given if core is not None}
+    return workers <= (len(different) or len(os.sched_getaffinity(0)))

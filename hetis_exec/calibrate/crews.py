@@ -38,6 +38,7 @@ from hetis_exec.messages import (
     Task,
 )
 from hetis_exec.throttle import NONE, Throttle, cores
+from hetis_sim.cost.links import pair_of
 from hetis_sim.policies.plan import InstancePlan, StagePlan
 from hetis_sim.spec.model import ModelSpec
 
@@ -45,7 +46,7 @@ MakeCrew = Callable[[Sequence[WorkerSpec]], Crew]
 
 START_S = 180.0
 WAIT_S = 120.0
-BATCHES = (1, 2, 4, 8, 16, 24, 32)
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 QUICK_BATCHES = (1, 2, 4, 8, 16, 32)
 CONTEXTS = (32, 128, 448)
 LONG_CONTEXT, LONG_BATCH = 1024, 2
@@ -281,12 +282,12 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
             for batch in batches:
                 for tokens in (*CONTEXTS, *((long,) if batch <= LONG_BATCH else ())):
                     longest = max(tokens, CONTEXTS[-1])
-                    spread = spread_contexts(tokens, batch, longest, np.random.default_rng(batch))
+                    spread = spread_contexts(tokens, batch, longest)
                     (done,) = workers.step(dict(zip(away, spread, strict=False)))
                     samples += _star_samples(spec, done, rank, worker, kv_heads, spread)
                     tick()
                 for tokens in CONTEXTS[::2]:
-                    spread = spread_contexts(tokens, batch, CONTEXTS[-1], np.random.default_rng(batch))
+                    spread = spread_contexts(tokens, batch, CONTEXTS[-1])
                     (done,) = workers.step(dict(zip(split, spread, strict=False)))
                     samples += _shared_samples(spec, done, rank, worker, shared.count(worker), spread)
                     tick()
@@ -320,7 +321,8 @@ def _star_samples(spec: CrewSpec, done: StageDone, rank: int, worker: int, group
     packing = _packing(spec, done, rank, groups * len(contexts))
     busy_s = dict(done.worker_busy_s)[worker] / layers
     point = decode_point(spec.kinds[worker], model.name, 1, groups, contexts)
-    way = Point("transfer", spec.links(rank, worker), size_bytes=packing.point.size_bytes, messages=2)
+    way = Point("transfer", spec.links(rank, worker), size_bytes=packing.point.size_bytes, messages=2,
+                between=pair_of(spec.kinds[rank], spec.kinds[worker]))
     left_s = done.times.head_transfer_s / layers - packing.seconds - busy_s
     attention = Sample(replace(point, module="remote_attention"), busy_s)
     return [packing, attention, Sample(way, max(1e-9, left_s))]

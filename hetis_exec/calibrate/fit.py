@@ -48,6 +48,9 @@ BLOCKS = (1, 16, 64, 128)
 NO_LIMIT_PER_S = 1e18
 LINK_MODULES = ("transfer", "hop", "all_reduce")
 
+DECODE_OCTAVES = (0.0, 2.0, 1.0)
+"""Distances of knots that are tried; 0 for no surface."""
+
 DECODE_POWER = 0.5
 """A line cannot follow kernels whose launch is the limit: what is long counts for more, within reason."""
 
@@ -124,7 +127,7 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
     """a*h + b*g + c for each head size and number of query heads per KV head.
 
     Batches of one request have a line of their own: nothing has to be brought together there. Of the others,
-    a surface of what the line leaves over is taken where it predicts better.
+    a surface of what the line leaves over is taken where it predicts better, and how fine it is likewise.
     """
     rows = means(samples)
     classes, errors = [], []
@@ -132,9 +135,9 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
         model = shapes[str(part["model"].iloc[0])]
         lone = part["tokens"] == 1
         together = part[~lone] if (~lone).sum() >= POINTS_MIN else part
-        tries = {corrected: held_out_errors(together, ["tokens", "mixed"], partial(
-            _decode_model, model=model, corrected=corrected)) for corrected in (False, True)}
-        best = min(tries, key=lambda corrected: _mean_error(tries[corrected]))
+        tries = {octaves: held_out_errors(together, ["tokens", "mixed"], partial(
+            _decode_model, model=model, octaves=octaves)) for octaves in DECODE_OCTAVES}
+        best = min(tries, key=lambda octaves: _mean_error(tries[octaves]))
         cost = _decode_cost(together, model, best)
         errors.append(tries[best])
         if len(together) < len(part) and lone.sum() >= LONE_MIN:
@@ -156,22 +159,22 @@ def _decode_line(rows: pd.DataFrame, model: ModelSpec) -> AttentionCost:
     return AttentionCost(a, max(b, LEAST_S_PER_BYTE), c)
 
 
-def _decode_cost(rows: pd.DataFrame, model: ModelSpec, corrected: bool) -> AttentionCost:
-    """The line, and what it leaves over."""
+def _decode_cost(rows: pd.DataFrame, model: ModelSpec, octaves: float) -> AttentionCost:
+    """The line, and a surface of what it leaves over, unless ``octaves`` are 0."""
     line = _decode_line(rows, model)
-    if not corrected:
+    if not octaves:
         return line
     heads, moved, _ = _decode_columns(rows, model)
     left = np.log(rows["seconds"].to_numpy() / _of_line(line, heads, moved))
-    return replace(line, correction=fit_surface((np.log2(heads), np.log2(moved / heads)), left))
+    return replace(line, correction=fit_surface((np.log2(heads), np.log2(moved / heads)), left, octaves))
 
 
 def _of_line(line: AttentionCost, heads: Floats, moved: Floats) -> Floats:
     return line.a_s_per_head * heads + line.b_s_per_byte * moved + line.c_s
 
 
-def _decode_model(known: pd.DataFrame, model: ModelSpec, corrected: bool) -> Predict:
-    cost = _decode_cost(known, model, corrected)
+def _decode_model(known: pd.DataFrame, model: ModelSpec, octaves: float) -> Predict:
+    cost = _decode_cost(known, model, octaves)
 
     def predict(rows: pd.DataFrame) -> Floats:
         heads, moved, _ = _decode_columns(rows, model)
@@ -289,16 +292,25 @@ def fit_packing(module: str, subject: str, samples: pd.DataFrame) -> Fitted:
 
 
 def fit_messages(module: str, samples: pd.DataFrame) -> Fitted:
-    """beta + gamma*d of a message, for each link."""
+    """beta + gamma*d of a message, for each link, and on it for each pair of types that is told apart."""
     rows = means(samples)
-    links, errors = {}, []
+    links: dict[str, dict[str, Any]] = {}
+    errors = []
     for link, part in rows.groupby("subject"):
-        beta, gamma = least_relative(_message_columns(part), part["seconds"].to_numpy())
-        links[str(link)] = {"gamma_s_per_byte": max(float(gamma), 1e-15), "beta_s": float(beta)}
-        errors.append(held_out_errors(part, ["size_bytes", "messages"],
-                                      lambda known: _linear(known, _message_columns)))
+        pairs = {str(pair): own for pair, own in part.groupby("between") if pair and len(own) >= POINTS_MIN}
+        links[str(link)] = _message_line(part)
+        if pairs:
+            links[str(link)]["pairs"] = {pair: _message_line(own) for pair, own in pairs.items()}
+        errors += [held_out_errors(own, ["size_bytes", "messages"],
+                                   lambda known: _linear(known, _message_columns))
+                   for own in pairs.values() or [part]]
     return Fitted(module, "links", links, {"bytes": ends_of(rows["size_bytes"])}, np.concatenate(errors),
                   len(rows), len(samples))
+
+
+def _message_line(rows: pd.DataFrame) -> dict[str, Any]:
+    beta, gamma = least_relative(_message_columns(rows), rows["seconds"].to_numpy())
+    return {"gamma_s_per_byte": max(float(gamma), 1e-15), "beta_s": float(beta)}
 
 
 def _message_columns(rows: pd.DataFrame) -> list[Floats]:

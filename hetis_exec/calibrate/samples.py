@@ -33,6 +33,7 @@ class Point:
         ranks: of a collective.
         mixed: contexts of different length.
         prompts: of an iteration, for host time.
+        between: types of devices that a message travels between; see :func:`hetis_sim.cost.links.pair_of`.
     """
 
     module: str
@@ -51,6 +52,7 @@ class Point:
     ranks: int = 0
     mixed: bool = False
     prompts: int = 0
+    between: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,6 @@ class Sizes:
     repeats: int
     limit_s: float
     quick: bool
-    seed: int
     context_min: int = CONTEXT_MIN
 
 
@@ -80,7 +79,6 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
     if sizes.batch_max not in batches and sizes.batch_max < BATCHES[-1]:
         batches.append(sizes.batch_max)
     jobs: list[Job] = []
-    rng = np.random.default_rng(sizes.seed)
     if dense_only:
         jobs += [Job(decode=(CONTEXT_MIN,) * batch) for batch in batches]
         batches = []
@@ -90,7 +88,7 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
         if longest > sizes.context_min:
             contexts = np.geomspace(sizes.context_min, longest,
                                     steps + LONE_STEPS if batch == 1 else steps).astype(int)
-            jobs += [Job(decode=spread_contexts(tokens, batch, longest, rng))
+            jobs += [Job(decode=spread_contexts(tokens, batch, longest))
                      for tokens in dict.fromkeys(contexts.tolist())]
     limit = min(sizes.tokens_max, sizes.context_max, pool_tokens)
     prompts = [n for n in (QUICK_PROMPTS if sizes.quick else PROMPTS) if n <= limit]
@@ -104,17 +102,17 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
     return jobs
 
 
-def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Generator) -> tuple[int, ...]:
-    """Contexts that differ as those of a batch that serves do, the longest first.
+def spread_contexts(tokens: int, batch: int, longest: int) -> tuple[int, ...]:
+    """Contexts that differ as those of a batch that serves do, the longest first; ``tokens`` on average.
 
     Lengths of chats are spread about as widely as an exponential distribution is: their standard deviation
-    is that of their mean.
+    is that of their mean. These are its quantiles, for a few that are drawn may be nearly equal, which is
+    another thing to a kernel that brings contexts of like length together.
     """
-    if batch == 1:
-        return (tokens,)
-    drawn = np.clip(rng.exponential(tokens, batch).round().astype(int), 2, longest)
-    ordered: list[int] = np.sort(drawn)[::-1].tolist()
-    return tuple(ordered)
+    shares = -np.log1p(-(np.arange(batch)[::-1] + 0.5) / batch)
+    found = (tokens * shares / shares.mean()).round().astype(int)
+    contexts: list[int] = np.clip(found, min(2, tokens), longest).tolist()
+    return tuple(contexts)
 
 
 def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:

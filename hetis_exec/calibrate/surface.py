@@ -18,19 +18,19 @@ PULL = 0.02
 """Weight of a pull to nothing, for knots without points."""
 
 OCTAVES = 2.0
-"""Least distance of two knots."""
+"""Least distance of two knots, unless otherwise said."""
 
 
-def knots_for(values: Floats) -> tuple[float, ...]:
+def knots_for(values: Floats, octaves: float = OCTAVES) -> tuple[float, ...]:
     """Knots from the least to the greatest of some log2 coordinates, at least two."""
     low, high = float(np.floor(values.min())), float(np.ceil(values.max()))
-    number = max(2, int((high - low) / OCTAVES) + 1)
+    number = max(2, int((high - low) / octaves) + 1)
     return tuple(np.linspace(low, max(high, low + 1.0), number).tolist())
 
 
-def fit_surface(coordinates: tuple[Floats, ...], target: Floats) -> Grid:
+def fit_surface(coordinates: tuple[Floats, ...], target: Floats, octaves: float = OCTAVES) -> Grid:
     """A piecewise multilinear surface by least squares, with its curvature held down along every axis."""
-    knots = tuple(knots_for(values) for values in coordinates)
+    knots = tuple(knots_for(values, octaves) for values in coordinates)
     shape = tuple(len(axis) for axis in knots)
     index, weight = corners(tuple(np.array(axis) for axis in knots), coordinates)
     design = np.zeros((len(target), int(np.prod(shape))))

@@ -15,6 +15,7 @@ from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
 from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.host import HostOverhead
+from hetis_sim.cost.links import pair_of
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import NO_PACKING, AttentionCost, ProvenanceRow, TransferCost
 from hetis_sim.cost.profile import HOST_DEVICE, LINKS_DEVICE, Profile
@@ -320,6 +321,12 @@ class ProfileCost(MemoisedCost):
             return found
         return TransferCost(max(found.gamma_s_per_byte, 1.0 / link.bandwidth_bytes_per_s),
                             max(found.beta_s, link.latency_s))
+
+    def head_transfer(self, link: LinkSpec, rank: GpuSpec, worker: GpuSpec) -> TransferCost:
+        profile = self._with_module(LINKS_DEVICE, "transfer")
+        table = None if profile is None else profile.transfer
+        found = None if table is None else table.pairs.get((link.name, pair_of(rank.name, worker.name)))
+        return self.transfer(link) if found is None else found
 
     def hop(self, link: LinkSpec) -> TransferCost:
         profile = self._with_module(LINKS_DEVICE, "hop")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hetis_sim.cost.curve import Curve
@@ -17,12 +17,15 @@ from hetis_sim.spec.errors import SpecError, require
 class LinkTable:
     """By name of the link: coefficients of a message, and all-reduce curves by number of ranks.
 
-    ``remarks`` holds (status, note) of links whose origin differs from that of the module.
+    ``pairs`` holds messages by link and :func:`pair_of` two types of devices, where what a message takes
+    depends on who waits for it. ``remarks`` holds (status, note) of links whose origin differs from that of
+    the module.
     """
 
     messages: Mapping[str, TransferCost]
     all_reduce: Mapping[str, Mapping[int, Curve]]
     remarks: Mapping[str, tuple[str, str]]
+    pairs: Mapping[tuple[str, str], TransferCost] = field(default_factory=dict)
 
     def all_reduce_s(self, link: str, size_bytes: float, ranks: int) -> float | None:
         """Seconds of an all-reduce; None where the link was not measured.
@@ -52,8 +55,9 @@ class LinkTable:
 
     @classmethod
     def parse(cls, raw: Any, key: str) -> LinkTable:
-        """Read ``{link: {gamma_s_per_byte, beta_s}}`` or ``{link: {ranks: {bytes, seconds}}}``."""
+        """Read ``{link: {gamma_s_per_byte, beta_s, pairs}}`` or ``{link: {ranks: {bytes, seconds}}}``."""
         messages: dict[str, TransferCost] = {}
+        pairs: dict[tuple[str, str], TransferCost] = {}
         reduces: dict[str, dict[int, Curve]] = {}
         remarks: dict[str, tuple[str, str]] = {}
         require(isinstance(raw, dict) and bool(raw), key, raw, "an object with at least one link")
@@ -63,8 +67,11 @@ class LinkTable:
             if "status" in body:
                 remarks[link] = (str(body["status"]), str(body.get("note", "")))
             if "gamma_s_per_byte" in body:
-                messages[link] = TransferCost(positive(body["gamma_s_per_byte"], f"{place}.gamma_s_per_byte"),
-                                              positive(body.get("beta_s"), f"{place}.beta_s", zero=True))
+                messages[link] = _message(body, place)
+                of_pairs = body.get("pairs", {})
+                require(isinstance(of_pairs, dict), f"{place}.pairs", of_pairs, "an object")
+                pairs |= {(link, pair): _message(line, f"{place}.pairs.{pair}")
+                          for pair, line in of_pairs.items()}
                 continue
             reduces[link] = {}
             for ranks, curve in body.items():
@@ -73,4 +80,15 @@ class LinkTable:
                 if not ranks.isdigit() or int(ranks) < 2:
                     raise SpecError(f"{place}.{ranks}", ranks, "a number of ranks >= 2")
                 reduces[link][int(ranks)] = Curve.parse(curve, f"{place}.{ranks}")
-        return cls(messages, reduces, remarks)
+        return cls(messages, reduces, remarks, pairs)
+
+
+def pair_of(rank: str, worker: str) -> str:
+    """The key of messages between a rank and an attention worker of some types of devices."""
+    return f"{rank}>{worker}"
+
+
+def _message(body: Any, place: str) -> TransferCost:
+    require(isinstance(body, dict), place, body, "an object")
+    return TransferCost(positive(body.get("gamma_s_per_byte"), f"{place}.gamma_s_per_byte"),
+                        positive(body.get("beta_s"), f"{place}.beta_s", zero=True))

@@ -108,12 +108,16 @@ class MisjudgedCost(MemoisedCost):
                        c_s=factor("c", gpu.name) * true.c_s)
 
     def _transfer_cost(self, link: LinkSpec) -> TransferCost:
-        true, factor = self.truth.transfer(link), self._judged.factor
-        return replace(true, gamma_s_per_byte=factor("gamma", link.name) * true.gamma_s_per_byte,
-                       beta_s=factor("beta", link.name) * true.beta_s)
+        return self._message(link, self.truth.transfer(link))
+
+    def head_transfer(self, link: LinkSpec, rank: GpuSpec, worker: GpuSpec) -> TransferCost:
+        return self._message(link, self.truth.head_transfer(link, rank, worker))
 
     def hop(self, link: LinkSpec) -> TransferCost:
-        true, factor = self.truth.hop(link), self._judged.factor
+        return self._message(link, self.truth.hop(link))
+
+    def _message(self, link: LinkSpec, true: TransferCost) -> TransferCost:
+        factor = self._judged.factor
         return replace(true, gamma_s_per_byte=factor("gamma", link.name) * true.gamma_s_per_byte,
                        beta_s=factor("beta", link.name) * true.beta_s)
 

@@ -169,6 +169,10 @@ class CostModel(ABC):
     def transfer(self, link: LinkSpec) -> TransferCost:
         """Coefficients of a point-to-point message on a link."""
 
+    def head_transfer(self, link: LinkSpec, rank: GpuSpec, worker: GpuSpec) -> TransferCost:
+        """Coefficients of a message between a rank and an attention worker; by default those of any."""
+        return self.transfer(link)
+
     def hop(self, link: LinkSpec) -> TransferCost:
         """Coefficients of activations on their way to the next stage: those of any message by default."""
         return self.transfer(link)

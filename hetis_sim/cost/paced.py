@@ -91,6 +91,9 @@ class PacedCost(MemoisedCost):
     def _transfer_cost(self, link: LinkSpec) -> TransferCost:
         return self._whole.transfer(link)
 
+    def head_transfer(self, link: LinkSpec, rank: GpuSpec, worker: GpuSpec) -> TransferCost:
+        return self._whole.head_transfer(link, rank, worker)
+
     def hop(self, link: LinkSpec) -> TransferCost:
         return self._whole.hop(link)
 

@@ -32,14 +32,15 @@ def position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
         merge = attention.b_s_per_byte * model.partial_bytes_per_token(heads)
         return PositionCost(a, b, attention.c_s, merge_s_per_group=merge)
     sender = instance.stages[position.stage].devices[0]
-    transfer = cost.transfer(cluster.link(sender, position.device))
+    rank = cluster.devices[sender].gpu
+    transfer = cost.head_transfer(cluster.link(sender, position.device), rank, gpu)
     wire_bytes = model.remote_bytes_per_token(heads)
     share = wire_sharers(cluster, instance, position)
     wire_s_per_byte = transfer.gamma_s_per_byte * max(1, share)
     # Query, key and value go out and the output comes back: two messages a layer.
     wire_s = transfer.gamma_s_per_byte * wire_bytes * max(1, share)
     still, merged = range_wire_bytes(model)
-    packing = cost.head_packing(cluster.devices[sender].gpu)
+    packing = cost.head_packing(rank)
     return PositionCost(a, b, attention.c_s, wire_s, 2 * transfer.beta_s, share, still * wire_s_per_byte,
                         merged * wire_s_per_byte, pack_s_per_group=packing.gamma_s_per_byte * wire_bytes,
                         pack_fixed_s=packing.beta_s)

@@ -269,7 +269,7 @@ def test_ranks_own_groups_as_even_as_can_be() -> None:
 
 def test_jobs_stay_within_the_sizes() -> None:
     """Batches, prompts and contexts are no larger than asked for, and tables fit the pool."""
-    sizes = Sizes(12, 100, 300, 2, 1.0, False, 0)
+    sizes = Sizes(12, 100, 300, 2, 1.0, False)
     jobs = jobs_for(sizes, 2000)
     assert max(len(job.decode) for job in jobs) == 12
     assert max(max(job.decode, default=0) for job in jobs) <= 300
@@ -282,7 +282,7 @@ def test_jobs_stay_within_the_sizes() -> None:
 def test_loops_measure_shapes_by_themselves() -> None:
     """Few layers, random weights, any device: every module of a named shape, at a degree."""
     shape = MODELS["smollm2-135m"]
-    sizes = Sizes(4, 16, 64, 2, 1.0, True, 0)
+    sizes = Sizes(4, 16, 64, 2, 1.0, True)
     found = measure_loops(LoopSpec(1, "card", shape, "cpu", "float32", 16, 0, True, True, 2e6), 2, sizes,
                           lambda: None)
     assert {sample.point.module for sample in found} == {"dense_layer", "head", "prefill_attention",
