@@ -280,6 +280,9 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
         workers.step({0: long})
         for _ in turns(repeats, HEADS_S, quick):
             for batch in batches:
+                # The first step of a batch takes longer than those that follow on it.
+                for first in (away, split):
+                    workers.step(dict.fromkeys(first[:batch], CONTEXTS[0]))
                 for tokens in (*CONTEXTS, *((long,) if batch <= LONG_BATCH else ())):
                     longest = max(tokens, CONTEXTS[-1])
                     spread = spread_contexts(tokens, batch, longest)

@@ -116,7 +116,11 @@ def spread_contexts(tokens: int, batch: int, longest: int) -> tuple[int, ...]:
 
 
 def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
-    """The samples of one device at one degree; ``tick`` is called before the first step and after each."""
+    """The samples of one device at one degree; ``tick`` is called before the first step and after each.
+
+    A batch that decodes goes on for many steps, of which the first takes up to a fifth longer: so one is
+    computed before those that count.
+    """
     jobs = jobs_for(sizes, spec.pool_tokens, dense_only=spec.tp > 1)
     known = {job.tokens for job in jobs if job.decode}
     between_jobs = {Job(decode=(CONTEXT_MIN,) * batch) for batch in BETWEEN
@@ -127,11 +131,14 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
     bench.step(jobs[len(jobs) // 2])
     samples: Samples = []
     tick()
-    spent = dict.fromkeys(jobs, 0.0)
+    spent, batch = dict.fromkeys(jobs, 0.0), 0
     for turn in turns(DECODE_TURNS * sizes.repeats, STEPS_S, sizes.quick):
         for job in jobs:
             if job not in spent or spent[job] > ENOUGH_S or (job.prompts and turn >= sizes.repeats):
                 continue
+            if job.decode and len(job.decode) != batch:
+                bench.step(job)
+            batch = len(job.decode)
             timed = bench.step(job)
             spent[job] += timed.whole_s
             found = samples_of(spec, kind, job, timed)

@@ -25,7 +25,7 @@ from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
 from hetis_exec.calibrate.samples import clipped
-from hetis_exec.calibrate.steps import Sizes, jobs_for
+from hetis_exec.calibrate.steps import Sizes, jobs_for, spread_contexts
 from hetis_exec.calibrate.tasks import degrees_of, plan_of
 from hetis_exec.cli import main
 from hetis_exec.config import ExecutionConfig, compose_execution
@@ -277,6 +277,19 @@ def test_jobs_stay_within_the_sizes() -> None:
     assert any(len(set(job.decode)) > 1 for job in jobs)
     assert sum(tokens for request, tokens in tables_of(jobs).items() if request < 12) <= 3 * 2000
     assert all(not job.decode or set(job.decode) == {16} for job in jobs_for(sizes, 2000, dense_only=True))
+
+
+def test_contexts_are_spread_as_those_of_chats_are() -> None:
+    """About the mean that is asked for, as widely as it is large; in a small batch none are nearly equal."""
+    for batch in (2, 3, 4, 8, 32):
+        contexts = np.array(spread_contexts(200, batch, 10_000))
+        assert contexts.mean() == pytest.approx(200, abs=1)
+        assert (np.diff(contexts) < 0).all()
+        assert 0.6 < contexts.std() / contexts.mean() < 1.0
+    assert spread_contexts(200, 2, 10_000)[0] > 4 * spread_contexts(200, 2, 10_000)[1]
+    assert max(spread_contexts(200, 8, 300)) == 300
+    assert min(spread_contexts(1, 4, 300)) == 1
+    assert spread_contexts(70, 1, 300) == (70,)
 
 
 def test_loops_measure_shapes_by_themselves() -> None:

@@ -141,6 +141,49 @@ def test_known_coefficients_come_back(tmp_path: Path) -> None:
     assert cost.all_reduce_s(CORE, PIPE, 200_000, 2) == pytest.approx(3 * (BETA + GAMMA * 200_000), rel=0.01)
 
 
+def test_messages_are_told_apart_by_who_waits_for_them(tmp_path: Path) -> None:
+    """Between types of devices that were measured; of all others they are those of the link."""
+    def message(size: int, between: str, share: float) -> Sample:
+        point = Point("transfer", "pipe", size_bytes=size, messages=2, between=between)
+        return Sample(point, share * (2 * BETA + GAMMA * size))
+
+    slow = GpuSpec("weak-core", 1 << 31, 1e10, 1e11, 1e11, 1e11)
+    pairs = [message(size, pair, share) for size in (3000, 12_000, 48_000, 96_000, 192_000)
+             for pair, share in (("cpu-core>weak-core", 0.5), ("weak-core>cpu-core", 4.0))]
+    others = [sample for sample in samples() if sample.point.module != "transfer"]
+    fits = fit_all(frame_of([*others, *pairs]), SHAPES, CalibrateConfig().limit)
+    assert fits.refused == []
+    cost = cost_of(fits, tmp_path)
+    for rank, worker, share in ((CORE, slow, 0.5), (slow, CORE, 4.0)):
+        found = cost.head_transfer(PIPE, rank, worker)
+        assert (found.beta_s, found.gamma_s_per_byte) == pytest.approx((share * BETA, share * GAMMA), rel=0.01)
+    assert cost.head_transfer(PIPE, slow, slow) == cost.transfer(PIPE)
+    assert 0.49 * BETA < cost.transfer(PIPE).beta_s < 4.1 * BETA
+
+
+def test_surfaces_are_as_fine_as_what_they_follow(tmp_path: Path) -> None:
+    """Batches of eight rows and more take three times as long: knots two octaves apart blur that."""
+    def bent(sample: Sample) -> Sample:
+        point = sample.point
+        steep = point.module == "decode_attention" and point.rows >= 24
+        return replace(sample, seconds=3.0 * sample.seconds) if steep else sample
+
+    many = [Sample(Point("decode_attention", "cpu-core", MODEL.name, 1, tokens=rows, rows=rows,
+                         row_tokens=rows * context), decode_s(rows, rows * context))
+            for rows in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+            for context in (16, 32, 64, 128, 256)]
+    others = [sample for sample in samples() if sample.point.module != "decode_attention"]
+    cost = cost_of(fit_all(frame_of([*others, *map(bent, many)]), SHAPES, CalibrateConfig().limit), tmp_path)
+    attention = cost.decode_attention(CORE, MODEL)
+    assert attention.correction is not None
+    first, second = attention.correction.knots[0][:2]
+    assert second - first == pytest.approx(1.0, abs=0.2)
+    for rows, share in ((12, 1.0), (32, 3.0)):
+        moved = rows * 64 * MODEL.kv_bytes_per_token_per_layer_per_group
+        found = attention.seconds(rows * MODEL.heads_per_group, moved)
+        assert found == pytest.approx(share * decode_s(rows, rows * 64), rel=0.15)
+
+
 def test_prompts_are_part_of_the_hosts_time(tmp_path: Path) -> None:
     """Where iterations with prompts were measured, time for such an iteration and for each of its prompts."""
     plain = cost_of(fitted(), tmp_path / "plain")

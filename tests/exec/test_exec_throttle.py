@@ -11,7 +11,7 @@ from exec_toys import Fixed, given, pipeline, threads, workload
 
 from hetis_exec.crew import worker_specs
 from hetis_exec.driver import Executor
-from hetis_exec.throttle import Throttle, by_device, cores, described, read_throttles
+from hetis_exec.throttle import Throttle, by_device, cores, described, have_cores, read_throttles
 from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
 from hetis_sim.spec.errors import SpecError
 from hetis_sim.spec.gpu import GpuSpec
@@ -43,6 +43,42 @@ def test_the_device_is_waited_for_before_its_time_is_multiplied() -> None:
     Throttle().after_dense(time.perf_counter(), lambda: waited.append("never"))
     Throttle().after_attention(time.perf_counter(), lambda: waited.append("never"))
     assert waited == ["dense", "attention"]
+
+
+def test_a_worker_with_a_core_of_its_own_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short wait is spun away altogether, of a long one the end is; without a core a worker sleeps."""
+    slept_s: list[float] = []
+    now_s = [10.0]
+
+    def later(seconds: float) -> None:
+        slept_s.append(seconds)
+        now_s[0] += seconds
+
+    def tick() -> float:
+        now_s[0] += 1e-5
+        return now_s[0]
+
+    monkeypatch.setattr(time, "sleep", later)
+    monkeypatch.setattr(time, "perf_counter", tick)
+    for throttle in (Throttle(attention=3.0).with_core, Throttle(attention=3.0)):
+        for took_s in (1e-3, 1e-2):
+            begun_s = now_s[0]
+            now_s[0] += took_s
+            throttle.after_attention(begun_s, lambda: None)
+            assert now_s[0] - begun_s == pytest.approx(3.0 * took_s, rel=0.05)
+    assert slept_s == pytest.approx([0.016, 0.0018, 0.0198], rel=0.02)
+    assert Throttle(2.0).with_core == Throttle(2.0)
+    assert described({"weak": Throttle(2.0).with_core}) == {"weak": {"dense": 2.0, "attention": 1.0}}
+
+
+def test_workers_have_cores_if_there_are_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that they were given, where they were; else those that this process may use."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2})
+    assert have_cores(3, [])
+    assert have_cores(3, [None, None, None])
+    assert have_cores(2, [0, 1])
+    assert not have_cores(4, [])
+    assert not have_cores(3, [0, 1, 0])
 
 
 def test_throttles_are_given_by_type_of_device() -> None:
