@@ -26,7 +26,7 @@ class CalibrateConfig:
     Attributes:
         quick: fewer sizes and repetitions.
         out: folder of the profiles and of their samples. Samples that it has are not taken again.
-        seed: of activations and cache.
+        seed: of activations, cache and mixed lengths.
         repeats: of every sample, as far as time allows; null for 5, or 3 if quick.
         step_limit_s: no size is measured of which one repetition would take longer.
         tokens_max: largest number of tokens of a step; null for the scheduler's.

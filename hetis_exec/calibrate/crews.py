@@ -278,19 +278,20 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
     tables = {n: long if n < LONG_BATCH else CONTEXTS[-1] for n in holders}
     with script(spec, plan, tables, {**holders, PROMPT: holders[0]}) as workers:
         workers.step({0: long})
-        for _ in turns(repeats, HEADS_S, quick):
+        for turn in turns(repeats, HEADS_S, quick):
+            rng = np.random.default_rng(turn)
             for batch in batches:
                 # The first step of a batch takes longer than those that follow on it.
                 for first in (away, split):
                     workers.step(dict.fromkeys(first[:batch], CONTEXTS[0]))
                 for tokens in (*CONTEXTS, *((long,) if batch <= LONG_BATCH else ())):
                     longest = max(tokens, CONTEXTS[-1])
-                    spread = spread_contexts(tokens, batch, longest)
+                    spread = spread_contexts(tokens, batch, longest, rng)
                     (done,) = workers.step(dict(zip(away, spread, strict=False)))
                     samples += _star_samples(spec, done, rank, worker, kv_heads, spread)
                     tick()
                 for tokens in CONTEXTS[::2]:
-                    spread = spread_contexts(tokens, batch, CONTEXTS[-1])
+                    spread = spread_contexts(tokens, batch, CONTEXTS[-1], rng)
                     (done,) = workers.step(dict(zip(split, spread, strict=False)))
                     samples += _shared_samples(spec, done, rank, worker, shared.count(worker), spread)
                     tick()

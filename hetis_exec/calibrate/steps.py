@@ -36,6 +36,9 @@ QUICK_CONTEXT_STEPS = 3
 LONE_STEPS = 3
 """So many more of a batch of one request, which has a line of its own."""
 
+DRAWS = 10
+"""Turns whose contexts differ."""
+
 ENOUGH_S = 2.0
 """A step that has taken so long altogether is not repeated: a long one varies less, being a mean itself."""
 
@@ -70,15 +73,20 @@ class Sizes:
     repeats: int
     limit_s: float
     quick: bool
+    seed: int
     context_min: int = CONTEXT_MIN
 
 
-def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[Job]:
-    """Steps to measure, from small to large; where attention is known, short contexts are enough."""
+def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False, turn: int = 0) -> list[Job]:
+    """Steps to measure, from small to large; where attention is known, short contexts are enough.
+
+    Contexts of batches are drawn anew for each ``turn``.
+    """
     batches = [n for n in (QUICK_BATCHES if sizes.quick else BATCHES) if n <= sizes.batch_max]
     if sizes.batch_max not in batches and sizes.batch_max < BATCHES[-1]:
         batches.append(sizes.batch_max)
     jobs: list[Job] = []
+    rng = np.random.default_rng((sizes.seed, turn))
     if dense_only:
         jobs += [Job(decode=(CONTEXT_MIN,) * batch) for batch in batches]
         batches = []
@@ -88,7 +96,7 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
         if longest > sizes.context_min:
             contexts = np.geomspace(sizes.context_min, longest,
                                     steps + LONE_STEPS if batch == 1 else steps).astype(int)
-            jobs += [Job(decode=spread_contexts(tokens, batch, longest))
+            jobs += [Job(decode=spread_contexts(tokens, batch, longest, rng))
                      for tokens in dict.fromkeys(contexts.tolist())]
     limit = min(sizes.tokens_max, sizes.context_max, pool_tokens)
     prompts = [n for n in (QUICK_PROMPTS if sizes.quick else PROMPTS) if n <= limit]
@@ -102,56 +110,62 @@ def jobs_for(sizes: Sizes, pool_tokens: int, dense_only: bool = False) -> list[J
     return jobs
 
 
-def spread_contexts(tokens: int, batch: int, longest: int) -> tuple[int, ...]:
-    """Contexts that differ as those of a batch that serves do, the longest first; ``tokens`` on average.
+def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Generator) -> tuple[int, ...]:
+    """Contexts that differ as those of a batch that serves do, the longest first.
 
     Lengths of chats are spread about as widely as an exponential distribution is: their standard deviation
-    is that of their mean. These are its quantiles, for a few that are drawn may be nearly equal, which is
-    another thing to a kernel that brings contexts of like length together.
+    is that of their mean. A kernel that brings contexts of like length together makes as many pieces of
+    them, on average over draws, as of those of chats; of one draw, and of quantiles, it does not.
     """
-    shares = -np.log1p(-(np.arange(batch)[::-1] + 0.5) / batch)
-    found = (tokens * shares / shares.mean()).round().astype(int)
-    contexts: list[int] = np.clip(found, min(2, tokens), longest).tolist()
-    return tuple(contexts)
+    if batch == 1:
+        return (tokens,)
+    drawn = np.clip(rng.exponential(tokens, batch).round().astype(int), 2, longest)
+    ordered: list[int] = np.sort(drawn)[::-1].tolist()
+    return tuple(ordered)
 
 
 def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
     """The samples of one device at one degree; ``tick`` is called before the first step and after each.
 
     A batch that decodes goes on for many steps, of which the first takes up to a fifth longer: so one is
-    computed before those that count.
+    computed before each that counts.
     """
-    jobs = jobs_for(sizes, spec.pool_tokens, dense_only=spec.tp > 1)
-    known = {job.tokens for job in jobs if job.decode}
-    between_jobs = {Job(decode=(CONTEXT_MIN,) * batch) for batch in BETWEEN
-                    if batch <= sizes.batch_max and batch not in known}
-    jobs += sorted(between_jobs)
-    bench = StepBench(spec, tables_of(jobs))
+    draws = [_steps(sizes, spec, turn) for turn in range(min(DRAWS, DECODE_TURNS * sizes.repeats))]
+    tables = tables_of([job for jobs, _ in draws for job in jobs])
+    bench = StepBench(spec, tables)
+    jobs, for_dense = draws[0]
     bench.step(jobs[0])
     bench.step(jobs[len(jobs) // 2])
     samples: Samples = []
     tick()
-    spent, batch = dict.fromkeys(jobs, 0.0), 0
+    spent = dict.fromkeys(range(len(jobs)), 0.0)
     for turn in turns(DECODE_TURNS * sizes.repeats, STEPS_S, sizes.quick):
-        for job in jobs:
-            if job not in spent or spent[job] > ENOUGH_S or (job.prompts and turn >= sizes.repeats):
+        for number, job in enumerate(draws[turn % len(draws)][0]):
+            if number not in spent or spent[number] > ENOUGH_S or (job.prompts and turn >= sizes.repeats):
                 continue
-            if job.decode and len(job.decode) != batch:
+            if job.decode:
                 bench.step(job)
-            batch = len(job.decode)
             timed = bench.step(job)
-            spent[job] += timed.whole_s
-            found = samples_of(spec, kind, job, timed)
-            samples += [sample for sample in found if job not in between_jobs
-                        or sample.point.module in ("dense_layer", "head")]
+            spent[number] += timed.whole_s
+            samples += [sample for sample in samples_of(spec, kind, job, timed)
+                        if number < for_dense or sample.point.module in ("dense_layer", "head")]
             if timed.whole_s > sizes.limit_s:
-                spent = {other: s for other, s in spent.items() if other.tokens < job.tokens}
+                spent = {other: s for other, s in spent.items() if jobs[other].tokens < job.tokens}
             tick()
     if spec.tp > 1:
         return samples
-    decoding = {request: tokens for request, tokens in tables_of(jobs).items() if request < PROMPT}
+    decoding = {request: tokens for request, tokens in tables.items() if request < PROMPT}
     cached = Cached(bench.pool, decoding, bench.groups, token_bytes_of(spec.model, bench.groups))
     return samples + cached.samples(kind, spec.model.name, sizes.repeats, tick)
+
+
+def _steps(sizes: Sizes, spec: BenchSpec, turn: int) -> tuple[list[Job], int]:
+    """The steps of a turn; those from the number on are of dense modules alone."""
+    jobs = jobs_for(sizes, spec.pool_tokens, spec.tp > 1, turn)
+    known = {job.tokens for job in jobs if job.decode}
+    between = [Job(decode=(CONTEXT_MIN,) * batch) for batch in BETWEEN
+               if batch <= sizes.batch_max and batch not in known]
+    return [*jobs, *between], len(jobs)
 
 
 def token_bytes_of(model: ModelSpec, groups: int) -> int:

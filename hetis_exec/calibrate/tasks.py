@@ -178,7 +178,7 @@ def sizes_of(config: ExecutionConfig, model: ModelSpec, throttle: float, shape_o
     else:
         tokens = min(tokens, limits.max_batch_tokens)
     return Sizes(batch_max, tokens, min(context, model.context_limit_tokens), given.repetitions,
-                 given.step_limit_s * throttle, given.quick)
+                 given.step_limit_s * throttle, given.quick, given.seed)
 
 
 def degrees_of(config: ExecutionConfig, model: ModelSpec, devices: int) -> list[int]:
