@@ -39,6 +39,9 @@ LONE_STEPS = 3
 DRAWS = 10
 """Turns whose contexts differ."""
 
+DECODING = 4
+"""Requests that decode before a prompt."""
+
 ENOUGH_S = 2.0
 """A step that has taken so long altogether is not repeated: a long one varies less, being a mean itself."""
 
@@ -127,13 +130,15 @@ def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Genera
 def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
     """The samples of one device at one degree; ``tick`` is called before the first step and after each.
 
-    A batch that decodes goes on for many steps, of which the first takes up to a fifth longer: so one is
-    computed before each that counts.
+    In service a batch that decodes goes on for many steps, of which the first takes up to a fifth longer, and a
+    prompt comes between such steps, by which its attention takes up to a fifth longer. So before each step
+    that counts one is computed that does not: the same, or before a prompt one that decodes.
     """
     draws = [_steps(sizes, spec, turn) for turn in range(min(DRAWS, DECODE_TURNS * sizes.repeats))]
-    tables = tables_of([job for jobs, _ in draws for job in jobs])
-    bench = StepBench(spec, tables)
     jobs, for_dense = draws[0]
+    before_prompts = Job(decode=(CONTEXT_MIN,) * min(DECODING, sizes.batch_max))
+    tables = tables_of([before_prompts, *(job for jobs, _ in draws for job in jobs)])
+    bench = StepBench(spec, tables)
     bench.step(jobs[0])
     bench.step(jobs[len(jobs) // 2])
     samples: Samples = []
@@ -143,8 +148,7 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
         for number, job in enumerate(draws[turn % len(draws)][0]):
             if number not in spent or spent[number] > ENOUGH_S or (job.prompts and turn >= sizes.repeats):
                 continue
-            if job.decode:
-                bench.step(job)
+            bench.step(job if job.decode else before_prompts)
             timed = bench.step(job)
             spent[number] += timed.whole_s
             samples += [sample for sample in samples_of(spec, kind, job, timed)
