@@ -130,9 +130,9 @@ def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Genera
 def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
     """The samples of one device at one degree; ``tick`` is called before the first step and after each.
 
-    In service a batch that decodes goes on for many steps, of which the first takes up to a fifth longer, and a
-    prompt comes between such steps, by which its attention takes up to a fifth longer. So before each step
-    that counts one is computed that does not: the same, or before a prompt one that decodes.
+    In service a batch that decodes goes on for many steps, of which the first takes up to a fifth longer, and
+    a prompt comes between such steps, by which its attention takes up to a fifth longer. So before each
+    step that counts one is computed that does not: the same, or before a prompt one that decodes.
     """
     draws = [_steps(sizes, spec, turn) for turn in range(min(DRAWS, DECODE_TURNS * sizes.repeats))]
     jobs, for_dense = draws[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ pytest.importorskip("torch", reason="calibration needs the extra exec")
 import exec_toys
 from calibrated import TINY_CONFIG
 
-from hetis_exec.calibrate import command
-from hetis_exec.calibrate.bench import BenchSpec, Job, Loopback, StepBench, owned_groups, tables_of
+from hetis_exec.calibrate import command, steps
+from hetis_exec.calibrate.bench import BenchSpec, Job, Loopback, StepBench, Timed, owned_groups, tables_of
 from hetis_exec.calibrate.crews import SENT
 from hetis_exec.calibrate.glances import at_mean_pace
 from hetis_exec.calibrate.host import measure_host
 from hetis_exec.calibrate.launch import LaunchSpec, measure_launch
 from hetis_exec.calibrate.loops import LoopSpec, measure_loops
-from hetis_exec.calibrate.samples import clipped
+from hetis_exec.calibrate.samples import Sample, clipped
 from hetis_exec.calibrate.steps import Sizes, jobs_for, spread_contexts
 from hetis_exec.calibrate.tasks import degrees_of, plan_of
 from hetis_exec.cli import main
@@ -32,7 +33,7 @@ from hetis_exec.config import ExecutionConfig, compose_execution
 from hetis_exec.errors import ExecutorError
 from hetis_exec.kernels.runs import Pieces
 from hetis_exec.measure_config import LIMITS
-from hetis_exec.messages import CacheData, Message, Row, StageDone, Task
+from hetis_exec.messages import CacheData, Message, Row, StageDone, StageTimes, Task
 from hetis_exec.run import prepare_execution
 from hetis_exec.throttle import NONE, Throttle
 from hetis_sim.cost.profile import read_profile
@@ -294,6 +295,41 @@ def test_contexts_are_spread_as_those_of_chats_are() -> None:
     assert [job.prompts for job in first] == [job.prompts for job in second]
     assert first != second
     assert first == jobs_for(sizes, 2000)
+
+
+def test_steps_are_measured_after_what_they_follow_on_in_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that decodes after the same step, a prompt after one that decodes; only the second counts."""
+    computed: list[Job] = []
+
+    class Counting:
+        groups, pool = 1, None
+
+        def __init__(self, spec: BenchSpec, tables: Mapping[int, int]) -> None:
+            self.tables = tables
+
+        def step(self, job: Job) -> Timed:
+            computed.append(job)
+            assert all(tokens <= self.tables[n] for n, tokens in enumerate(job.decode))
+            return Timed(StageTimes(0.0, 0.0, 0.0, 0.0, float(len(computed)), 1.0, 0.0, 0.0), 0.0, 1e-3)
+
+    class Nothing:
+        def __init__(self, *_: object) -> None:
+            """Copies are another matter."""
+
+        def samples(self, *_: object) -> list[Sample]:
+            return []
+
+    monkeypatch.setattr(steps, "StepBench", Counting)
+    monkeypatch.setattr(steps, "Cached", Nothing)
+    spec = bench()
+    found = steps.measure_steps(spec, Sizes(4, 64, 64, 2, 1.0, False, 0), "core", lambda: None)
+    dense = {round(sample.seconds * spec.model.layers) for sample in found
+             if sample.point.module == "dense_layer"}
+    assert len(dense) == (len(computed) - 2) // 2
+    assert any(computed[number - 1].prompts for number in dense)
+    for number in dense:
+        before, counted = computed[number - 2], computed[number - 1]
+        assert before == counted if counted.decode else before.decode
 
 
 def test_loops_measure_shapes_by_themselves() -> None:
