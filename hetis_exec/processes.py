@@ -8,7 +8,7 @@ import signal
 import time
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -74,10 +74,7 @@ class ProcessCrew:
                 ways[a].regions[b] = ways[b].regions[a] = pair_region()
         self.endpoint: Endpoint = PipeEndpoint(DRIVER, ways.pop(DRIVER).pipes)
         self._ways = ways
-        spin_s = 0.0
-        if have_cores(len(specs), [spec.core for spec in specs]):
-            spin_s = SPIN_S
-            specs = [replace(spec, throttle=spec.throttle.with_core) for spec in specs]
+        spin_s = SPIN_S if have_cores(len(specs), [spec.core for spec in specs]) else 0.0
         self.processes = {
             spec.device: context.Process(target=_work, args=(spec, ways[spec.device], shapes or {}, spin_s),
                                          name=f"worker-{spec.device}", daemon=True) for spec in specs}

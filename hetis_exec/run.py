@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from hetis_exec.config import ExecutionConfig
-from hetis_exec.crews import crew_maker
+from hetis_exec.crews import crew_maker, workers_of
 from hetis_exec.driver import ExecutionResult, Executor, ExecutorInput
 from hetis_exec.errors import ExecutorError, ReplayError
 from hetis_exec.language.workload import Texts, TextSettings, texts_of
@@ -17,10 +17,11 @@ from hetis_exec.launch import Launch, check_place
 from hetis_exec.models.architecture import ELEMENT_TYPES, Architecture, made_up, read_architecture
 from hetis_exec.places import devices_of
 from hetis_exec.replay import replay
-from hetis_exec.throttle import by_device, cores, described, read_throttles
+from hetis_exec.throttle import Throttle, by_device, cores, described, have_cores, read_throttles
 from hetis_sim.metrics import Summary, Trim, build_manifest, roles_of_plan, summarize, write_run
 from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.run import Prepared, prepare
+from hetis_sim.spec.cluster import ClusterSpec
 from hetis_sim.spec.errors import HetisError, SpecError
 from hetis_sim.spec.parse import cluster_from_mapping
 from traces import OpenWorkload
@@ -95,15 +96,25 @@ def prepare_execution(config: ExecutionConfig, launch: Launch | None = None) -> 
                            cuda_graphs=settings.cuda_graphs, warm=settings.warm_up)
     wishes = TextSettings(settings.max_tokens, settings.ignore_eos, settings.chat)
     requests, prompts, texts = texts_of(prepared.workload, folder, wishes, prepared.model.vocab)
-    throttles = read_throttles(settings.throttle, prepared.cluster)
     devices = devices_of(prepared.plan)
     given = ExecutorInput(prepared.cluster, prepared.model, prepared.cost, prepared.policy, prepared.plan,
                           requests, prepared.settings, settings.seed, settings.timeout_s,
                           log_decisions=settings.check or settings.record or config.sim.log_decisions,
                           debug=config.sim.debug, backend=backend,
-                          here=here, prompts=prompts, throttles=by_device(throttles, prepared.cluster),
+                          here=here, prompts=prompts, throttles=_throttles(config, launch, prepared.cluster),
                           cores=cores(settings.pin, devices, sorted(os.sched_getaffinity(0))))
     return Execution(config, prepared, given, launch, texts)
+
+
+def _throttles(config: ExecutionConfig, launch: Launch | None, cluster: ClusterSpec) -> dict[int, Throttle]:
+    """By device; of workers with a core each where every device of the cluster has one, whatever the plan."""
+    settings = config.executor
+    found = by_device(read_throttles(settings.throttle, cluster), cluster)
+    devices = [device.device_id for device in cluster.devices]
+    given = cores(settings.pin, devices, sorted(os.sched_getaffinity(0)))
+    if workers_of(config, launch) != "processes" or not have_cores(len(devices), given.values()):
+        return found
+    return {device: throttle.with_core for device, throttle in found.items()}
 
 
 def _architecture(config: ExecutionConfig, folder: Path | None) -> Architecture | None:

@@ -264,6 +264,17 @@ def test_ranks_between_and_beyond_the_measured() -> None:
     assert table.all_reduce_s("y", 1.0, 2) is None
 
 
+@pytest.mark.parametrize(("pairs", "text"), [
+    (["a>b"], "an object"), ({"a-b": {"gamma_s_per_byte": 1.0, "beta_s": 0.0}}, r"pairs='a-b'.*rank>worker"),
+    ({"a>b": 3}, r"pairs\.a>b=3"),
+    ({"a>b": {"gamma_s_per_byte": -1.0, "beta_s": 0.0}}, r"a>b\.gamma_s_per_byte"),
+])
+def test_bad_pairs_of_a_link_are_refused(pairs: Any, text: str) -> None:
+    """The text names the key and what is allowed."""
+    with pytest.raises(SpecError, match=text):
+        LinkTable.parse({"wire": {"gamma_s_per_byte": 1e-9, "beta_s": 1e-5, "pairs": pairs}}, "transfer")
+
+
 def test_an_unmeasured_link_gets_a_ring() -> None:
     """A link that no profile knows is a ring of its own messages, slower with more ranks."""
     cost = load_cost_model()

@@ -35,7 +35,7 @@ from hetis_sim.metrics.manifest import value_sha256
 from hetis_sim.spec.errors import HetisError
 
 KEY_LENGTH = 16
-FORM = 3
+FORM = 4
 """Of the samples: counts up whenever the same settings measure something else."""
 
 Tick = Callable[[str, int, int], None]

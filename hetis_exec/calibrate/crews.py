@@ -264,7 +264,7 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
 
     Of a step, the time in which the rank packs is known, and the time in which the worker computes. What
     is left of the time that it spends on remote heads, with none of its own to compute meanwhile, is two
-    messages for each layer. ``tick`` is called after each step.
+    messages for each layer. ``tick`` is called after each step that counts.
     """
     kv_heads = spec.model.kv_heads
     plan = InstancePlan((StagePlan((rank,), spec.model.layers, (kv_heads,)),), (worker,))
@@ -282,14 +282,15 @@ def measure_star(spec: CrewSpec, rank: int, worker: int, repeats: int, quick: bo
             rng = np.random.default_rng(turn)
             for batch in batches:
                 # The first step of a batch takes longer than those that follow on it.
-                for first in (away, split):
-                    workers.step(dict.fromkeys(first[:batch], CONTEXTS[0]))
+                first = spread_contexts(CONTEXTS[0], batch, CONTEXTS[-1], rng)
+                workers.step(dict(zip(away, first, strict=False)))
                 for tokens in (*CONTEXTS, *((long,) if batch <= LONG_BATCH else ())):
                     longest = max(tokens, CONTEXTS[-1])
                     spread = spread_contexts(tokens, batch, longest, rng)
                     (done,) = workers.step(dict(zip(away, spread, strict=False)))
                     samples += _star_samples(spec, done, rank, worker, kv_heads, spread)
                     tick()
+                workers.step(dict(zip(split, first, strict=False)))
                 for tokens in CONTEXTS[::2]:
                     spread = spread_contexts(tokens, batch, CONTEXTS[-1], rng)
                     (done,) = workers.step(dict(zip(split, spread, strict=False)))

@@ -27,7 +27,7 @@ from hetis_exec.calibrate.regression import (
     held_out_errors,
     least_relative,
 )
-from hetis_exec.calibrate.samples import GRAPHS, PREFIX, means
+from hetis_exec.calibrate.samples import EXCESS_MAX, GRAPHS, PREFIX, means
 from hetis_exec.calibrate.surface import fit_surface
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
@@ -135,10 +135,10 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
         model = shapes[str(part["model"].iloc[0])]
         lone = part["tokens"] == 1
         together = part[~lone] if (~lone).sum() >= POINTS_MIN else part
-        tries = {octaves: held_out_errors(together, ["tokens", "mixed"], partial(
+        tries = {octaves: held_out_errors(together, ["tokens"], partial(
             _decode_model, model=model, octaves=octaves)) for octaves in DECODE_OCTAVES}
         best = min(tries, key=lambda octaves: _mean_error(tries[octaves]))
-        cost = _decode_cost(together, model, best)
+        cost = _on_average(_decode_cost(together, model, best), samples, model)
         errors.append(tries[best])
         if len(together) < len(part) and lone.sum() >= LONE_MIN:
             cost = replace(cost, lone=_lone_line(part[lone], model, cost))
@@ -152,6 +152,18 @@ def fit_decode(module: str, subject: str, samples: pd.DataFrame, shapes: dict[st
               "head_dim": ends_of([model.head_dim for model in models])}
     return Fitted(module, subject, {"classes": classes}, ranges, np.concatenate(errors),
                   len(rows), len(samples))
+
+
+def _on_average(cost: AttentionCost, samples: pd.DataFrame, model: ModelSpec) -> AttentionCost:
+    """The same such that it is right on average over the batches: each has contexts of its own, drawn once.
+
+    A batch counts for ``EXCESS_MAX`` times what it is to take at most.
+    """
+    batches = samples[(samples["model"] == model.name) & (samples["tokens"] > 1)]
+    if not len(batches):
+        return cost
+    excess = batches["seconds"].to_numpy() / _seconds_of(cost, batches, model)
+    return cost.scaled(float(np.minimum(excess, EXCESS_MAX).mean()))
 
 
 def _decode_line(rows: pd.DataFrame, model: ModelSpec) -> AttentionCost:
@@ -175,15 +187,16 @@ def _of_line(line: AttentionCost, heads: Floats, moved: Floats) -> Floats:
 
 def _decode_model(known: pd.DataFrame, model: ModelSpec, octaves: float) -> Predict:
     cost = _decode_cost(known, model, octaves)
+    return lambda rows: _seconds_of(cost, rows, model)
 
-    def predict(rows: pd.DataFrame) -> Floats:
-        heads, moved, _ = _decode_columns(rows, model)
-        line_s = _of_line(cost, heads, moved)
-        if cost.correction is None:
-            return line_s
-        corrected_s: Floats = line_s * np.exp(cost.correction.at(np.log2(heads), np.log2(moved / heads)))
-        return corrected_s
-    return predict
+
+def _seconds_of(cost: AttentionCost, rows: pd.DataFrame, model: ModelSpec) -> Floats:
+    heads, moved, _ = _decode_columns(rows, model)
+    line_s = _of_line(cost, heads, moved)
+    if cost.correction is None:
+        return line_s
+    corrected_s: Floats = line_s * np.exp(cost.correction.at(np.log2(heads), np.log2(moved / heads)))
+    return corrected_s
 
 
 def _lone_line(rows: pd.DataFrame, model: ModelSpec, together: AttentionCost) -> AttentionCost:

@@ -128,7 +128,7 @@ def spread_contexts(tokens: int, batch: int, longest: int, rng: np.random.Genera
 
 
 def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], None]) -> Samples:
-    """The samples of one device at one degree; ``tick`` is called before the first step and after each.
+    """The samples of one device at one degree; ``tick`` is called before and after each step that counts.
 
     In service a batch that decodes goes on for many steps, of which the first takes up to a fifth longer, and
     a prompt comes between such steps, by which its attention takes up to a fifth longer. So before each
@@ -137,7 +137,7 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
     draws = [_steps(sizes, spec, turn) for turn in range(min(DRAWS, DECODE_TURNS * sizes.repeats))]
     jobs, for_dense = draws[0]
     before_prompts = Job(decode=(CONTEXT_MIN,) * min(DECODING, sizes.batch_max))
-    tables = tables_of([before_prompts, *(job for jobs, _ in draws for job in jobs)])
+    tables = tables_of([before_prompts, *(job for drawn, _ in draws for job in drawn)])
     bench = StepBench(spec, tables)
     bench.step(jobs[0])
     bench.step(jobs[len(jobs) // 2])

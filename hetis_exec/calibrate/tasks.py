@@ -25,9 +25,9 @@ from hetis_exec.crews import crew_maker
 from hetis_exec.devices import free_bytes
 from hetis_exec.errors import ExecutorError
 from hetis_exec.models.architecture import ELEMENT_TYPES
-from hetis_exec.places import CPU, devices_of
+from hetis_exec.places import CPU
 from hetis_exec.run import Execution
-from hetis_exec.throttle import NONE, have_cores
+from hetis_exec.throttle import NONE
 from hetis_exec.torch_backend import TorchBackend
 from hetis_sim.spec.architectures import MODELS
 from hetis_sim.spec.errors import require
@@ -190,11 +190,9 @@ def degrees_of(config: ExecutionConfig, model: ModelSpec, devices: int) -> list[
 def _device_work(execution: Execution, backend: TorchBackend, shapes: dict[str, ModelSpec]) -> Iterator[Work]:
     config, cluster, model = execution.config, execution.prepared.cluster, execution.prepared.model
     block_tokens, given = config.scheduler.block_tokens, config.calibrate
-    alone = have_cores(len(devices_of(execution.prepared.plan)), execution.given.cores.values())
     for kind, count in cluster.gpu_counts.items():
         device = next(d.device_id for d in cluster.devices if d.gpu.name == kind)
         throttle = execution.given.throttles.get(device, NONE)
-        throttle = throttle.with_core if alone else throttle
         place = backend.place(device)
         pool_bytes = _pool_bytes(given.pool_mib, place)
         slow = max(throttle.dense, throttle.attention)

@@ -20,6 +20,9 @@ from hetis_sim.spec.errors import HetisError
 
 INDEX = "runs.jsonl"
 KEY_LENGTH = 16
+FORM = 1
+"""Of the runs: counts up whenever the same settings serve in another way."""
+
 FREE = ("loads", "seeds", "noise_runs", "repeats", "resamples", "budget_s", "out", "pace", "policies",
         "rates", "recalibrate")
 """Settings of a validation that change which runs there are, not what a run is."""
@@ -55,7 +58,7 @@ def key_of(config: ExecutionConfig, place: str = CPU) -> str:
     given = {key: value for key, value in raw.pop("validate").items() if key not in FREE}
     for name in ("calibrate", "serve", "study", "output", "progress", "cost", "policy"):
         raw.pop(name, None)
-    return str(value_sha256({**raw, "validate": given, "profiles": hashes_of(config),
+    return str(value_sha256({**raw, "form": FORM, "validate": given, "profiles": hashes_of(config),
                              "machine": machine_at(place).to_dict()}))[:KEY_LENGTH]
 
 

@@ -326,7 +326,9 @@ class ProfileCost(MemoisedCost):
         profile = self._with_module(LINKS_DEVICE, "transfer")
         table = None if profile is None else profile.transfer
         found = None if table is None else table.pairs.get((link.name, pair_of(rank.name, worker.name)))
-        return self.transfer(link) if found is None else found
+        if found is None or not self._calibrated(LINKS_DEVICE, "transfer"):
+            return self.transfer(link)
+        return found
 
     def hop(self, link: LinkSpec) -> TransferCost:
         profile = self._with_module(LINKS_DEVICE, "hop")

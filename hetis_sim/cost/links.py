@@ -70,8 +70,9 @@ class LinkTable:
                 messages[link] = _message(body, place)
                 of_pairs = body.get("pairs", {})
                 require(isinstance(of_pairs, dict), f"{place}.pairs", of_pairs, "an object")
-                pairs |= {(link, pair): _message(line, f"{place}.pairs.{pair}")
-                          for pair, line in of_pairs.items()}
+                for pair, line in of_pairs.items():
+                    require(pair.count(">") == 1, f"{place}.pairs", pair, "two types, 'rank>worker'")
+                    pairs[link, pair] = _message(line, f"{place}.pairs.{pair}")
                 continue
             reduces[link] = {}
             for ranks, curve in body.items():

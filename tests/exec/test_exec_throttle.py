@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from exec_toys import Fixed, given, pipeline, threads, workload
 
+from hetis_exec.config import compose_execution
 from hetis_exec.crew import worker_specs
 from hetis_exec.driver import Executor
+from hetis_exec.run import prepare_execution
 from hetis_exec.throttle import Throttle, by_device, cores, described, have_cores, read_throttles
 from hetis_sim.spec.cluster import ClusterSpec, HostSpec, LinkSpec
 from hetis_sim.spec.errors import SpecError
@@ -79,6 +81,19 @@ def test_workers_have_cores_if_there_are_as_many(monkeypatch: pytest.MonkeyPatch
     assert have_cores(2, [0, 1])
     assert not have_cores(4, [])
     assert not have_cores(3, [0, 1, 0])
+
+
+@pytest.mark.parametrize(("words", "kept"), [
+    ((), True), (("executor.workers=threads",), False), (("executor.pin=[0,0]",), False)])
+def test_throttled_workers_keep_cores_where_each_device_has_one(
+        words: tuple[str, ...], kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processes alone, and whether or not the plan has all devices, so that calibrations do the same."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    config = compose_execution("cluster=cpu-pair", "policy=vllm", "requests=2",
+                               "executor.throttle={weak-core: 2.0}", *words)
+    throttle = prepare_execution(config).given.throttles[1]
+    assert (throttle.spin_s > Throttle().spin_s) is kept
+    assert throttle == Throttle(2.0, 2.0)
 
 
 def test_throttles_are_given_by_type_of_device() -> None:

@@ -207,7 +207,14 @@ class SupplyMaker:
         """One way through all network interfaces of a host."""
         links = [self.cluster.network]
         links += [link for a, b, link in self.cluster.host_links if host in (a, b)]
-        return sum(1.0 / self.cost.transfer(link).gamma_s_per_byte for link in links)
+        return sum(1.0 / self._least_s_per_byte(link) for link in links)
+
+    def _least_s_per_byte(self, link: LinkSpec) -> float:
+        """Of a message of any kind: those with heads may take less than others."""
+        kinds = {device.gpu.name: device.gpu for device in self.cluster.devices}.values()
+        return min(self.cost.transfer(link).gamma_s_per_byte,
+                   *(self.cost.head_transfer(link, rank, worker).gamma_s_per_byte
+                     for rank in kinds for worker in kinds))
 
 
 def usable_bytes(gpu: GpuSpec, model: ModelSpec, limits: EngineLimits) -> float:
