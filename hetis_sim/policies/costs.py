@@ -19,7 +19,10 @@ def position_costs(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
 
 def position_cost(cluster: ClusterSpec, model: ModelSpec, cost: CostModel,
                   instance: InstancePlan, position: Position, lone: bool = False) -> PositionCost:
-    """Cost of one position, in seconds per layer; ``lone`` is of a batch of one request."""
+    """Cost of one position, in seconds per layer; ``lone`` is of a batch of one request.
+
+    Where several workers share an interface, each is charged for the bytes of all at its own messages' rate.
+    """
     gpu = cluster.devices[position.device].gpu
     attention = (cost.remote_attention if position.remote else cost.decode_attention)(gpu, model)
     if lone and attention.lone is not None:

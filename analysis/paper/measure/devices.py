@@ -119,7 +119,7 @@ def offload(words: Sequence[str], shares: Sequence[float]) -> dict[str, Any]:
     prepared = _prepared(words)
     model, cluster, cost = prepared.model, prepared.cluster, prepared.cost
     primary, worker = _devices(cluster, STRONG)[0], _devices(cluster, WEAK)[0]
-    wire = cost.transfer(cluster.link(primary, worker))
+    wire = cost.head_transfer(cluster.link(primary, worker), _gpu(prepared, STRONG), _gpu(prepared, WEAK))
     heads = SEQUENCES * model.query_heads
     by_sequence = (2 * model.head_dim * model.activation_bytes + STATISTICS_BYTES) * heads
 
