@@ -28,7 +28,7 @@ from hetis_exec.calibrate.regression import (
     least_relative,
 )
 from hetis_exec.calibrate.samples import EXCESS_MAX, GRAPHS, PREFIX, means
-from hetis_exec.calibrate.surface import fit_surface
+from hetis_exec.calibrate.surface import OCTAVES, fit_surface
 from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
 from hetis_sim.cost.graphs import GraphSteps
@@ -48,7 +48,7 @@ BLOCKS = (1, 16, 64, 128)
 NO_LIMIT_PER_S = 1e18
 LINK_MODULES = ("transfer", "hop", "all_reduce")
 
-DECODE_OCTAVES = (0.0, 2.0, 1.0)
+DECODE_OCTAVES = (0.0, OCTAVES, OCTAVES / 2)
 """Distances of knots that are tried; 0 for no surface."""
 
 DECODE_POWER = 0.5

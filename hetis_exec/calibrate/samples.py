@@ -31,7 +31,6 @@ class Point:
         size_bytes: of the messages; both ways, for a round trip.
         messages: that the time is of.
         ranks: of a collective.
-        mixed: contexts of different length.
         prompts: of an iteration, for host time.
         between: types of devices that a message travels between; see :func:`hetis_sim.cost.links.pair_of`.
     """
@@ -50,7 +49,6 @@ class Point:
     size_bytes: int = 0
     messages: int = 0
     ranks: int = 0
-    mixed: bool = False
     prompts: int = 0
     between: str = ""
 

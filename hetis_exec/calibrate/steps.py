@@ -134,25 +134,26 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
     a prompt comes between such steps, by which its attention takes up to a fifth longer. So before each
     step that counts one is computed that does not: the same, or before a prompt one that decodes.
     """
-    draws = [_steps(sizes, spec, turn) for turn in range(min(DRAWS, DECODE_TURNS * sizes.repeats))]
-    jobs, for_dense = draws[0]
+    draws = [jobs_for(sizes, spec.pool_tokens, spec.tp > 1, turn)
+             for turn in range(min(DRAWS, DECODE_TURNS * sizes.repeats))]
+    between = _jobs_between(draws[0], sizes.batch_max)
     before_prompts = Job(decode=(CONTEXT_MIN,) * min(DECODING, sizes.batch_max))
-    tables = tables_of([before_prompts, *(job for drawn, _ in draws for job in drawn)])
-    bench = StepBench(spec, tables)
+    tables = tables_of([before_prompts, *between, *(job for drawn in draws for job in drawn)])
+    bench, jobs = StepBench(spec, tables), [*draws[0], *between]
     bench.step(jobs[0])
     bench.step(jobs[len(jobs) // 2])
     samples: Samples = []
     tick()
     spent = dict.fromkeys(range(len(jobs)), 0.0)
     for turn in turns(DECODE_TURNS * sizes.repeats, STEPS_S, sizes.quick):
-        for number, job in enumerate(draws[turn % len(draws)][0]):
+        for number, job in enumerate([*draws[turn % len(draws)], *between]):
             if number not in spent or spent[number] > ENOUGH_S or (job.prompts and turn >= sizes.repeats):
                 continue
             bench.step(job if job.decode else before_prompts)
             timed = bench.step(job)
             spent[number] += timed.whole_s
             samples += [sample for sample in samples_of(spec, kind, job, timed)
-                        if number < for_dense or sample.point.module in ("dense_layer", "head")]
+                        if number < len(draws[0]) or sample.point.module in ("dense_layer", "head")]
             if timed.whole_s > sizes.limit_s:
                 spent = {other: s for other, s in spent.items() if jobs[other].tokens < job.tokens}
             tick()
@@ -163,13 +164,11 @@ def measure_steps(spec: BenchSpec, sizes: Sizes, kind: str, tick: Callable[[], N
     return samples + cached.samples(kind, spec.model.name, sizes.repeats, tick)
 
 
-def _steps(sizes: Sizes, spec: BenchSpec, turn: int) -> tuple[list[Job], int]:
-    """The steps of a turn; those from the number on are of dense modules alone."""
-    jobs = jobs_for(sizes, spec.pool_tokens, spec.tp > 1, turn)
+def _jobs_between(jobs: Sequence[Job], batch_max: int) -> list[Job]:
+    """Steps that tell of dense modules alone."""
     known = {job.tokens for job in jobs if job.decode}
-    between = [Job(decode=(CONTEXT_MIN,) * batch) for batch in BETWEEN
-               if batch <= sizes.batch_max and batch not in known]
-    return [*jobs, *between], len(jobs)
+    return [Job(decode=(CONTEXT_MIN,) * batch) for batch in BETWEEN
+            if batch <= batch_max and batch not in known]
 
 
 def token_bytes_of(model: ModelSpec, groups: int) -> int:
@@ -200,4 +199,4 @@ def samples_of(spec: BenchSpec, kind: str, job: Job, timed: Timed) -> Samples:
 def decode_point(kind: str, model: str, tp: int, groups: int, decode: Sequence[int]) -> Point:
     """Decode attention of ``groups`` KV groups of each request."""
     return Point("decode_attention", kind, model, tp, tokens=len(decode), rows=groups * len(decode),
-                 row_tokens=groups * sum(decode), mixed=len(set(decode)) > 1)
+                 row_tokens=groups * sum(decode))

@@ -27,7 +27,7 @@ from hetis_exec.errors import ExecutorError
 from hetis_exec.models.architecture import ELEMENT_TYPES
 from hetis_exec.places import CPU
 from hetis_exec.run import Execution
-from hetis_exec.throttle import NONE
+from hetis_exec.throttle import NONE, cores
 from hetis_exec.torch_backend import TorchBackend
 from hetis_sim.spec.architectures import MODELS
 from hetis_sim.spec.errors import require
@@ -271,13 +271,8 @@ def reference_of(execution: Execution, device: int, layers: int) -> ReferenceSpe
 
 def core_of(execution: Execution, number: int) -> int | None:
     """The core of a worker, where workers are pinned."""
-    wish = execution.config.executor.pin
-    if wish == "none":
-        return None
-    if wish == "auto":
-        cores = sorted(os.sched_getaffinity(0))
-        return cores[number % len(cores)]
-    return int(wish[number])
+    devices = [device.device_id for device in execution.prepared.cluster.devices]
+    return cores(execution.config.executor.pin, devices, sorted(os.sched_getaffinity(0))).get(number)
 
 
 # -- several workers -------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from hetis_sim.cost.attention import DecodeClass, PrefillClass
 from hetis_sim.cost.curve import Curve
 from hetis_sim.cost.graphs import GraphSteps
 from hetis_sim.cost.host import HostOverhead
-from hetis_sim.cost.links import pair_of
+from hetis_sim.cost.links import LinkTable, pair_of
 from hetis_sim.cost.memo import MemoisedCost
 from hetis_sim.cost.model import NO_PACKING, AttentionCost, ProvenanceRow, TransferCost
 from hetis_sim.cost.profile import HOST_DEVICE, LINKS_DEVICE, Profile
@@ -312,8 +312,7 @@ class ProfileCost(MemoisedCost):
     # -- links -----------------------------------------------------------------------------
 
     def _transfer_cost(self, link: LinkSpec) -> TransferCost:
-        profile = self._with_module(LINKS_DEVICE, "transfer")
-        table = None if profile is None else profile.transfer
+        table = self._messages("transfer")
         found = None if table is None else table.messages.get(link.name)
         if found is None:
             return self._roofline.transfer(link)
@@ -323,17 +322,22 @@ class ProfileCost(MemoisedCost):
                             max(found.beta_s, link.latency_s))
 
     def head_transfer(self, link: LinkSpec, rank: GpuSpec, worker: GpuSpec) -> TransferCost:
-        profile = self._with_module(LINKS_DEVICE, "transfer")
-        table = None if profile is None else profile.transfer
+        table = self._messages("transfer")
         found = None if table is None else table.pairs.get((link.name, pair_of(rank.name, worker.name)))
         if found is None or not self._calibrated(LINKS_DEVICE, "transfer"):
             return self.transfer(link)
         return found
 
     def hop(self, link: LinkSpec) -> TransferCost:
-        profile = self._with_module(LINKS_DEVICE, "hop")
-        found = None if profile is None or profile.hop is None else profile.hop.messages.get(link.name)
+        table = self._messages("hop")
+        found = None if table is None else table.messages.get(link.name)
         return self.transfer(link) if found is None else found
+
+    def _messages(self, module: str) -> LinkTable | None:
+        """What the profile of the links says of a kind of messages."""
+        profile = self._with_module(LINKS_DEVICE, module)
+        table: LinkTable | None = None if profile is None else getattr(profile, module)
+        return table
 
     def _all_reduce_s(self, gpu: GpuSpec, link: LinkSpec, size_bytes: int, ranks: int) -> float:
         seconds = None
